@@ -1,0 +1,53 @@
+#include "bases.h"
+
+#include <cmath>
+#include <limits>
+
+#include <c10/util/Exception.h>
+
+namespace randlora {
+
+uint32_t ternary_threshold(double sparsity) {
+  TORCH_CHECK_VALUE(sparsity >= 1.0 && sparsity <= 2147483648.0,
+                    "sparsity must lie between 1 (no zeros) and 2^31, got ", sparsity);
+  return uint32_t(std::floor(4294967296.0 / (2.0 * sparsity)));
+}
+
+BaseSlice make_base_slice(const at::Tensor& out, int64_t seed, int64_t stream, c10::IntArrayRef offsets,
+                          std::optional<double> sparsity) {
+  const bool floating = out.scalar_type() == at::kFloat || out.scalar_type() == at::kDouble ||
+                        out.scalar_type() == at::kBFloat16 || out.scalar_type() == at::kHalf;
+  TORCH_CHECK_TYPE(floating || (sparsity.has_value() && out.scalar_type() == at::kChar),
+                   "out must be float64, float32, bfloat16 or float16", sparsity.has_value() ? " or int8" : "",
+                   sparsity.has_value() ? "" : " (int8 holds ternary bases only: give a sparsity)", ", got ",
+                   out.scalar_type());
+  TORCH_CHECK_VALUE(out.dim() == 3, "out must have 3 dimensions (A: [r, 1, m], B: [M, n, r]), got shape ",
+                    out.sizes());
+  TORCH_CHECK_VALUE(out.stride(2) == 1 || out.size(2) <= 1, "out must be contiguous along its last axis, got strides ",
+                    out.strides());
+  TORCH_CHECK_VALUE(stream == 0 || stream == 1, "stream must be 0 (A) or 1 (B), got ", stream);
+  TORCH_CHECK_VALUE(offsets.size() == 3, "offsets must be 3 integers, one per axis of out, got ", offsets);
+  TORCH_CHECK_VALUE(stream == 1 || (out.size(1) <= 1 && offsets[1] == 0),
+                    "A has one element along its middle axis, got size ", out.size(1), " at offset ", offsets[1]);
+  for (int axis = 0; axis < 3; ++axis) {
+    TORCH_CHECK_VALUE(offsets[axis] >= 0, "offsets must not be negative, got ", offsets);
+    TORCH_CHECK_VALUE(offsets[axis] <= int64_t{std::numeric_limits<int32_t>::max()} - out.size(axis),
+                      "a base has at most 2^31 - 1 elements along an axis, got offset ", offsets[axis], " and size ",
+                      out.size(axis), " along axis ", axis);
+  }
+  BaseSlice slice{};
+  slice.size0 = out.size(0);
+  slice.size1 = out.size(1);
+  slice.size2 = out.size(2);
+  slice.stride0 = out.stride(0);
+  slice.stride1 = out.stride(1);
+  slice.start0 = uint32_t(offsets[0]);
+  slice.start1 = uint32_t(offsets[1]);
+  slice.start2 = uint32_t(offsets[2]);
+  slice.key0 = uint32_t(uint64_t(seed));
+  slice.key1 = uint32_t(uint64_t(seed) >> 32);
+  slice.stream = Stream(stream);
+  return slice;
+}
+
+}  // namespace randlora

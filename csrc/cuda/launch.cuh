@@ -1,0 +1,65 @@
+// What every CUDA op needs around its kernels.
+#pragma once
+
+#include <cstdint>
+
+#include <ATen/core/Tensor.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+namespace randlora::cuda {
+
+template <class T>
+using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// N consecutive elements, moved as one access of up to 16 bytes.
+template <class T, int N>
+struct alignas(sizeof(T) * N <= 16 ? sizeof(T) * N : 16) Pack {
+  T v[N];
+};
+
+// Elements a thread moves at once: 16 bytes of storage.
+template <class T>
+inline constexpr int kVec = 16 / int(sizeof(T));
+
+// p[0:valid] as accumulators, zeros behind; one access where `vector` says that the row is aligned for it.
+template <int N, class Acc, class T>
+__device__ __forceinline__ void load_pack(Acc (&to)[N], const T* p, int64_t valid, bool vector) {
+  if (vector && valid >= N) {
+    const Pack<T, N> pack = *reinterpret_cast<const Pack<T, N>*>(p);
+#pragma unroll
+    for (int e = 0; e < N; ++e) to[e] = static_cast<Acc>(pack.v[e]);
+  } else {
+#pragma unroll
+    for (int e = 0; e < N; ++e) to[e] = e < valid ? static_cast<Acc>(p[e]) : Acc(0);
+  }
+}
+
+template <int N, class Acc, class T>
+__device__ __forceinline__ void store_pack(T* p, const Acc (&from)[N], int64_t valid, bool vector) {
+  if (vector && valid >= N) {
+    Pack<T, N> pack;
+#pragma unroll
+    for (int e = 0; e < N; ++e) pack.v[e] = static_cast<T>(from[e]);
+    *reinterpret_cast<Pack<T, N>*>(p) = pack;
+  } else {
+#pragma unroll
+    for (int e = 0; e < N; ++e)
+      if (e < valid) p[e] = static_cast<T>(from[e]);
+  }
+}
+
+// Whether rows of N elements of T that start at `p` plus multiples of the strides can be moved as packs.
+template <class T, int N>
+bool can_pack(const void* p, std::initializer_list<int64_t> strides) {
+  bool aligned = reinterpret_cast<uintptr_t>(p) % alignof(Pack<T, N>) == 0;
+  for (const int64_t stride : strides) aligned = aligned && stride * int64_t(sizeof(T)) % alignof(Pack<T, N>) == 0;
+  return aligned;
+}
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace randlora::cuda

@@ -1,0 +1,227 @@
+// UniqueBaseGrad on CUDA, both directions bound by memory.
+//
+// Forward: a thread holds its columns of gamma[i] in registers and writes S for kRowsPerThread rows k.
+// Backward: a block owns one base i and one tile of columns; its warps share the rows k. Every gradient element is read
+// once and goes into both results: dlambda through a warp reduction per row, dgamma through registers and, at the end,
+// shared memory. Sums run in a fixed order and nothing is atomic, so results repeat bit for bit.
+#include "unique_base.h"
+
+#include <tuple>
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "cuda/launch.cuh"
+
+namespace randlora::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kRowsPerThread = 4;
+constexpr int kWarps = 8;
+
+template <class Acc>
+struct Factors {
+  const Acc* lambda;  // [r, n]
+  const Acc* gamma;   // [n, m]
+  Acc scale;
+  int64_t r, n, m;
+};
+
+template <class TA>
+struct BaseA {
+  const TA* data;  // [r, m], columns contiguous
+  int64_t stride;
+  bool vector;
+};
+
+template <class T, class TA>
+__global__ void __launch_bounds__(kThreads)
+    forward_kernel(T* __restrict__ out /* [r, n, m] */, BaseA<TA> a, Factors<acc_t<T>> f, int64_t tiles,
+                   bool out_vector, bool gamma_vector) {
+  using Acc = acc_t<T>;
+  constexpr int N = kVec<T>;
+  const int64_t tile = blockIdx.x % tiles, i = blockIdx.x / tiles % f.n, k0 = blockIdx.x / tiles / f.n * kRowsPerThread;
+  const int64_t j = (tile * kThreads + threadIdx.x) * N;
+  if (j >= f.m) return;
+  Acc gamma[N];
+  load_pack(gamma, f.gamma + i * f.m + j, f.m - j, gamma_vector);
+#pragma unroll
+  for (int row = 0; row < kRowsPerThread; ++row) {
+    const int64_t k = k0 + row;
+    if (k >= f.r) return;
+    const Acc c = f.lambda[k * f.n + i] * f.scale;
+    Acc value[N];
+    load_pack(value, a.data + k * a.stride + j, f.m - j, a.vector);
+#pragma unroll
+    for (int e = 0; e < N; ++e) value[e] = c * value[e] * gamma[e];
+    store_pack(out + (k * f.n + i) * f.m + j, value, f.m - j, out_vector);
+  }
+}
+
+template <class T>
+struct Gradient {
+  const T* data;  // [r, n, m], columns contiguous
+  int64_t stride_k, stride_i;
+  bool vector;
+};
+
+template <class T, class TA>
+__global__ void __launch_bounds__(32 * kWarps)
+    backward_kernel(Gradient<T> grad, BaseA<TA> a, Factors<acc_t<T>> f, acc_t<T>* __restrict__ partial /* [tiles, n, r] */,
+                    acc_t<T>* __restrict__ dgamma /* [n, m] */, int64_t tiles, bool gamma_vector) {
+  using Acc = acc_t<T>;
+  constexpr int N = kVec<T>;
+  constexpr int kTile = 32 * N;
+  __shared__ Acc columns[kWarps][kTile];
+  const int lane = threadIdx.x, warp = threadIdx.y;
+  const int64_t tile = blockIdx.x % tiles, i = blockIdx.x / tiles;
+  const int64_t j = tile * kTile + lane * N, valid = f.m - j;  // valid <= 0: every load gives zeros
+
+  Acc gamma[N], sum[N] = {};
+  load_pack(gamma, f.gamma + i * f.m + j, valid, gamma_vector);
+#pragma unroll 4
+  for (int64_t k = warp; k < f.r; k += kWarps) {
+    Acc g[N], base[N];
+    load_pack(g, grad.data + k * grad.stride_k + i * grad.stride_i + j, valid, grad.vector);
+    load_pack(base, a.data + k * a.stride + j, valid, a.vector);
+    const Acc lambda = f.lambda[k * f.n + i] * f.scale;
+    Acc dot = 0;
+#pragma unroll
+    for (int e = 0; e < N; ++e) {
+      const Acc t = g[e] * base[e];
+      dot += t * gamma[e];
+      sum[e] += t * lambda;
+    }
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) dot += __shfl_xor_sync(0xFFFFFFFFu, dot, offset);
+    if (lane == 0) partial[(tile * f.n + i) * f.r + k] = dot;
+  }
+
+#pragma unroll
+  for (int e = 0; e < N; ++e) columns[warp][lane * N + e] = sum[e];
+  __syncthreads();
+  for (int c = warp * 32 + lane; c < kTile; c += 32 * kWarps) {
+    if (tile * kTile + c >= f.m) continue;
+    Acc total = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) total += columns[w][c];
+    dgamma[i * f.m + tile * kTile + c] = total;
+  }
+}
+
+template <class Acc>
+__global__ void __launch_bounds__(kThreads)
+    sum_tiles_kernel(const Acc* __restrict__ partial /* [tiles, n, r] */, Acc* __restrict__ dlambda /* [r, n] */,
+                     int64_t tiles, int64_t n, int64_t r, Acc scale) {
+  const int64_t t = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (t >= n * r) return;
+  Acc total = 0;
+  for (int64_t tile = 0; tile < tiles; ++tile) total += partial[tile * n * r + t];
+  dlambda[t % r * n + t / r] = total * scale;
+}
+
+// The kernels take A in the type of the big tensor or in that of the accumulators; anything rarer is converted, which
+// costs 1/n of the traffic.
+at::Tensor readable(const at::Tensor& A, at::ScalarType storage, at::ScalarType acc) {
+  const bool type_fits = A.scalar_type() == storage || A.scalar_type() == acc;
+  const at::Tensor typed = type_fits ? A : A.to(acc);
+  return typed.stride(2) == 1 || typed.size(2) == 1 ? typed : typed.contiguous();
+}
+
+template <class T, class TA, int N>
+BaseA<TA> base_of(const at::Tensor& A) {
+  return {A.const_data_ptr<TA>(), A.stride(0), can_pack<TA, N>(A.const_data_ptr(), {A.stride(0)})};
+}
+
+// function(T{}, TA{}) for the storage type of the big tensor and the type of A.
+template <class Function>
+void with_types(at::ScalarType storage, const at::Tensor& A, const Function& function) {
+  const auto with_a = [&](auto t) {
+    using T = decltype(t);
+    if (A.scalar_type() == storage)
+      function(t, T{});
+    else
+      function(t, acc_t<T>{});
+  };
+  switch (storage) {
+    case at::kDouble: return with_a(double{});
+    case at::kFloat: return with_a(float{});
+    case at::kBFloat16: return with_a(c10::BFloat16{});
+    default: return with_a(c10::Half{});
+  }
+}
+
+at::Tensor unique_base(const at::Tensor& A, const at::Tensor& lambda, const at::Tensor& gamma, double scale,
+                       std::optional<at::ScalarType> dtype) {
+  const UniqueBaseShape s = check_unique_base(A, lambda, gamma);
+  const at::ScalarType result = unique_base_dtype(A, lambda, gamma, dtype);
+  const at::ScalarType acc = accumulate_type(A, lambda, gamma, result);
+  const c10::cuda::CUDAGuard guard(A.device());
+  // Kernels write fp64 for fp64 arithmetic; a narrower result of fp64 inputs is rounded afterwards.
+  const at::Tensor out = at::empty({s.r, s.n, s.m}, A.options().dtype(acc == at::kDouble ? acc : result));
+  const at::Tensor lambda_acc = lambda.to(acc).contiguous(), gamma_acc = gamma.to(acc).contiguous();
+  const at::Tensor base = readable(A, out.scalar_type(), acc);
+  with_types(out.scalar_type(), base, [&](auto t, auto ta) {
+    using T = decltype(t);
+    using TA = decltype(ta);
+    using Acc = acc_t<T>;
+    constexpr int N = kVec<T>;
+    const int64_t tiles = divide_up(s.m, kThreads * N);
+    const Factors<Acc> factors{lambda_acc.const_data_ptr<Acc>(), gamma_acc.const_data_ptr<Acc>(), Acc(scale),
+                               s.r, s.n, s.m};
+    forward_kernel<T, TA>
+        <<<unsigned(tiles * s.n * divide_up(s.r, kRowsPerThread)), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+            out.mutable_data_ptr<T>(), base_of<T, TA, N>(base), factors, tiles,
+            can_pack<T, N>(out.const_data_ptr(), {s.m}), can_pack<Acc, N>(gamma_acc.const_data_ptr(), {s.m}));
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return out.to(result);
+}
+
+std::tuple<at::Tensor, at::Tensor> unique_base_backward(const at::Tensor& grad, const at::Tensor& A,
+                                                        const at::Tensor& lambda, const at::Tensor& gamma,
+                                                        double scale, bool need_lambda, bool need_gamma) {
+  const UniqueBaseShape s = check_unique_base(A, lambda, gamma);
+  check_unique_base_grad(grad, A, s);
+  const at::ScalarType acc = accumulate_type(A, lambda, gamma, grad.scalar_type());
+  const c10::cuda::CUDAGuard guard(A.device());
+  const at::Tensor lambda_acc = lambda.to(acc).contiguous(), gamma_acc = gamma.to(acc).contiguous();
+  const at::Tensor typed = acc == at::kDouble ? grad.to(acc) : grad;
+  const at::Tensor big = typed.stride(2) == 1 || s.m == 1 ? typed : typed.contiguous();
+  const at::Tensor base = readable(A, big.scalar_type(), acc);
+  const auto options = A.options().dtype(acc);
+  const at::Tensor dgamma = at::empty({s.n, s.m}, options), dlambda = at::empty({s.r, s.n}, options);
+  with_types(big.scalar_type(), base, [&](auto t, auto ta) {
+    using T = decltype(t);
+    using TA = decltype(ta);
+    using Acc = acc_t<T>;
+    constexpr int N = kVec<T>;
+    const int64_t tiles = divide_up(s.m, 32 * N);
+    const at::Tensor partial = at::empty({tiles, s.n, s.r}, options);
+    const Gradient<T> gradient{big.const_data_ptr<T>(), big.stride(0), big.stride(1),
+                               can_pack<T, N>(big.const_data_ptr(), {big.stride(0), big.stride(1)})};
+    const Factors<Acc> factors{lambda_acc.const_data_ptr<Acc>(), gamma_acc.const_data_ptr<Acc>(), Acc(scale),
+                               s.r, s.n, s.m};
+    const auto stream = c10::cuda::getCurrentCUDAStream();
+    backward_kernel<T, TA><<<unsigned(tiles * s.n), dim3(32, kWarps), 0, stream>>>(
+        gradient, base_of<T, TA, N>(base), factors, partial.mutable_data_ptr<Acc>(), dgamma.mutable_data_ptr<Acc>(),
+        tiles, can_pack<Acc, N>(gamma_acc.const_data_ptr(), {s.m}));
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    sum_tiles_kernel<Acc><<<unsigned(divide_up(s.n * s.r, kThreads)), kThreads, 0, stream>>>(
+        partial.const_data_ptr<Acc>(), dlambda.mutable_data_ptr<Acc>(), tiles, s.n, s.r, Acc(scale));
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  const auto none = [&](const at::Tensor& like) { return at::empty({0}, like.options()); };
+  return {need_lambda ? dlambda.to(lambda.scalar_type()) : none(lambda),
+          need_gamma ? dgamma.to(gamma.scalar_type()) : none(gamma)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(randlora, CUDA, m) {
+  m.impl("unique_base", &unique_base);
+  m.impl("unique_base_backward", &unique_base_backward);
+}
+
+}  // namespace randlora::cuda
