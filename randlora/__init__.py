@@ -1,0 +1,26 @@
+"""RandLoRA: full-rank adaptation of frozen models (arXiv 2502.00987), as cheap as LoRA."""
+
+from . import _load
+
+_C = _load.load()  # registers torch.ops.randlora, or says what is missing
+
+from . import functional  # noqa: E402
+from .bases import RandomBases  # noqa: E402
+from .layer import RandLoraLayer  # noqa: E402
+from .linear import Linear  # noqa: E402
+from .ops import UniqueBaseGrad  # noqa: E402
+
+__version__ = _C.build_info()["version"]
+
+__all__ = ["Linear", "RandLoraLayer", "RandomBases", "UniqueBaseGrad", "build_info", "functional"]
+
+
+def build_info() -> dict[str, str]:
+    """What the compiled part was built from and found here.
+
+    Keys: ``version``, ``torch`` (built against), ``cuda`` and ``cuda_archs`` (empty without CUDA), ``compiler``,
+    ``cpu_capability`` (``avx512``, ``avx2`` or ``portable``: the kernels in use), ``backends`` (``cpu`` or ``cpu,cuda``).
+    """
+    info = dict(_C.build_info())
+    info["backends"] = "cpu,cuda" if info["cuda"] else "cpu"
+    return info

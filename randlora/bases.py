@@ -1,0 +1,314 @@
+"""The random bases A and B: fixed, shared by every layer, and reproducible from a few numbers.
+
+With ``prng="philox"`` an element depends on its own indices and the seed only, so a store may grow, be sliced, or be
+made anew on another device or in another dtype without changing a value. ``prng="peft"`` draws what PEFT draws, for
+adapters that PEFT saved without their projections; such bases have one size.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+import weakref
+
+import torch
+from torch import Tensor
+
+from . import fingerprint, peft_prng
+from .checks import require_dtype, require_float, require_int
+
+KINDS = ("dense", "sparse", "very_sparse", "sign")
+PRNGS = ("philox", "peft", "peft-fp16")
+
+STREAM_A, STREAM_B = 0, 1
+
+
+class RandomBases:
+    """The pair of random bases that RandLoRA layers share (arXiv 2502.00987; PEFT's ``randlora_A`` / ``randlora_B``).
+
+    Args:
+        max_dim: rows of B, the largest ``max(in_features, out_features)`` it serves.
+        min_dim: columns of A, the largest ``min(in_features, out_features)`` it serves.
+        r: rank of one base.
+        kind: ``"dense"`` (uniform), ``"sparse"`` (-1, 0, +1 with 2/3 zeros), ``"very_sparse"`` (1 - 1/sqrt(min_dim)
+            zeros) or ``"sign"`` (-1, +1); unit variance each.
+        seed: PEFT's ``projection_prng_key``, ``0 <= seed < 2**64``.
+        num_bases: number of bases n; default ``ceil(min_dim / r)``, which makes the update full-rank.
+        prng: ``"philox"`` (default); ``"peft"`` reproduces PEFT's own draw on machines with bfloat16, ``"peft-fp16"``
+            that on machines without.
+        dtype, device: of ``.A`` and ``.B``; default: torch's default dtype and the CPU. Layers ask for the dtype and
+            device they compute in, and share one copy of each.
+        sparsity: z of a ternary kind, P(+1) = P(-1) = 1/(2z); fixed when the store is made (``very_sparse``: default
+            ``sqrt(min_dim)``), so that growing never changes a value.
+
+    Values are generated at first use. ``copy.deepcopy`` returns the same object and pickles hold the definition only.
+
+    Raises:
+        ValueError, TypeError: for arguments outside the ranges above.
+    """
+
+    def __init__(
+        self,
+        max_dim: int,
+        min_dim: int,
+        r: int,
+        kind: str = "dense",
+        seed: int = 0,
+        num_bases: int | None = None,
+        prng: str = "philox",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        *,
+        sparsity: float | None = None,
+    ) -> None:
+        self.r = require_int("r", r, 1)
+        self.min_dim = require_int("min_dim", min_dim, 1)
+        self.max_dim = require_int("max_dim", max_dim, 1)
+        if self.max_dim < self.min_dim:
+            raise ValueError(f"max_dim must be at least min_dim = {min_dim}, got {max_dim}")
+        default_bases = -(-self.min_dim // self.r)
+        self.num_bases = default_bases if num_bases is None else require_int("num_bases", num_bases, 1)
+        if kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+        if prng not in PRNGS:
+            raise ValueError(f"prng must be one of {', '.join(PRNGS)}, got {prng!r}")
+        if prng != "philox" and (kind == "sign" or sparsity is not None):
+            raise ValueError(
+                f"prng={prng!r} has the kinds dense, sparse and very_sparse with PEFT's own sparsity, "
+                f"got kind={kind!r}, sparsity={sparsity}"
+            )
+        self.kind, self.prng = kind, prng
+        self.seed = require_int("seed", seed, 0, 2**64 - 1)
+        self.sparsity = _sparsity(kind, self.min_dim, sparsity)
+        self.dtype = require_dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
+        self.device = _canonical(torch.device("cpu" if device is None else device))
+        self.given: tuple[Tensor, Tensor] | None = None
+        self._reset()
+
+    @classmethod
+    def from_tensors(cls, A: Tensor, B: Tensor) -> RandomBases:
+        """Bases that exist already: ``A [r, 1, min_dim]`` and ``B [max_dim, num_bases, r]``, such as PEFT's buffers.
+
+        The tensors are not copied, and equal tensors give the same object, so that layers share its casts.
+        """
+        for name, t, shape in (
+            ("randlora_A", A, "[r, 1, min_dim]"),
+            ("randlora_B", B, "[max_dim, num_bases, r]"),
+        ):
+            if not isinstance(t, Tensor):
+                raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(t).__name__}")
+            require_dtype(f"{name}'s dtype", t.dtype)
+            if t.dim() != 3 or t.numel() == 0:
+                raise ValueError(f"{name} must have shape {shape}, got {list(t.shape)}")
+        if A.dtype != B.dtype or A.device != B.device:
+            raise ValueError(
+                f"randlora_A and randlora_B must share dtype and device, got {A.dtype} on {A.device} and "
+                f"{B.dtype} on {B.device}"
+            )
+        if A.shape[1] != 1 or B.shape[2] != A.shape[0]:
+            raise ValueError(
+                "randlora_A [r, 1, min_dim] and randlora_B [max_dim, num_bases, r] must agree in r, got "
+                f"{list(A.shape)} and {list(B.shape)}"
+            )
+        known = _given_bases.get((id(A), id(B)))
+        if known is not None:
+            return known
+        self = cls.__new__(cls)
+        self.r, self.min_dim, self.max_dim, self.num_bases = A.shape[0], A.shape[2], B.shape[0], B.shape[1]
+        self.kind, self.prng, self.seed, self.sparsity = "given", "none", 0, None
+        self.dtype, self.device = A.dtype, A.device
+        self.given = (A, B)
+        self._reset()
+        _given_bases[id(A), id(B)] = self  # while it lives, so do the tensors and their ids
+        return self
+
+    # ---- values ----
+
+    @property
+    def A(self) -> Tensor:
+        """``[r, 1, min_dim]``, unit variance, in ``dtype`` on ``device``."""
+        return self._unit_variance(self.tensors()[0])
+
+    @property
+    def B(self) -> Tensor:
+        """``[max_dim, num_bases, r]``, unit variance, in ``dtype`` on ``device``."""
+        return self._unit_variance(self.tensors()[1])
+
+    @property
+    def scale(self) -> float:
+        """What a product of the stored A and B lacks: z for ternary bases, which are stored as -1, 0, +1; else 1."""
+        return 1.0 if self.sparsity is None or self.prng != "philox" else self.sparsity
+
+    def tensors(
+        self, dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The stored A and B (see :attr:`scale`), one shared copy per dtype and device. Not to be written to."""
+        key = dtype or self.dtype, _canonical(device or self.device)
+        _make_sure(self._handle, *key)
+        return self._held[key]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all copies that exist at the moment."""
+        return sum(A.nbytes + B.nbytes for A, B in self._held.values())
+
+    def require(self, max_dim: int, min_dim: int, num_bases: int) -> None:
+        """Make the store serve a layer of these dimensions: grows it, or raises ``ValueError`` where it cannot."""
+        wanted = (max(self.max_dim, max_dim), max(self.min_dim, min_dim), max(self.num_bases, num_bases))
+        if wanted == (self.max_dim, self.min_dim, self.num_bases):
+            return
+        if self.prng != "philox":
+            raise ValueError(
+                f"these bases (prng={self.prng!r}) have a fixed size and are too small: needed are randlora_A "
+                f"[{self.r}, 1, {min_dim}] and randlora_B [{max_dim}, {num_bases}, {self.r}], got "
+                f"[{self.r}, 1, {self.min_dim}] and [{self.max_dim}, {self.num_bases}, {self.r}]"
+            )
+        with self._lock:
+            self.max_dim, self.min_dim, self.num_bases = wanted
+            self._held.clear()  # the smaller copies are prefixes of the next ones
+
+    def to(self, *args, **kwargs) -> RandomBases:
+        """The same bases with another default ``dtype`` and/or ``device``, given as for ``nn.Module.to``."""
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        other = self.__class__.__new__(self.__class__)
+        other.__dict__.update(self.__dict__)
+        other.dtype = self.dtype if dtype is None else require_dtype("dtype", dtype)
+        other.device = self.device if device is None else _canonical(device)
+        other._reset()
+        return other
+
+    # ---- identity ----
+
+    def fingerprint(
+        self, max_dim: int | None = None, min_dim: int | None = None, num_bases: int | None = None
+    ) -> str:
+        """SHA-256 (hex) of the definition and of the values, for the whole store or a leading part of it.
+
+        The values are generated on ``device`` in blocks and hashed in canonical form (float32, or int8 for ternary
+        bases; little endian, A before B), whatever ``dtype`` is: equal fingerprints mean equal bases.
+        """
+        dims = (max_dim or self.max_dim, min_dim or self.min_dim, num_bases or self.num_bases)
+        if any(d > have for d, have in zip(dims, (self.max_dim, self.min_dim, self.num_bases), strict=True)):
+            raise ValueError(
+                f"the store has (max_dim, min_dim, num_bases) = "
+                f"{(self.max_dim, self.min_dim, self.num_bases)}, asked for {dims}"
+            )
+        if dims not in self._hashes:
+            self._hashes[dims] = fingerprint.sha256(self, *dims)
+        return self._hashes[dims]
+
+    # ---- generation ----
+
+    def fill(self, out: Tensor, stream: int, offsets: tuple[int, int, int]) -> Tensor:
+        seed = (
+            self.seed - 2**64 if self.seed >= 2**63 else self.seed
+        )  # op schemas carry signed 64-bit integers
+        torch.ops.randlora.fill_bases_(out, seed, stream, offsets, self.sparsity)
+        return out
+
+    def draw(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """A new copy of the stored A and B; :meth:`tensors` keeps one."""
+        if self.given is not None:
+            return tuple(t.to(device=device, dtype=dtype) for t in self.given)
+        if self.prng != "philox":
+            half = torch.bfloat16 if self.prng == "peft" else torch.float16
+            A, B = peft_prng.draw(
+                self.max_dim, self.min_dim, self.num_bases, self.r, self.seed, self.sparsity, half
+            )
+            return A.to(device=device, dtype=dtype), B.to(device=device, dtype=dtype)
+        A = torch.empty((self.r, 1, self.min_dim), dtype=dtype, device=device)
+        B = torch.empty((self.max_dim, self.num_bases, self.r), dtype=dtype, device=device)
+        return self.fill(A, STREAM_A, (0, 0, 0)), self.fill(B, STREAM_B, (0, 0, 0))
+
+    def _unit_variance(self, stored: Tensor) -> Tensor:
+        return stored if self.scale == 1.0 else stored * math.sqrt(self.scale)
+
+    # ---- housekeeping ----
+
+    def _reset(self) -> None:
+        self._held: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+        self._hashes: dict[tuple[int, int, int], str] = {}
+        self._lock = threading.Lock()
+        self._handle = (
+            f"bases {next(_handles)}"  # torch.compile can take a string for a constant, not an object
+        )
+        _by_handle[self._handle] = self
+        if self.given is not None:
+            self._held[self.given[0].dtype, _canonical(self.given[0].device)] = self.given
+
+    def __deepcopy__(self, memo) -> RandomBases:
+        return self
+
+    def __reduce__(self):
+        if self.given is not None:
+            return RandomBases.from_tensors, self.given
+        arguments = {
+            name: getattr(self, name)
+            for name in ("max_dim", "min_dim", "r", "kind", "seed", "num_bases", "prng", "dtype", "device")
+        }
+        if self.prng == "philox" and self.kind in ("sparse", "very_sparse"):
+            arguments["sparsity"] = self.sparsity
+        return _rebuild, (arguments, _shared.get((self.r, self.seed)) is self)
+
+    def __repr__(self) -> str:
+        return (
+            f"RandomBases(max_dim={self.max_dim}, min_dim={self.min_dim}, r={self.r}, kind={self.kind!r}, "
+            f"seed={self.seed}, num_bases={self.num_bases}, prng={self.prng!r}, sparsity={self.sparsity})"
+        )
+
+
+# ---- the process-wide store ----
+
+_handles = itertools.count()
+_by_handle: weakref.WeakValueDictionary[str, RandomBases] = weakref.WeakValueDictionary()
+# Bases live as long as some layer uses them.
+_shared: weakref.WeakValueDictionary[tuple[int, int], RandomBases] = weakref.WeakValueDictionary()
+_given_bases: weakref.WeakValueDictionary[tuple[int, int], RandomBases] = weakref.WeakValueDictionary()
+
+
+def shared_bases(r: int, seed: int = 0) -> RandomBases:
+    """The process-wide dense Philox store of this rank and seed, which every layer without bases of its own uses.
+
+    It starts empty (one column) and grows with the layers that :meth:`RandomBases.require` it.
+    """
+    found = _shared.get((r, seed))
+    if found is None:
+        found = _shared[r, seed] = RandomBases(1, 1, r, seed=seed)
+    return found
+
+
+def _rebuild(arguments: dict, shared: bool) -> RandomBases:
+    """Unpickles bases; those of the process-wide store join the one of this process."""
+    if not shared:
+        return RandomBases(**arguments)
+    bases = shared_bases(arguments["r"], arguments["seed"])
+    bases.require(arguments["max_dim"], arguments["min_dim"], arguments["num_bases"])
+    return bases
+
+
+@torch.compiler.assume_constant_result
+def _make_sure(handle: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """Generates the copy of these bases if there is none: at trace time under torch.compile, never in its graph."""
+    bases = _by_handle[handle]
+    if (dtype, device) not in bases._held:
+        with bases._lock, torch.no_grad():
+            if (dtype, device) not in bases._held:
+                bases._held[dtype, device] = bases.draw(dtype, device)
+    return True
+
+
+def _canonical(device: torch.device | str) -> torch.device:
+    """With an index, so that ``cuda`` and ``cuda:0`` are one key."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _sparsity(kind: str, min_dim: int, sparsity: float | None) -> float | None:
+    if sparsity is None:
+        return {"dense": None, "sign": 1.0, "sparse": 3.0, "very_sparse": math.sqrt(min_dim)}[kind]
+    if kind not in ("sparse", "very_sparse"):
+        raise ValueError(f"kind={kind!r} has no free sparsity, got sparsity={sparsity}")
+    return require_float("sparsity", sparsity, 1.0, 2.0**31)

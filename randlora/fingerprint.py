@@ -1,0 +1,62 @@
+"""What identifies a store of bases: a hash that travels with a checkpoint and proves that its bases were made again."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .bases import RandomBases
+
+_BLOCK = 1 << 20  # elements generated at a time: hashing never needs a second copy of the bases
+
+
+def sha256(bases: RandomBases, max_dim: int, min_dim: int, num_bases: int) -> str:
+    """SHA-256 (hex) of the definition and the canonical bytes of the leading part of `bases` with these dimensions.
+
+    Canonical bytes: float32, or int8 -1/0/+1 for ternary bases; little endian, C order, A before B. Philox values are
+    generated anew on the store's device, so that the hash vouches for the generator that the layers use.
+    """
+    digest = hashlib.sha256(
+        json.dumps(_definition(bases, max_dim, min_dim, num_bases), sort_keys=True).encode()
+    )
+    for block in _blocks(bases, max_dim, min_dim, num_bases):
+        block = block.contiguous().cpu()
+        digest.update((ctypes.c_char * block.nbytes).from_address(block.data_ptr()))
+    return digest.hexdigest()
+
+
+def _ternary(bases: RandomBases) -> bool:
+    return bases.prng == "philox" and bases.sparsity is not None
+
+
+def _definition(bases: RandomBases, max_dim: int, min_dim: int, num_bases: int) -> dict:
+    return {
+        "randlora_bases": 1,
+        "prng": bases.prng,
+        "seed": bases.seed,
+        "sparsity": bases.sparsity,
+        "values": "ternary" if _ternary(bases) else "float32",
+        "A": [bases.r, 1, min_dim],
+        "B": [max_dim, num_bases, bases.r],
+    }
+
+
+def _blocks(bases: RandomBases, max_dim: int, min_dim: int, num_bases: int) -> Iterator[Tensor]:
+    if bases.prng != "philox":
+        A, B = bases.draw(torch.float32, torch.device("cpu"))
+        yield A[:, :, :min_dim]
+        yield B[:max_dim, :num_bases]
+        return
+    dtype = torch.int8 if _ternary(bases) else torch.float32
+    for stream, (rows, middle, columns) in enumerate(((bases.r, 1, min_dim), (max_dim, num_bases, bases.r))):
+        step = max(1, _BLOCK // (middle * columns))
+        for row in range(0, rows, step):
+            block = torch.empty((min(step, rows - row), middle, columns), dtype=dtype, device=bases.device)
+            yield bases.fill(block, stream, (row, 0, 0))

@@ -1,0 +1,314 @@
+"""The adapter bookkeeping of one layer: which adapters it has, which are active, which are merged.
+
+Names follow PEFT's ``RandLoraLayer`` and ``BaseTunerLayer``. Unlike there, every adapter keeps its own rank, number of
+bases and bases, and merging keeps the base weight, so that unmerging restores it bit for bit.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .bases import RandomBases, shared_bases
+from .checks import require_float, require_int
+from .functional import delta_weight, flat_bases
+
+BaseTensors = Tensor | Mapping[str, Tensor] | None
+
+
+class RandLoraLayer:
+    """Mixin for a module that wraps ``base_layer`` and adds RandLoRA updates to it.
+
+    Attributes (dicts are keyed by adapter name):
+        randlora_lambda: ``[r, num_bases]`` parameters. randlora_gamma: ``[num_bases, min_dim]`` parameters.
+        randlora_A, randlora_B: the bases in unit variance, read-only, not part of the state dict.
+        bases: the :class:`~randlora.RandomBases` behind them.
+        r, num_bases, randlora_alpha, scaling (alpha / r), randlora_dropout: settings.
+    """
+
+    adapter_layer_names = ("randlora_lambda", "randlora_gamma")
+    other_param_names = (
+        "randlora_A",
+        "randlora_B",
+        "randlora_dropout",
+        "r",
+        "num_bases",
+        "randlora_alpha",
+        "scaling",
+    )
+
+    def _init_randlora(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
+        self.base_layer = base_layer
+        self.in_features, self.out_features = in_features, out_features
+        self.r: dict[str, int] = {}
+        self.num_bases: dict[str, int] = {}
+        self.randlora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.bases: dict[str, RandomBases] = {}
+        self.randlora_dropout = nn.ModuleDict()
+        self.randlora_lambda = nn.ParameterDict()
+        self.randlora_gamma = nn.ParameterDict()
+        self.merged_adapters: list[str] = []
+        self._active_adapters: list[str] = []
+        self._disable_adapters = False
+        self._unmerged_weight: Tensor | None = None
+
+    # ---- adding and removing adapters ----
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        randlora_A: BaseTensors = None,
+        randlora_B: BaseTensors = None,
+        r: int = 32,
+        randlora_alpha: float = 640,
+        randlora_dropout: float = 0.0,
+        init_weights: bool = True,
+        *,
+        bases: RandomBases | None = None,
+        num_bases: int | None = None,
+    ) -> None:
+        """Add the adapter `adapter_name`; it becomes active and trainable if it is the layer's first.
+
+        Arguments as for :class:`randlora.Linear`. Raises before anything is changed.
+        """
+        if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
+            raise ValueError(f"adapter_name must be a non-empty string without dots, got {adapter_name!r}")
+        if adapter_name in self.randlora_lambda:
+            raise ValueError(f"this layer already has an adapter named {adapter_name!r}: delete it first")
+        r = require_int("r", r, 1)
+        alpha = require_float("randlora_alpha", randlora_alpha)
+        dropout = require_float("randlora_dropout", randlora_dropout, 0.0, 1.0)
+        m, M = min(self.in_features, self.out_features), max(self.in_features, self.out_features)
+        n = -(-m // r) if num_bases is None else require_int("num_bases", num_bases, 1)
+        if init_weights not in (True, False):
+            raise TypeError(f"init_weights must be True or False, got {init_weights!r}")
+        bases = self._choose_bases(adapter_name, randlora_A, randlora_B, bases, r)
+        bases.require(M, m, n)
+
+        weight = self.get_base_layer().weight
+        # 16-bit and quantised weights get fp32 parameters: their updates would vanish in 16 bits.
+        dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
+        self.r[adapter_name], self.num_bases[adapter_name], self.bases[adapter_name] = r, n, bases
+        self.randlora_alpha[adapter_name], self.scaling[adapter_name] = alpha, alpha / r
+        self.randlora_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.randlora_lambda[adapter_name] = nn.Parameter(
+            torch.randn(r, n, dtype=dtype, device=weight.device)
+        )
+        self.randlora_gamma[adapter_name] = nn.Parameter(
+            torch.full((n, m), 1 / M, dtype=dtype, device=weight.device)
+        )
+        if init_weights:
+            self.reset_randlora_parameters(adapter_name)
+        self.set_adapter(self._active_adapters or [adapter_name])
+
+    def _choose_bases(
+        self, adapter_name: str, A: BaseTensors, B: BaseTensors, bases: RandomBases | None, r: int
+    ) -> RandomBases:
+        if (A is None) != (B is None):
+            raise ValueError(
+                "randlora_A and randlora_B must be given together, got only randlora_"
+                + ("B" if A is None else "A")
+            )
+        if A is not None and bases is not None:
+            raise ValueError("give either randlora_A and randlora_B or bases, not both")
+        if bases is None:
+            if A is None:
+                return shared_bases(r)
+            bases = RandomBases.from_tensors(
+                _of_adapter("randlora_A", A, adapter_name), _of_adapter("randlora_B", B, adapter_name)
+            )
+        if not isinstance(bases, RandomBases):
+            raise TypeError(f"bases must be randlora.RandomBases, got {type(bases).__name__}")
+        if bases.r != r:
+            raise ValueError(f"adapter {adapter_name!r} has r = {r}, but its bases have r = {bases.r}")
+        return bases
+
+    def reset_randlora_parameters(self, adapter_name: str) -> None:
+        """Standard initialisation (PEFT's): lambda zero, gamma ``1 / max(num_bases, min_dim)``, so the update is zero."""
+        self._check_adapter(adapter_name)
+        with torch.no_grad():
+            self.randlora_lambda[adapter_name].zero_()
+            gamma = self.randlora_gamma[adapter_name]
+            gamma.fill_(1 / max(gamma.shape))
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. If it was the only active one, the first that is left becomes active (with a warning)."""
+        self._check_adapter(adapter_name)
+        if adapter_name in self.merged_adapters:
+            raise ValueError(f"adapter {adapter_name!r} is merged into the base weight: call unmerge() first")
+        for kept in (
+            self.r,
+            self.num_bases,
+            self.randlora_alpha,
+            self.scaling,
+            self.bases,
+            self.randlora_dropout,
+            self.randlora_lambda,
+            self.randlora_gamma,
+        ):
+            del kept[adapter_name]
+        if adapter_name in self._active_adapters:
+            left = [name for name in self._active_adapters if name != adapter_name]
+            if not left and len(self.randlora_lambda):
+                left = [next(iter(self.randlora_lambda))]
+                warnings.warn(
+                    f"the active adapter {adapter_name!r} was deleted; {left[0]!r} is active now",
+                    stacklevel=2,
+                )
+            self.set_adapter(left)
+
+    # ---- which adapters act ----
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self._active_adapters)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter's name, or the list of them if there are several (as in PEFT)."""
+        return self._active_adapters[0] if len(self._active_adapters) == 1 else self.active_adapters
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Activate these adapters; they become trainable (not with `inference_mode`), all others frozen."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for name in names:
+            self._check_adapter(name)
+        self._active_adapters = names
+        for parameters in (self.randlora_lambda, self.randlora_gamma):
+            for name, parameter in parameters.items():
+                parameter.requires_grad_(name in names and not inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters on or off. Off: they are also frozen, and merged ones leave the weight at the next call."""
+        self._disable_adapters = not enabled
+        self.set_adapter(self._active_adapters, inference_mode=not enabled)
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self._disable_adapters
+
+    # ---- the update as a matrix ----
+
+    @property
+    def randlora_A(self) -> Mapping[str, Tensor]:
+        return _Values(self.bases, "A")
+
+    @property
+    def randlora_B(self) -> Mapping[str, Tensor]:
+        return _Values(self.bases, "B")
+
+    def get_scaled_bases(self, adapter: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """The two factors that the input passes through in turn: ``F.linear(F.linear(x, first), second) * scaling``.
+
+        ``in <= out``: the scaled base ``[n*r, in]`` and B ``[out, n*r]``; otherwise the transposes of B and of the
+        scaled base. fp32 (fp64 for fp64 parameters), on `device` or that of the parameters.
+        """
+        self._check_adapter(adapter)
+        S2, B2 = flat_bases(
+            *self._update_arguments(adapter, 1.0, device), self.in_features, self.out_features
+        )
+        return (S2, B2) if self.in_features <= self.out_features else (B2.T, S2.T)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """``dW [out, in]`` of one adapter in fp32 (fp64 for fp64 parameters), whatever the weight's dtype."""
+        self._check_adapter(adapter)
+        arguments = self._update_arguments(adapter, self.scaling[adapter])
+        return delta_weight(*arguments, self.in_features, self.out_features)
+
+    def _update_arguments(self, adapter: str, scaling: float, device: torch.device | None = None) -> tuple:
+        lam, gamma = self.randlora_lambda[adapter], self.randlora_gamma[adapter]
+        device = lam.device if device is None else torch.device(device)
+        dtype = torch.float64 if lam.dtype == torch.float64 else torch.float32
+        bases = self.bases[adapter]
+        return (
+            *bases.tensors(dtype, device),
+            lam.to(device, dtype),
+            gamma.to(device, dtype),
+            scaling * bases.scale,
+        )
+
+    # ---- merging ----
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.merged_adapters)
+
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Add the updates of `adapter_names` (default: the active adapters) to the base weight.
+
+        Computed in fp32 or fp64 and rounded once to the weight's dtype. The weight as it was is kept until
+        :meth:`unmerge`, at the price of its bytes.
+
+        Args:
+            safe_merge: raise ``ValueError``, with nothing changed, if the merged weight is not finite.
+        """
+        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        for name in names:
+            self._check_adapter(name)
+        if repeated := [name for name in names if name in self.merged_adapters]:
+            warnings.warn(f"already merged, left out: {', '.join(repeated)}", stacklevel=2)
+            names = [name for name in names if name not in repeated]
+        if not names:
+            return
+        weight = self.get_base_layer().weight
+        with torch.no_grad():
+            merged = sum((self.get_delta_weight(name).to(weight.device) for name in names), start=weight)
+            merged = merged.to(weight.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(
+                    f"merging {', '.join(names)} gives NaN or infinity in the weight; nothing was changed"
+                )
+            if self._unmerged_weight is None:
+                self._unmerged_weight = weight.detach().clone()
+            weight.copy_(merged)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Give the base weight back, bit for bit as it was before the first :meth:`merge`."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        with torch.no_grad():
+            self.get_base_layer().weight.copy_(self._unmerged_weight)
+        self._unmerged_weight = None
+        self.merged_adapters.clear()
+
+    # ---- small things ----
+
+    def get_base_layer(self) -> nn.Module:
+        return self.base_layer
+
+    def _check_adapter(self, adapter_name: str) -> None:
+        if adapter_name not in self.randlora_lambda:
+            known = ", ".join(self.randlora_lambda) or "none"
+            raise ValueError(f"this layer has no adapter named {adapter_name!r}; it has: {known}")
+
+
+class _Values(Mapping):
+    """Adapter name -> A or B of its bases."""
+
+    def __init__(self, bases: dict[str, RandomBases], which: str) -> None:
+        self._bases, self._which = bases, which
+
+    def __getitem__(self, adapter: str) -> Tensor:
+        return getattr(self._bases[adapter], self._which)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bases)
+
+    def __len__(self) -> int:
+        return len(self._bases)
+
+
+def _of_adapter(name: str, tensors: Tensor | Mapping[str, Tensor], adapter_name: str) -> Tensor:
+    if isinstance(tensors, Tensor):
+        return tensors
+    if adapter_name not in tensors:
+        raise ValueError(
+            f"{name} has no entry for adapter {adapter_name!r}; it has: {', '.join(tensors) or 'none'}"
+        )
+    return tensors[adapter_name]
