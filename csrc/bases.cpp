@@ -21,8 +21,7 @@ BaseSlice make_base_slice(const at::Tensor& out, int64_t seed, int64_t stream, c
                    "out must be float64, float32, bfloat16 or float16", sparsity.has_value() ? " or int8" : "",
                    sparsity.has_value() ? "" : " (int8 holds ternary bases only: give a sparsity)", ", got ",
                    out.scalar_type());
-  TORCH_CHECK_VALUE(out.dim() == 3, "out must have 3 dimensions (A: [r, 1, m], B: [M, n, r]), got shape ",
-                    out.sizes());
+  TORCH_CHECK_VALUE(out.dim() == 3, "out must have 3 dimensions (A: [r, 1, m], B: [M, n, r]), got shape ", out.sizes());
   TORCH_CHECK_VALUE(out.stride(2) == 1 || out.size(2) <= 1, "out must be contiguous along its last axis, got strides ",
                     out.strides());
   TORCH_CHECK_VALUE(stream == 0 || stream == 1, "stream must be 0 (A) or 1 (B), got ", stream);

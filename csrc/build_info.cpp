@@ -18,8 +18,8 @@ namespace randlora {
 
 std::map<std::string, std::string> build_info() {
   return {
-      {"version", RANDLORA_VERSION},       {"torch", TORCH_VERSION},      {"cuda", RANDLORA_CUDA_VERSION},
-      {"cuda_archs", RANDLORA_CUDA_ARCHS}, {"compiler", __VERSION__},     {"cpu_capability", cpu::isa_name()},
+      {"version", RANDLORA_VERSION},       {"torch", TORCH_VERSION},  {"cuda", RANDLORA_CUDA_VERSION},
+      {"cuda_archs", RANDLORA_CUDA_ARCHS}, {"compiler", __VERSION__}, {"cpu_capability", cpu::isa_name()},
   };
 }
 

@@ -16,8 +16,7 @@ struct Philox4 {
   uint32_t v[4];
 };
 
-RANDLORA_HD Philox4 philox4x32_10(
-    uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t key0, uint32_t key1) {
+RANDLORA_HD Philox4 philox4x32_10(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t key0, uint32_t key1) {
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = uint64_t{0xD2511F53u} * c0;
     const uint64_t p1 = uint64_t{0xCD9E8D57u} * c2;
@@ -37,7 +36,8 @@ RANDLORA_HD Philox4 philox4x32_10(
 enum class Stream : uint32_t { A = 0, B = 1 };
 
 // Element [x0, x1, x2] of a base is lane x2 % 4 of the counter {x2 / 4, x1, x0, stream}: for A[k, 0, j] that is
-// {j / 4, 0, k, 0}, for B[o, i, k] {k / 4, i, o, 1}. It depends on its indices and the seed, never on the tensor's size.
+// {j / 4, 0, k, 0}, for B[o, i, k] {k / 4, i, o, 1}. It depends on its indices and the seed, never on the tensor's
+// size.
 RANDLORA_HD Philox4 base_words(uint32_t quad, uint32_t x1, uint32_t x0, Stream stream, uint32_t key0, uint32_t key1) {
   return philox4x32_10(quad, x1, x0, uint32_t(stream), key0, key1);
 }
@@ -54,9 +54,7 @@ struct DenseElement {
 struct TernaryElement {
   uint32_t threshold;  // floor(2^32 / (2 z)), at most 2^31
 
-  RANDLORA_HD int32_t operator()(uint32_t u) const {
-    return int32_t(u >= 0u - threshold) - int32_t(u < threshold);
-  }
+  RANDLORA_HD int32_t operator()(uint32_t u) const { return int32_t(u >= 0u - threshold) - int32_t(u < threshold); }
 };
 
 }  // namespace randlora

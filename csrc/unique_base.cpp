@@ -26,8 +26,8 @@ UniqueBaseShape check_unique_base(const at::Tensor& A, const at::Tensor& lambda,
   check_tensor(lambda, "randlora_lambda", "[r, n]", 2, A.device());
   check_tensor(gamma, "randlora_gamma", "[n, m]", 2, A.device());
   const UniqueBaseShape shape{A.size(0), lambda.size(1), A.size(2)};
-  TORCH_CHECK_VALUE(lambda.size(0) == shape.r, "randlora_lambda must have shape [r, n] with r = ", shape.r,
-                    " as in A ", A.sizes(), ", got ", lambda.sizes());
+  TORCH_CHECK_VALUE(lambda.size(0) == shape.r, "randlora_lambda must have shape [r, n] with r = ", shape.r, " as in A ",
+                    A.sizes(), ", got ", lambda.sizes());
   TORCH_CHECK_VALUE(gamma.size(0) == shape.n && gamma.size(1) == shape.m, "randlora_gamma must have shape [n, m] = [",
                     shape.n, ", ", shape.m, "] to match A ", A.sizes(), " and randlora_lambda ", lambda.sizes(),
                     ", got ", gamma.sizes());
@@ -43,8 +43,8 @@ void check_unique_base_grad(const at::Tensor& grad, const at::Tensor& A, UniqueB
 
 at::ScalarType unique_base_dtype(const at::Tensor& A, const at::Tensor& lambda, const at::Tensor& gamma,
                                  std::optional<at::ScalarType> dtype) {
-  const at::ScalarType type = dtype.value_or(
-      c10::promoteTypes(A.scalar_type(), c10::promoteTypes(lambda.scalar_type(), gamma.scalar_type())));
+  const at::ScalarType type =
+      dtype.value_or(c10::promoteTypes(A.scalar_type(), c10::promoteTypes(lambda.scalar_type(), gamma.scalar_type())));
   TORCH_CHECK_TYPE(supported(type), "dtype must be float64, float32, bfloat16 or float16, got ", type);
   return type;
 }

@@ -19,7 +19,8 @@ def build_info() -> dict[str, str]:
     """What the compiled part was built from and found here.
 
     Keys: ``version``, ``torch`` (built against), ``cuda`` and ``cuda_archs`` (empty without CUDA), ``compiler``,
-    ``cpu_capability`` (``avx512``, ``avx2`` or ``portable``: the kernels in use), ``backends`` (``cpu`` or ``cpu,cuda``).
+    ``cpu_capability`` (the CPU kernels in use: ``avx512``, ``avx2`` or ``portable``), ``backends`` (``cpu`` or
+    ``cpu,cuda``).
     """
     info = dict(_C.build_info())
     info["backends"] = "cpu,cuda" if info["cuda"] else "cpu"

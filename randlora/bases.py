@@ -140,9 +140,7 @@ class RandomBases:
         """What a product of the stored A and B lacks: z for ternary bases, which are stored as -1, 0, +1; else 1."""
         return 1.0 if self.sparsity is None or self.prng != "philox" else self.sparsity
 
-    def tensors(
-        self, dtype: torch.dtype | None = None, device: torch.device | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def tensors(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """The stored A and B (see :attr:`scale`), one shared copy per dtype and device. Not to be written to."""
         key = dtype or self.dtype, _canonical(device or self.device)
         _make_sure(self._handle, *key)
@@ -180,9 +178,7 @@ class RandomBases:
 
     # ---- identity ----
 
-    def fingerprint(
-        self, max_dim: int | None = None, min_dim: int | None = None, num_bases: int | None = None
-    ) -> str:
+    def fingerprint(self, max_dim: int | None = None, min_dim: int | None = None, num_bases: int | None = None) -> str:
         """SHA-256 (hex) of the definition and of the values, for the whole store or a leading part of it.
 
         The values are generated on ``device`` in blocks and hashed in canonical form (float32, or int8 for ternary
@@ -201,9 +197,7 @@ class RandomBases:
     # ---- generation ----
 
     def fill(self, out: Tensor, stream: int, offsets: tuple[int, int, int]) -> Tensor:
-        seed = (
-            self.seed - 2**64 if self.seed >= 2**63 else self.seed
-        )  # op schemas carry signed 64-bit integers
+        seed = self.seed - 2**64 if self.seed >= 2**63 else self.seed  # op schemas carry signed 64-bit integers
         torch.ops.randlora.fill_bases_(out, seed, stream, offsets, self.sparsity)
         return out
 
@@ -213,9 +207,7 @@ class RandomBases:
             return tuple(t.to(device=device, dtype=dtype) for t in self.given)
         if self.prng != "philox":
             half = torch.bfloat16 if self.prng == "peft" else torch.float16
-            A, B = peft_prng.draw(
-                self.max_dim, self.min_dim, self.num_bases, self.r, self.seed, self.sparsity, half
-            )
+            A, B = peft_prng.draw(self.max_dim, self.min_dim, self.num_bases, self.r, self.seed, self.sparsity, half)
             return A.to(device=device, dtype=dtype), B.to(device=device, dtype=dtype)
         A = torch.empty((self.r, 1, self.min_dim), dtype=dtype, device=device)
         B = torch.empty((self.max_dim, self.num_bases, self.r), dtype=dtype, device=device)
@@ -230,9 +222,7 @@ class RandomBases:
         self._held: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
         self._hashes: dict[tuple[int, int, int], str] = {}
         self._lock = threading.Lock()
-        self._handle = (
-            f"bases {next(_handles)}"  # torch.compile can take a string for a constant, not an object
-        )
+        self._handle = f"bases {next(_handles)}"  # torch.compile can take a string for a constant, not an object
         _by_handle[self._handle] = self
         if self.given is not None:
             self._held[self.given[0].dtype, _canonical(self.given[0].device)] = self.given

@@ -23,9 +23,7 @@ def sha256(bases: RandomBases, max_dim: int, min_dim: int, num_bases: int) -> st
     Canonical bytes: float32, or int8 -1/0/+1 for ternary bases; little endian, C order, A before B. Philox values are
     generated anew on the store's device, so that the hash vouches for the generator that the layers use.
     """
-    digest = hashlib.sha256(
-        json.dumps(_definition(bases, max_dim, min_dim, num_bases), sort_keys=True).encode()
-    )
+    digest = hashlib.sha256(json.dumps(_definition(bases, max_dim, min_dim, num_bases), sort_keys=True).encode())
     for block in _blocks(bases, max_dim, min_dim, num_bases):
         block = block.contiguous().cpu()
         digest.update((ctypes.c_char * block.nbytes).from_address(block.data_ptr()))

@@ -132,9 +132,7 @@ def add_update(
 ) -> Tensor:
     """``result + dropout(x) dW^T`` in the dtype of `result [..., out]`, for `x [..., in]`; dropout 0 means none."""
     in_features, out_features = x.shape[-1], result.shape[-1]
-    S2, B2 = flat_bases(
-        A, B, randlora_lambda, randlora_gamma, scaling, in_features, out_features, result.dtype
-    )
+    S2, B2 = flat_bases(A, B, randlora_lambda, randlora_gamma, scaling, in_features, out_features, result.dtype)
     x = F.dropout(x, dropout, training=dropout > 0).to(result.dtype)
     first, second = (S2.T, B2.T) if in_features <= out_features else (B2, S2)
     hidden = x.reshape(-1, in_features) @ first

@@ -95,12 +95,8 @@ class RandLoraLayer:
         self.r[adapter_name], self.num_bases[adapter_name], self.bases[adapter_name] = r, n, bases
         self.randlora_alpha[adapter_name], self.scaling[adapter_name] = alpha, alpha / r
         self.randlora_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.randlora_lambda[adapter_name] = nn.Parameter(
-            torch.randn(r, n, dtype=dtype, device=weight.device)
-        )
-        self.randlora_gamma[adapter_name] = nn.Parameter(
-            torch.full((n, m), 1 / M, dtype=dtype, device=weight.device)
-        )
+        self.randlora_lambda[adapter_name] = nn.Parameter(torch.randn(r, n, dtype=dtype, device=weight.device))
+        self.randlora_gamma[adapter_name] = nn.Parameter(torch.full((n, m), 1 / M, dtype=dtype, device=weight.device))
         if init_weights:
             self.reset_randlora_parameters(adapter_name)
         self.set_adapter(self._active_adapters or [adapter_name])
@@ -110,8 +106,7 @@ class RandLoraLayer:
     ) -> RandomBases:
         if (A is None) != (B is None):
             raise ValueError(
-                "randlora_A and randlora_B must be given together, got only randlora_"
-                + ("B" if A is None else "A")
+                "randlora_A and randlora_B must be given together, got only randlora_" + ("B" if A is None else "A")
             )
         if A is not None and bases is not None:
             raise ValueError("give either randlora_A and randlora_B or bases, not both")
@@ -128,7 +123,7 @@ class RandLoraLayer:
         return bases
 
     def reset_randlora_parameters(self, adapter_name: str) -> None:
-        """Standard initialisation (PEFT's): lambda zero, gamma ``1 / max(num_bases, min_dim)``, so the update is zero."""
+        """PEFT's initialisation: lambda zero and gamma ``1 / max(num_bases, min_dim)``, so that the update is zero."""
         self._check_adapter(adapter_name)
         with torch.no_grad():
             self.randlora_lambda[adapter_name].zero_()
@@ -183,7 +178,7 @@ class RandLoraLayer:
                 parameter.requires_grad_(name in names and not inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters on or off. Off: they are also frozen, and merged ones leave the weight at the next call."""
+        """Switch all adapters on or off. Off: they are frozen, and merged ones leave the weight at the next call."""
         self._disable_adapters = not enabled
         self.set_adapter(self._active_adapters, inference_mode=not enabled)
 
@@ -208,9 +203,7 @@ class RandLoraLayer:
         scaled base. fp32 (fp64 for fp64 parameters), on `device` or that of the parameters.
         """
         self._check_adapter(adapter)
-        S2, B2 = flat_bases(
-            *self._update_arguments(adapter, 1.0, device), self.in_features, self.out_features
-        )
+        S2, B2 = flat_bases(*self._update_arguments(adapter, 1.0, device), self.in_features, self.out_features)
         return (S2, B2) if self.in_features <= self.out_features else (B2.T, S2.T)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -259,9 +252,7 @@ class RandLoraLayer:
             merged = sum((self.get_delta_weight(name).to(weight.device) for name in names), start=weight)
             merged = merged.to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(
-                    f"merging {', '.join(names)} gives NaN or infinity in the weight; nothing was changed"
-                )
+                raise ValueError(f"merging {', '.join(names)} gives NaN or infinity in the weight; nothing was changed")
             if self._unmerged_weight is None:
                 self._unmerged_weight = weight.detach().clone()
             weight.copy_(merged)
@@ -308,7 +299,5 @@ def _of_adapter(name: str, tensors: Tensor | Mapping[str, Tensor], adapter_name:
     if isinstance(tensors, Tensor):
         return tensors
     if adapter_name not in tensors:
-        raise ValueError(
-            f"{name} has no entry for adapter {adapter_name!r}; it has: {', '.join(tensors) or 'none'}"
-        )
+        raise ValueError(f"{name} has no entry for adapter {adapter_name!r}; it has: {', '.join(tensors) or 'none'}")
     return tensors[adapter_name]

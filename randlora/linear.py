@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from .bases import RandomBases
@@ -120,7 +119,6 @@ class Linear(nn.Linear, RandLoraLayer):
             state.append(f"merged={self.merged_adapters}")
         if self.disable_adapters:
             state.append("disabled")
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, {', '.join(state)}\n"
-            + "\n".join(adapters)
+        return f"in_features={self.in_features}, out_features={self.out_features}, {', '.join(state)}\n" + "\n".join(
+            adapters
         )

@@ -131,9 +131,7 @@ class UniqueBaseGrad(torch.autograd.Function):
 class _UniqueBaseBackward(torch.autograd.Function):
     @staticmethod
     def forward(grad, A, randlora_lambda, randlora_gamma, scale, need_lambda, need_gamma):
-        return _ops.unique_base_backward(
-            grad, A, randlora_lambda, randlora_gamma, scale, need_lambda, need_gamma
-        )
+        return _ops.unique_base_backward(grad, A, randlora_lambda, randlora_gamma, scale, need_lambda, need_gamma)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -141,9 +139,7 @@ class _UniqueBaseBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, v_lambda, v_gamma):
-        return _unique_base_second_gradients(
-            ctx, v_lambda, v_gamma, UniqueBaseGrad.apply, _UniqueBaseBackward.apply
-        )
+        return _unique_base_second_gradients(ctx, v_lambda, v_gamma, UniqueBaseGrad.apply, _UniqueBaseBackward.apply)
 
     @staticmethod
     def vmap(info, in_dims, *args):

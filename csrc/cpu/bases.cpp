@@ -58,7 +58,8 @@ struct FillRows {
           words[4 * l + 3] = w.v[3];
         }
         const bool full = t + kQuads <= total;
-        const bool one_row = s.start2 % 4 == 0 && x1[0] == x1[kQuads - 1] && 4 * int64_t(quad[kQuads - 1]) + 4 <= s.size2;
+        const bool one_row =
+            s.start2 % 4 == 0 && x1[0] == x1[kQuads - 1] && 4 * int64_t(quad[kQuads - 1]) + 4 <= s.size2;
         if (full && (rows_touch || one_row)) {
           store_batch(row0 + x1[0] * s.stride1 + 4 * int64_t(quad[0]), words, element);
         } else {

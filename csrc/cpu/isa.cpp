@@ -25,9 +25,8 @@ Isa choose() {
   const char* wish = std::getenv("RANDLORA_CPU_CAPABILITY");
   if (wish == nullptr || *wish == '\0') return best;
   const std::string_view name(wish);
-  TORCH_CHECK_VALUE(
-      name == "portable" || name == "avx2" || name == "avx512",
-      "RANDLORA_CPU_CAPABILITY must be portable, avx2 or avx512, got \"", wish, "\"");
+  TORCH_CHECK_VALUE(name == "portable" || name == "avx2" || name == "avx512",
+                    "RANDLORA_CPU_CAPABILITY must be portable, avx2 or avx512, got \"", wish, "\"");
   const Isa asked = name == "portable" ? Isa::portable : name == "avx2" ? Isa::avx2 : Isa::avx512;
   return std::min(asked, best);
 }

@@ -16,10 +16,10 @@
 namespace randlora::cpu {
 namespace {
 
-constexpr int64_t kTile = 1024;    // columns j of a task: a tile of gamma and its gradient stay in L1
-constexpr int64_t kRowBlock = 32;  // rows k of A packed together: 128 KB of fp32, in L2
-constexpr int64_t kBaseChunk = 16; // bases i of a task, over which packing A is spread
-constexpr int kUnroll = 4;         // rows k in flight at once in the backward
+constexpr int64_t kTile = 1024;     // columns j of a task: a tile of gamma and its gradient stay in L1
+constexpr int64_t kRowBlock = 32;   // rows k of A packed together: 128 KB of fp32, in L2
+constexpr int64_t kBaseChunk = 16;  // bases i of a task, over which packing A is spread
+constexpr int kUnroll = 4;          // rows k in flight at once in the backward
 
 // rows x cols of storage T, any strides, to contiguous accumulators [rows, cols].
 template <class T, class Acc>
@@ -87,7 +87,7 @@ template <class T>
 void forward(const at::Tensor& out, const at::Tensor& A, const at::Tensor& lambda, const at::Tensor& gamma,
              double scale, UniqueBaseShape s) {
   using Acc = acc_t<T>;
-  T* const out_data = out.mutable_data_ptr<T>();         // [r, n, m]
+  T* const out_data = out.mutable_data_ptr<T>();          // [r, n, m]
   const Acc* lambda_data = lambda.const_data_ptr<Acc>();  // [r, n]
   const Acc* gamma_data = gamma.const_data_ptr<Acc>();    // [n, m]
   const int64_t tiles = divide_up(s.m, kTile), chunks = divide_up(s.n, kBaseChunk);
@@ -97,8 +97,8 @@ void forward(const at::Tensor& out, const at::Tensor& A, const at::Tensor& lambd
       const int64_t k = task / (chunks * tiles), i = task / tiles % chunks * kBaseChunk, j = task % tiles * kTile;
       const int64_t width = std::min(kTile, s.m - j), count = std::min(kBaseChunk, s.n - i);
       const Rows<Acc> a = rows_of<Acc>(A, k * A.stride(0) + j * A.stride(2), 1, width, 0, A.stride(2), buffer);
-      run<ScaleRows<T>>(out_data + (k * s.n + i) * s.m + j, a.data, lambda_data + k * s.n + i,
-                        gamma_data + i * s.m + j, Acc(scale), count, width, s.m);
+      run<ScaleRows<T>>(out_data + (k * s.n + i) * s.m + j, a.data, lambda_data + k * s.n + i, gamma_data + i * s.m + j,
+                        Acc(scale), count, width, s.m);
     }
   });
 }
@@ -140,12 +140,11 @@ template <class T>
 struct ReduceRows {
   using Acc = acc_t<T>;
   static RANDLORA_INLINE void run(const T* grad, int64_t grad_stride, const Rows<Acc>& a, const Acc* lambda,
-                                  const Acc* gamma, Acc* dgamma, Acc* dlambda, int64_t n, int64_t rows,
-                                  int64_t width) {
+                                  const Acc* gamma, Acc* dgamma, Acc* dlambda, int64_t n, int64_t rows, int64_t width) {
     int64_t k = 0;
     for (; k + kUnroll <= rows; k += kUnroll)
-      reduce_rows<T, kUnroll>(grad + k * grad_stride, grad_stride, {a.data + k * a.stride, a.stride}, lambda + k * n,
-                              n, gamma, dgamma, dlambda + k * n, n, width);
+      reduce_rows<T, kUnroll>(grad + k * grad_stride, grad_stride, {a.data + k * a.stride, a.stride}, lambda + k * n, n,
+                              gamma, dgamma, dlambda + k * n, n, width);
     for (; k < rows; ++k)
       reduce_rows<T, 1>(grad + k * grad_stride, 0, {a.data + k * a.stride, 0}, lambda + k * n, 0, gamma, dgamma,
                         dlambda + k * n, 0, width);
@@ -175,8 +174,8 @@ void backward(const at::Tensor& grad, const at::Tensor& A, const at::Tensor& lam
       for (int64_t i = i_begin; i < i_end; ++i) std::fill_n(dgamma_data + i * s.m + j, width, Acc(0));
       for (int64_t k = 0; k < s.r; k += kRowBlock) {
         const int64_t rows = std::min(kRowBlock, s.r - k);
-        const Rows<Acc> a = rows_of<Acc>(A, k * A.stride(0) + j * A.stride(2), rows, width, A.stride(0), A.stride(2),
-                                         a_buffer.get());
+        const Rows<Acc> a =
+            rows_of<Acc>(A, k * A.stride(0) + j * A.stride(2), rows, width, A.stride(0), A.stride(2), a_buffer.get());
         for (int64_t i = i_begin; i < i_end; ++i) {
           const T* g = grad_data + k * grad.stride(0) + i * grad.stride(1) + j * grad.stride(2);
           int64_t g_stride = grad.stride(0);
@@ -211,16 +210,17 @@ at::Tensor unique_base(const at::Tensor& A, const at::Tensor& lambda, const at::
   const at::ScalarType result = unique_base_dtype(A, lambda, gamma, dtype);
   const at::ScalarType acc = accumulate_type(A, lambda, gamma, result);
   // Kernels write fp64 for fp64 arithmetic; a narrower result of fp64 inputs is rounded afterwards.
-  const at::Tensor out =
-      advise_large(at::empty({s.r, s.n, s.m}, A.options().dtype(acc == at::kDouble ? acc : result)));
+  const at::Tensor out = advise_large(at::empty({s.r, s.n, s.m}, A.options().dtype(acc == at::kDouble ? acc : result)));
   const at::Tensor lambda_acc = lambda.to(acc).contiguous(), gamma_acc = gamma.to(acc).contiguous();
-  with_storage_type(out.scalar_type(), [&](auto t) { forward<decltype(t)>(out, A, lambda_acc, gamma_acc, scale, s); });
+  with_storage_type(out.scalar_type(), [&](auto t) {
+    forward<decltype(t)>(out, A, lambda_acc, gamma_acc, scale, s);
+  });
   return out.to(result);
 }
 
 std::tuple<at::Tensor, at::Tensor> unique_base_backward(const at::Tensor& grad, const at::Tensor& A,
-                                                        const at::Tensor& lambda, const at::Tensor& gamma,
-                                                        double scale, bool need_lambda, bool need_gamma) {
+                                                        const at::Tensor& lambda, const at::Tensor& gamma, double scale,
+                                                        bool need_lambda, bool need_gamma) {
   const UniqueBaseShape s = check_unique_base(A, lambda, gamma);
   check_unique_base_grad(grad, A, s);
   const at::ScalarType acc = accumulate_type(A, lambda, gamma, grad.scalar_type());
@@ -232,7 +232,9 @@ std::tuple<at::Tensor, at::Tensor> unique_base_backward(const at::Tensor& grad, 
   with_storage_type(grad_acc.scalar_type(), [&](auto t) {
     backward<decltype(t)>(grad_acc, A, lambda_acc, gamma_acc, partial, dgamma, s);
   });
-  const auto none = [&](const at::Tensor& like) { return at::empty({0}, like.options()); };
+  const auto none = [&](const at::Tensor& like) {
+    return at::empty({0}, like.options());
+  };
   return {need_lambda ? partial.sum(0).mul_(scale).to(lambda.scalar_type()) : none(lambda),
           need_gamma ? dgamma.to(gamma.scalar_type()) : none(gamma)};
 }

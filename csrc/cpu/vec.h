@@ -59,9 +59,7 @@ RANDLORA_INLINE To bits_of(From v) {
 
 // ---- 16-bit floats, exactly as c10 rounds them (nearest even, NaN stays NaN), without branches ----
 
-RANDLORA_INLINE F32x16 widen_bf16(U16x16 h) {
-  return bits_of<F32x16>(__builtin_convertvector(h, U32x16) << 16);
-}
+RANDLORA_INLINE F32x16 widen_bf16(U16x16 h) { return bits_of<F32x16>(__builtin_convertvector(h, U32x16) << 16); }
 
 RANDLORA_INLINE U16x16 narrow_bf16(F32x16 f) {
   const U32x16 w = bits_of<U32x16>(f);

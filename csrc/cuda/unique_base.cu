@@ -68,8 +68,9 @@ struct Gradient {
 
 template <class T, class TA>
 __global__ void __launch_bounds__(32 * kWarps)
-    backward_kernel(Gradient<T> grad, BaseA<TA> a, Factors<acc_t<T>> f, acc_t<T>* __restrict__ partial /* [tiles, n, r] */,
-                    acc_t<T>* __restrict__ dgamma /* [n, m] */, int64_t tiles, bool gamma_vector) {
+    backward_kernel(Gradient<T> grad, BaseA<TA> a, Factors<acc_t<T>> f,
+                    acc_t<T>* __restrict__ partial /* [tiles, n, r] */, acc_t<T>* __restrict__ dgamma /* [n, m] */,
+                    int64_t tiles, bool gamma_vector) {
   using Acc = acc_t<T>;
   constexpr int N = kVec<T>;
   constexpr int kTile = 32 * N;
@@ -168,8 +169,8 @@ at::Tensor unique_base(const at::Tensor& A, const at::Tensor& lambda, const at::
     using Acc = acc_t<T>;
     constexpr int N = kVec<T>;
     const int64_t tiles = divide_up(s.m, kThreads * N);
-    const Factors<Acc> factors{lambda_acc.const_data_ptr<Acc>(), gamma_acc.const_data_ptr<Acc>(), Acc(scale),
-                               s.r, s.n, s.m};
+    const Factors<Acc> factors{
+        lambda_acc.const_data_ptr<Acc>(), gamma_acc.const_data_ptr<Acc>(), Acc(scale), s.r, s.n, s.m};
     forward_kernel<T, TA>
         <<<unsigned(tiles * s.n * divide_up(s.r, kRowsPerThread)), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
             out.mutable_data_ptr<T>(), base_of<T, TA, N>(base), factors, tiles,
@@ -180,8 +181,8 @@ at::Tensor unique_base(const at::Tensor& A, const at::Tensor& lambda, const at::
 }
 
 std::tuple<at::Tensor, at::Tensor> unique_base_backward(const at::Tensor& grad, const at::Tensor& A,
-                                                        const at::Tensor& lambda, const at::Tensor& gamma,
-                                                        double scale, bool need_lambda, bool need_gamma) {
+                                                        const at::Tensor& lambda, const at::Tensor& gamma, double scale,
+                                                        bool need_lambda, bool need_gamma) {
   const UniqueBaseShape s = check_unique_base(A, lambda, gamma);
   check_unique_base_grad(grad, A, s);
   const at::ScalarType acc = accumulate_type(A, lambda, gamma, grad.scalar_type());
@@ -201,8 +202,8 @@ std::tuple<at::Tensor, at::Tensor> unique_base_backward(const at::Tensor& grad, 
     const at::Tensor partial = at::empty({tiles, s.n, s.r}, options);
     const Gradient<T> gradient{big.const_data_ptr<T>(), big.stride(0), big.stride(1),
                                can_pack<T, N>(big.const_data_ptr(), {big.stride(0), big.stride(1)})};
-    const Factors<Acc> factors{lambda_acc.const_data_ptr<Acc>(), gamma_acc.const_data_ptr<Acc>(), Acc(scale),
-                               s.r, s.n, s.m};
+    const Factors<Acc> factors{
+        lambda_acc.const_data_ptr<Acc>(), gamma_acc.const_data_ptr<Acc>(), Acc(scale), s.r, s.n, s.m};
     const auto stream = c10::cuda::getCurrentCUDAStream();
     backward_kernel<T, TA><<<unsigned(tiles * s.n), dim3(32, kWarps), 0, stream>>>(
         gradient, base_of<T, TA, N>(base), factors, partial.mutable_data_ptr<Acc>(), dgamma.mutable_data_ptr<Acc>(),
@@ -212,7 +213,9 @@ std::tuple<at::Tensor, at::Tensor> unique_base_backward(const at::Tensor& grad, 
         partial.const_data_ptr<Acc>(), dlambda.mutable_data_ptr<Acc>(), tiles, s.n, s.r, Acc(scale));
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
-  const auto none = [&](const at::Tensor& like) { return at::empty({0}, like.options()); };
+  const auto none = [&](const at::Tensor& like) {
+    return at::empty({0}, like.options());
+  };
   return {need_lambda ? dlambda.to(lambda.scalar_type()) : none(lambda),
           need_gamma ? dgamma.to(gamma.scalar_type()) : none(gamma)};
 }
