@@ -282,7 +282,8 @@ def _make_sure(handle: str, dtype: torch.dtype, device: torch.device) -> bool:
     """Generates the copy of these bases if there is none: at trace time under torch.compile, never in its graph."""
     bases = _by_handle[handle]
     if (dtype, device) not in bases._held:
-        with bases._lock, torch.no_grad():
+        # Made under inference_mode, the shared tensors could never be used for training.
+        with bases._lock, torch.inference_mode(False), torch.no_grad():
             if (dtype, device) not in bases._held:
                 bases._held[dtype, device] = bases.draw(dtype, device)
     return True
