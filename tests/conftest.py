@@ -1,0 +1,30 @@
+"""Settings that every test shares."""
+
+import pytest
+import torch
+
+import randlora
+
+
+def _why_no_cuda():
+    """The reason why tests marked `cuda` cannot run here, or None."""
+    if not torch.cuda.is_available():
+        return f"no CUDA device is visible to torch {torch.__version__}"
+    if not randlora.build_info()["cuda"]:
+        return "a CUDA device is there, but this randlora was built without CUDA (see RANDLORA_CUDA in setup.py)"
+    return None
+
+
+def pytest_report_header(config):
+    info = ", ".join(f"{key} {value}" for key, value in randlora.build_info().items())
+    return [f"randlora: {randlora.__file__}", f"built with: {info}"]
+
+
+def pytest_collection_modifyitems(config, items):
+    reason = _why_no_cuda()
+    if reason is None:
+        return
+    skip = pytest.mark.skip(reason=reason)
+    for item in items:
+        if "cuda" in item.keywords:
+            item.add_marker(skip)
