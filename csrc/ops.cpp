@@ -1,5 +1,8 @@
 // The schemas of torch.ops.randlora.*. Implementations stand at the end of cpu/<op>.cpp and cuda/<op>.cu; fake kernels,
 // autograd and vmap in randlora/ops.py.
+#include "ops.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 TORCH_LIBRARY(randlora, m) {
@@ -13,4 +16,48 @@ TORCH_LIBRARY(randlora, m) {
   m.def(
       "unique_base_backward(Tensor grad, Tensor A, Tensor randlora_lambda, Tensor randlora_gamma, float scale=1.0,"
       " bool need_lambda=True, bool need_gamma=True) -> (Tensor, Tensor)");
+
+  // x with elements dropped by a mask that depends on (seed, p) and their position only, see dropout.h.
+  m.def("dropout(Tensor x, Tensor seed, float p) -> Tensor");
+
+  // A whole layer, see linear.h.
+  m.def(
+      "linear(Tensor x, Tensor? weight, Tensor? bias, Tensor A, Tensor B, Tensor randlora_lambda,"
+      " Tensor randlora_gamma, int out_features, float scale, ScalarType dtype, str strategy, float dropout,"
+      " Tensor? seed, bool weight_is_transposed, int workspace) -> Tensor");
+  m.def(
+      "linear_backward(Tensor grad, Tensor x, Tensor? weight, Tensor A, Tensor B, Tensor randlora_lambda,"
+      " Tensor randlora_gamma, float scale, ScalarType dtype, str strategy, float dropout, Tensor? seed,"
+      " bool weight_is_transposed, int workspace, bool need_x, bool need_lambda, bool need_gamma)"
+      " -> (Tensor, Tensor, Tensor)");
 }
+
+namespace randlora {
+namespace {
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+}  // namespace
+
+at::Tensor unique_base(const at::Tensor& A, const at::Tensor& lambda, const at::Tensor& gamma, double scale,
+                       std::optional<at::ScalarType> dtype) {
+  static const auto op = find<decltype(unique_base)>("randlora::unique_base");
+  return op.call(A, lambda, gamma, scale, dtype);
+}
+
+std::tuple<at::Tensor, at::Tensor> unique_base_backward(const at::Tensor& grad, const at::Tensor& A,
+                                                        const at::Tensor& lambda, const at::Tensor& gamma, double scale,
+                                                        bool need_lambda, bool need_gamma) {
+  static const auto op = find<decltype(unique_base_backward)>("randlora::unique_base_backward");
+  return op.call(grad, A, lambda, gamma, scale, need_lambda, need_gamma);
+}
+
+at::Tensor dropout(const at::Tensor& x, const at::Tensor& seed, double p) {
+  static const auto op = find<decltype(dropout)>("randlora::dropout");
+  return op.call(x, seed, p);
+}
+
+}  // namespace randlora

@@ -6,13 +6,24 @@ _C = _load.load()  # registers torch.ops.randlora, or says what is missing
 
 from . import functional  # noqa: E402
 from .bases import RandomBases  # noqa: E402
+from .cache import inference_cache  # noqa: E402
 from .layer import RandLoraLayer  # noqa: E402
 from .linear import Linear  # noqa: E402
 from .ops import UniqueBaseGrad  # noqa: E402
+from .planner import explain  # noqa: E402
 
 __version__ = _C.build_info()["version"]
 
-__all__ = ["Linear", "RandLoraLayer", "RandomBases", "UniqueBaseGrad", "build_info", "functional"]
+__all__ = [
+    "Linear",
+    "RandLoraLayer",
+    "RandomBases",
+    "UniqueBaseGrad",
+    "build_info",
+    "explain",
+    "functional",
+    "inference_cache",
+]
 
 
 def build_info() -> dict[str, str]:

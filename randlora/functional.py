@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import planner
+from .linear_op import Linear as LinearOp
 from .ops import UniqueBaseGrad
 
 
@@ -95,7 +97,7 @@ def delta_weight(
 
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     A: Tensor,
     B: Tensor,
@@ -104,37 +106,73 @@ def linear(
     scaling: float,
     dropout: float = 0.0,
     training: bool = True,
+    *,
+    strategy: str = "auto",
+    out_features: int | None = None,
+    weight_is_transposed: bool = False,
+    workspace: int = 0,
+    seed: Tensor | None = None,
 ) -> Tensor:
-    """``y = x W^T + bias + dropout(x) dW^T``: a linear layer with its RandLoRA update.
+    """``y = x W^T + bias + dropout(x) dW^T``: a linear layer with its RandLoRA update, as one op.
+
+    For backward it keeps `x` as it is (no cast copy) and references to the other tensors; the rest is rebuilt. It can
+    be differentiated once, in `x`, `bias`, `randlora_lambda` and `randlora_gamma`; a weight that requires a gradient
+    goes through ``torch.nn.functional.linear`` beside the op.
 
     Args:
-        x: ``[..., in]``. weight: ``[out, in]``. bias: ``[out]`` or None.
+        x: ``[..., in]``.
+        weight: ``[out, in]`` (``[in, out]`` with `weight_is_transposed`, as in transformers' ``Conv1D``), or None for
+            the update alone, which needs `out_features`.
+        bias: ``[out]`` or None.
         A, B, randlora_lambda, randlora_gamma, scaling: as for :func:`flat_bases`.
-        dropout: probability, applied to the update's input only while `training`.
+        dropout: probability, applied to the update's input only while `training`. The mask follows from `seed`
+            (``[1]`` int64; default: drawn from torch's generator of x's device) and the element's position; it is drawn
+            again in backward, not kept.
+        strategy: ``"auto"`` (see :mod:`randlora.planner`), ``"factored"``, ``"materialized"`` or ``"merged"``. Merged
+            needs the weight and no dropout; in 16 bits it rounds away updates below half a unit in the last place of W.
+        workspace: bytes that temporaries may take, 0 for no limit. Below what a strategy takes at once it works in
+            groups of bases: more, smaller products.
 
     Returns:
-        ``[..., out]`` in the dtype that ``torch.nn.functional.linear`` gives (autocast included); the update is
-        computed in that dtype, whatever that of lambda and gamma.
+        ``[..., out]`` in the dtype that ``torch.nn.functional.linear`` gives (autocast included); products are in that
+        dtype with fp32 accumulation, and the gradient of the scaled base is fp32 until it is reduced.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit.
     """
-    result = F.linear(x, weight, bias)
-    return add_update(result, x, A, B, randlora_lambda, randlora_gamma, scaling, dropout if training else 0.0)
+    if x.dim() == 0:
+        raise ValueError("x must have shape [..., in], got a tensor without dimensions")
+    if weight is not None:
+        out_features = weight.shape[1 if weight_is_transposed else 0] if weight.dim() == 2 else -1
+    elif out_features is None:
+        raise ValueError("without a weight, out_features must be given")
+    dtype = compute_dtype(x)
+    if weight is not None and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"x and weight must have the same dtype, got {x.dtype} and {weight.dtype}")
+    p = dropout if training else 0.0
+    if p > 0 and seed is None:
+        seed = torch.randint(0, 2**63 - 1, (1,), device=x.device)
+    ordinary = None
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        ordinary = F.linear(x, weight.t() if weight_is_transposed else weight, bias)
+        weight = bias = None
+    if strategy == "auto":
+        grad = torch.is_grad_enabled()
+        strategy = planner.choose(
+            x.numel() // x.shape[-1], x.shape[-1], out_features, randlora_lambda.shape[-1], randlora_lambda.shape[0],
+            dtype, None if weight is None else weight.dtype, x.device.type, dropout=p > 0,
+            need_x=grad and x.requires_grad,
+            need_parameters=grad and (randlora_lambda.requires_grad or randlora_gamma.requires_grad),
+        )  # fmt: skip
+    y = LinearOp.apply(
+        x, weight, bias, A, B, randlora_lambda, randlora_gamma, out_features, scaling, dtype, strategy, p,
+        seed if p > 0 else None, weight_is_transposed, workspace,
+    )  # fmt: skip
+    return y if ordinary is None else ordinary + y
 
 
-def add_update(
-    result: Tensor,
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    randlora_lambda: Tensor,
-    randlora_gamma: Tensor,
-    scaling: float,
-    dropout: float = 0.0,
-) -> Tensor:
-    """``result + dropout(x) dW^T`` in the dtype of `result [..., out]`, for `x [..., in]`; dropout 0 means none."""
-    in_features, out_features = x.shape[-1], result.shape[-1]
-    S2, B2 = flat_bases(A, B, randlora_lambda, randlora_gamma, scaling, in_features, out_features, result.dtype)
-    x = F.dropout(x, dropout, training=dropout > 0).to(result.dtype)
-    first, second = (S2.T, B2.T) if in_features <= out_features else (B2, S2)
-    hidden = x.reshape(-1, in_features) @ first
-    # One accumulating product: the sum is rounded once, and no pass over the output is spent on adding.
-    return torch.addmm(result.reshape(-1, out_features), hidden, second).view(result.shape)
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which ``torch.nn.functional.linear`` would compute with `x`: its own, or autocast's."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype

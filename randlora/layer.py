@@ -27,6 +27,8 @@ class RandLoraLayer:
         randlora_A, randlora_B: the bases in unit variance, read-only, not part of the state dict.
         bases: the :class:`~randlora.RandomBases` behind them.
         r, num_bases, randlora_alpha, scaling (alpha / r), randlora_dropout: settings.
+
+    ``fan_in_fan_out`` says that the base weight is ``[in, out]``, as in transformers' ``Conv1D``.
     """
 
     adapter_layer_names = ("randlora_lambda", "randlora_gamma")
@@ -40,9 +42,12 @@ class RandLoraLayer:
         "scaling",
     )
 
-    def _init_randlora(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
+    def _init_randlora(
+        self, base_layer: nn.Module, in_features: int, out_features: int, fan_in_fan_out: bool = False
+    ) -> None:
         self.base_layer = base_layer
         self.in_features, self.out_features = in_features, out_features
+        self.fan_in_fan_out = fan_in_fan_out
         self.r: dict[str, int] = {}
         self.num_bases: dict[str, int] = {}
         self.randlora_alpha: dict[str, float] = {}
@@ -207,10 +212,14 @@ class RandLoraLayer:
         return (S2, B2) if self.in_features <= self.out_features else (B2.T, S2.T)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """``dW [out, in]`` of one adapter in fp32 (fp64 for fp64 parameters), whatever the weight's dtype."""
+        """``dW`` of one adapter in the weight's layout (``[out, in]``, or ``[in, out]`` where `fan_in_fan_out`).
+
+        fp32 (fp64 for fp64 parameters), whatever the weight's dtype.
+        """
         self._check_adapter(adapter)
         arguments = self._update_arguments(adapter, self.scaling[adapter])
-        return delta_weight(*arguments, self.in_features, self.out_features)
+        update = delta_weight(*arguments, self.in_features, self.out_features)
+        return update.T if self.fan_in_fan_out else update
 
     def _update_arguments(self, adapter: str, scaling: float, device: torch.device | None = None) -> tuple:
         lam, gamma = self.randlora_lambda[adapter], self.randlora_gamma[adapter]

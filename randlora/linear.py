@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .bases import RandomBases
-from .functional import add_update
+from .cache import UpdateCache
+from .functional import compute_dtype, linear
 from .layer import BaseTensors, RandLoraLayer
+from .planner import STRATEGIES
 
 
 class Linear(nn.Linear, RandLoraLayer):
@@ -15,7 +21,7 @@ class Linear(nn.Linear, RandLoraLayer):
     The base layer is frozen; ``randlora_lambda[adapter_name]`` and ``randlora_gamma[adapter_name]`` are trained.
 
     Args:
-        base_layer: the ``nn.Linear`` to adapt (``weight [out, in]``).
+        base_layer: the ``nn.Linear`` to adapt (``weight [out, in]``), or a transformers ``Conv1D`` (``[in, out]``).
         adapter_name: name of the first adapter; more come with :meth:`update_layer`.
         randlora_A, randlora_B: bases ``[r, 1, >= min_dim]`` and ``[>= max_dim, >= num_bases, r]``, or mappings from
             adapter name to them, such as PEFT's ``BufferDict``.
@@ -28,6 +34,13 @@ class Linear(nn.Linear, RandLoraLayer):
             its bases from a process-wide store (dense, seed 0) that grows on demand, so layers share memory.
         num_bases: number n of bases; default ``ceil(min_dim / r)``, which makes the update full-rank. Fewer are
             cheaper and give rank ``n * r``.
+
+        strategy: how to compute the update: ``"factored"``, ``"materialized"``, ``"merged"``, or ``"auto"``, which
+            takes the cheapest exact one per call (:func:`randlora.explain` shows it). Can be changed later.
+
+    Attribute ``workspace``: bytes that temporaries may take, 0 (default) for no limit; see
+    :func:`randlora.functional.linear`. Under ``no_grad`` in eval mode repeated calls use a cached update
+    (:func:`randlora.inference_cache`).
 
     Parameters are fp32 next to 16-bit weights, otherwise in the weight's dtype. The state dict holds
     ``base_layer.*``, ``randlora_lambda.<adapter>`` and ``randlora_gamma.<adapter>``; never the bases.
@@ -49,13 +62,24 @@ class Linear(nn.Linear, RandLoraLayer):
         *,
         bases: RandomBases | None = None,
         num_bases: int | None = None,
+        strategy: str = "auto",
     ) -> None:
         super(nn.Linear, self).__init__()  # nn.Linear's own would make a second weight
         if isinstance(base_layer, RandLoraLayer):
             raise TypeError("base_layer is adapted already: add an adapter with its update_layer()")
-        if not isinstance(base_layer, nn.Linear):
-            raise TypeError(f"base_layer must be a torch.nn.Linear, got {type(base_layer).__name__}")
-        self._init_randlora(base_layer, base_layer.in_features, base_layer.out_features)
+        if isinstance(base_layer, nn.Linear):
+            features, transposed = (base_layer.in_features, base_layer.out_features), False
+        elif isinstance(base_layer, _conv1d()):
+            features, transposed = tuple(base_layer.weight.shape), True
+        else:
+            raise TypeError(
+                f"base_layer must be a torch.nn.Linear or transformers' Conv1D, got {type(base_layer).__name__}"
+            )
+        if strategy not in ("auto", *STRATEGIES):
+            raise ValueError(f"strategy must be one of auto, {', '.join(STRATEGIES)}, got {strategy!r}")
+        self.strategy, self.workspace = strategy, 0
+        self._cache = UpdateCache()
+        self._init_randlora(base_layer, *features, fan_in_fan_out=transposed)
         self.update_layer(
             adapter_name,
             randlora_A,
@@ -82,25 +106,77 @@ class Linear(nn.Linear, RandLoraLayer):
         """``x [..., in_features]`` to ``[..., out_features]`` in the dtype that the base layer gives."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        result = self.base_layer(x)
-        if self.disable_adapters or self.merged:
-            return result
-        for adapter in self._active_adapters:
-            bases = self.bases[adapter]
-            dropout = self.randlora_dropout[adapter]
-            result = add_update(
-                result,
-                x,
-                *bases.tensors(result.dtype, x.device),
-                self.randlora_lambda[adapter],
-                self.randlora_gamma[adapter],
-                self.scaling[adapter] * bases.scale,
-                dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0,
-            )
+        adapters = self._active_adapters
+        if self.disable_adapters or self.merged or not adapters:
+            return self.base_layer(x)
+        dtype = compute_dtype(x)
+        if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            result = self._cached_forward(x, dtype)
+            if result is not None:
+                return result
+        if self._base_is_plain():
+            result, adapters = self._update(x, dtype, adapters[0], self.weight, self.bias), adapters[1:]
+        else:
+            result = self.base_layer(x)
+        for adapter in adapters:
+            result = result + self._update(x, dtype, adapter, None, None).to(result.dtype)
         return result
+
+    def _update(
+        self, x: Tensor, dtype: torch.dtype, adapter: str, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        bases, dropout = self.bases[adapter], self.randlora_dropout[adapter]
+        strategy = "auto" if self.strategy == "merged" and weight is None else self.strategy
+        return linear(
+            x, weight, bias, *bases.tensors(dtype, x.device), self.randlora_lambda[adapter],
+            self.randlora_gamma[adapter], self.scaling[adapter] * bases.scale,
+            dropout.p if isinstance(dropout, nn.Dropout) else 0.0, self.training,
+            strategy=strategy, out_features=self.out_features, weight_is_transposed=self.fan_in_fan_out,
+            workspace=self.workspace,
+        )  # fmt: skip
+
+    def _base_is_plain(self) -> bool:
+        """Whether the base layer does nothing but its product, so that the op may do it."""
+        base = self.base_layer
+        return type(base) in (nn.Linear, *_conv1d()) and not (base._forward_hooks or base._forward_pre_hooks)
+
+    def _cached_forward(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+        adapters, weight = tuple(self._active_adapters), self.weight
+        exact = dtype in (torch.float32, torch.float64) or self.strategy == "merged"
+        merged = exact and weight.dtype == dtype and self._base_is_plain()
+        sources = (weight, *(p[name] for name in adapters for p in (self.randlora_lambda, self.randlora_gamma)))
+        settings = (
+            merged,
+            dtype,
+            x.device,
+            adapters,
+            *((self.scaling[name], id(self.bases[name])) for name in adapters),
+        )
+
+        def build() -> Tensor:
+            update = sum(self.get_delta_weight(name) for name in adapters)
+            return (weight + update if merged else update).to(dtype)
+
+        cached = self._cache.get(sources, settings, weight.numel() * dtype.itemsize, build)
+        if cached is None:
+            return None
+        if self.fan_in_fan_out:
+            cached = cached.t()
+        if merged:
+            return F.linear(x, cached, self.bias)
+        result = self.base_layer(x)
+        # One accumulating product: the sum is rounded once, and no pass over the output is spent on adding.
+        flat = torch.addmm(result.reshape(-1, self.out_features), x.reshape(-1, self.in_features).to(dtype), cached.t())
+        return flat.view(result.shape)
+
+    def train(self, mode: bool = True):
+        if mode:
+            self._cache.clear()
+        return super().train(mode)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
+        self._cache.clear()
         if self._unmerged_weight is not None:  # travels with the weight, but is no part of the state dict
             self._unmerged_weight = fn(self._unmerged_weight)
         return self
@@ -122,3 +198,9 @@ class Linear(nn.Linear, RandLoraLayer):
         return f"in_features={self.in_features}, out_features={self.out_features}, {', '.join(state)}\n" + "\n".join(
             adapters
         )
+
+
+def _conv1d() -> tuple[type, ...]:
+    """transformers' Conv1D, where transformers is in use at all; importing it here would be slow for those without."""
+    module = sys.modules.get("transformers.pytorch_utils")
+    return () if module is None else (module.Conv1D,)

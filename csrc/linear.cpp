@@ -1,0 +1,292 @@
+// The layer op: three strategies, forward and backward, on any device. The products are ATen's (MKL, oneDNN, cuBLAS),
+// accumulating into their result (beta = 1), so that no pass over the output is spent on adding; the scaled base and
+// its gradient are ours (unique_base.h).
+//
+// With m = min(in, out), M = max(in, out), T tokens, S2 = scale * lambda A gamma [P, m] and B2 [M, P]:
+//   in <= out ("wide")   dW = B2 @ S2        h = x @ S2^T     y = x W^T + h @ B2^T     dS2 = (g @ B2)^T @ x
+//   in >  out ("tall")   dW = S2^T @ B2^T    h = x @ B2       y = x W^T + h @ S2       dS2 = h^T @ g
+// or, through the gradient G = g^T x of dW:  dS2 = B2^T @ G (wide), B2^T @ G^T (tall).
+// Nothing of this is kept between forward and backward: the backward gets the same arguments and rebuilds what it
+// needs.
+#include "linear.h"
+
+#include <algorithm>
+#include <tuple>
+
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/library.h>
+
+#include "ops.h"
+
+namespace randlora {
+namespace {
+
+at::Tensor cast(const at::Tensor& t, at::ScalarType dtype) { return t.scalar_type() == dtype ? t : t.to(dtype); }
+
+// a @ b with an fp32 (fp64) result: what is reduced further must not be rounded to 16 bits first.
+at::Tensor mm_accumulated(const at::Tensor& a, const at::Tensor& b) {
+  if (a.scalar_type() == at::kFloat || a.scalar_type() == at::kDouble) return at::mm(a, b);
+  if (a.is_cuda()) return at::mm(a, b, at::kFloat);
+  return at::mm(a.to(at::kFloat), b.to(at::kFloat));
+}
+
+class Layer {
+ public:
+  explicit Layer(const LayerArguments& a)
+      : a_(a), in_(a.x.size(-1)), out_(a.out_features), wide_(in_ <= out_), m_(std::min(in_, out_)) {
+    r_ = a.lambda.size(0);
+    n_ = a.lambda.size(1);
+    tokens_ = 1;
+    for (int64_t axis = 0; axis + 1 < a.x.dim(); ++axis) tokens_ *= a.x.size(axis);
+    A_ = a.A.narrow(2, 0, m_);
+    B2_ = cast(a.B.narrow(0, 0, std::max(in_, out_)).narrow(1, 0, n_), a.dtype).reshape({std::max(in_, out_), n_ * r_});
+    x_ = cast(a.x, a.dtype).reshape({tokens_, in_});
+    if (a.weight.has_value()) {
+      const at::Tensor w = cast(*a.weight, a.dtype);
+      weight_ = a.weight_is_transposed ? w.t() : w;
+    }
+    rows_ = rows_per_chunk(a, tokens_);
+  }
+
+  at::Tensor forward() const {
+    const std::optional<at::Tensor> bias = a_.bias.has_value() ? std::optional(cast(*a_.bias, a_.dtype)) : std::nullopt;
+    at::Tensor y;
+    if (a_.strategy == Strategy::merged) {
+      y = at::linear(x_, dense_update(weight_), bias);
+    } else {
+      const at::Tensor x = dropped(x_);
+      if (weight_.defined()) y = at::linear(x_, weight_, bias);
+      if (a_.strategy == Strategy::materialized) {
+        accumulate(y, x, dense_update({}).t());
+      } else {
+        for_chunks([&](const at::Tensor& S2, const at::Tensor& B2, int64_t, int64_t) {
+          accumulate(y, wide_ ? x.mm(S2.t()) : x.mm(B2), wide_ ? B2.t() : S2);
+        });
+      }
+    }
+    std::vector<int64_t> shape = a_.x.sizes().vec();
+    shape.back() = out_;
+    return y.view(shape);
+  }
+
+  // Gradients of x (in its dtype), lambda and gamma (in theirs); an empty tensor for what is not needed.
+  std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad, bool need_x, bool need_lambda,
+                                                          bool need_gamma) const {
+    const at::Tensor g = cast(grad, a_.dtype).reshape({tokens_, out_});
+    const bool need_parameters = need_lambda || need_gamma;
+    const at::Tensor x = need_parameters ? dropped(x_) : x_;
+    const bool factored = a_.strategy == Strategy::factored;
+    at::Tensor dx, dx_update;  // apart only where a dropout mask lies between them
+    if (need_x) dx = input_gradient(g);
+    at::Tensor& into = a_.dropout > 0 ? dx_update : dx;
+    if (need_x && a_.strategy == Strategy::materialized) accumulate(into, g, dense_update({}));
+
+    const at::Tensor G = need_parameters && !factored ? weight_gradient(g, x) : at::Tensor();
+    at::Tensor dlambda, dgamma;
+    if (factored || need_parameters) {
+      dlambda = at::empty_like(a_.lambda);
+      for_chunks(
+          [&](const at::Tensor& S2, const at::Tensor& B2, int64_t row, int64_t rows) {
+            at::Tensor dS2;
+            if (factored) {
+              const at::Tensor dh = wide_ ? g.mm(B2) : g.mm(S2.t());
+              if (need_x) accumulate(into, dh, wide_ ? S2 : B2.t());
+              if (need_parameters) dS2 = wide_ ? mm_accumulated(dh.t(), x) : mm_accumulated(x.mm(B2).t(), g);
+            } else {
+              dS2 = mm_accumulated(B2.t(), wide_ ? G : G.t());
+            }
+            if (!need_parameters) return;
+            const auto [dl, dg] =
+                unique_base_backward(dS2.view({rows, n_, m_}), A_.narrow(0, row, rows), a_.lambda.narrow(0, row, rows),
+                                     a_.gamma, a_.scale, need_lambda, need_gamma);
+            if (need_lambda) dlambda.narrow(0, row, rows).copy_(dl);
+            if (need_gamma) dgamma = dgamma.defined() ? dgamma.add_(dg) : dg;
+          },
+          factored);
+    }
+    if (dx_update.defined()) dx.add_(dropped(dx_update));
+    const auto none = [](const at::Tensor& like) {
+      return at::empty({0}, like.options());
+    };
+    return {need_x ? cast(dx, a_.x.scalar_type()).view(a_.x.sizes()) : none(a_.x),
+            need_lambda ? dlambda : none(a_.lambda), need_gamma ? dgamma : none(a_.gamma)};
+  }
+
+ private:
+  // y += a @ b, or y = a @ b where there is no y yet.
+  static void accumulate(at::Tensor& y, const at::Tensor& a, const at::Tensor& b) {
+    if (y.defined())
+      y.addmm_(a, b);
+    else
+      y = at::mm(a, b);
+  }
+
+  at::Tensor dropped(const at::Tensor& t) const { return a_.dropout > 0 ? dropout(t, *a_.seed, a_.dropout) : t; }
+
+  // function(S2 rows, B2 columns, first k, number of k) for one group of rows k of A after the other. Rows k of A are
+  // rows [k * n, ...) of S2 and, by RandLoRA's flattening, the columns of B2 of the same numbers.
+  template <class Function>
+  void for_chunks(const Function& function, bool need_S2 = true) const {
+    for (int64_t row = 0; row < r_; row += rows_) {
+      const int64_t rows = std::min(rows_, r_ - row);
+      at::Tensor S2;
+      if (need_S2)
+        S2 = unique_base(A_.narrow(0, row, rows), a_.lambda.narrow(0, row, rows), a_.gamma, a_.scale, a_.dtype)
+                 .view({rows * n_, m_});
+      function(S2, B2_.narrow(1, row * n_, rows * n_), row, rows);
+    }
+  }
+
+  // dW [out, in], or `weight` + dW.
+  at::Tensor dense_update(const at::Tensor& weight) const {
+    at::Tensor sum;
+    for_chunks([&](const at::Tensor& S2, const at::Tensor& B2, int64_t, int64_t) {
+      const at::Tensor left = wide_ ? B2 : S2.t(), right = wide_ ? S2 : B2.t();
+      if (sum.defined())
+        sum.addmm_(left, right);
+      else
+        sum = weight.defined() ? at::addmm(weight, left, right) : at::mm(left, right);
+    });
+    return sum;
+  }
+
+  // The base layer's part of x's gradient (merged: all of it).
+  at::Tensor input_gradient(const at::Tensor& g) const {
+    if (a_.strategy == Strategy::merged) return g.mm(dense_update(weight_));
+    return weight_.defined() ? g.mm(weight_) : at::Tensor();
+  }
+
+  // G = g^T x [out, in], the gradient of dW.
+  at::Tensor weight_gradient(const at::Tensor& g, const at::Tensor& x) const {
+    // On CUDA 16-bit G keeps the next product on the tensor cores; that product's result, dS2, is fp32.
+    return g.is_cuda() ? at::mm(g.t(), x) : mm_accumulated(g.t(), x);
+  }
+
+  const LayerArguments& a_;
+  int64_t in_, out_;
+  bool wide_;
+  int64_t m_, r_, n_, tokens_, rows_;
+  at::Tensor A_, B2_, x_, weight_;
+};
+
+Strategy parse_strategy(std::string_view name) {
+  if (name == "factored") return Strategy::factored;
+  if (name == "materialized") return Strategy::materialized;
+  TORCH_CHECK_VALUE(name == "merged", "strategy must be factored, materialized or merged, got \"", name, "\"");
+  return Strategy::merged;
+}
+
+// Throws ValueError / TypeError unless the arguments describe one layer.
+void check(const LayerArguments& a) {
+  TORCH_CHECK_VALUE(a.x.dim() >= 1, "x must have shape [..., in], got a tensor without dimensions");
+  const int64_t in = a.x.size(-1), out = a.out_features, m = std::min(in, out), M = std::max(in, out);
+  TORCH_CHECK_VALUE(m >= 1, "in and out features must be at least 1, got ", in, " and ", out);
+  if (a.weight.has_value()) {
+    const at::Tensor& w = *a.weight;
+    const int64_t in_axis = a.weight_is_transposed ? 0 : 1;
+    TORCH_CHECK_VALUE(w.dim() == 2 && w.size(in_axis) == in && w.size(1 - in_axis) == out, "weight must have shape ",
+                      a.weight_is_transposed ? "[in, out]" : "[out, in]", " with in = ", in, " as in x ", a.x.sizes(),
+                      " and out = ", out, ", got ", w.sizes());
+    TORCH_CHECK_VALUE(w.device() == a.x.device(), "weight must be on the device of x, ", a.x.device(), ", got ",
+                      w.device());
+  }
+  TORCH_CHECK_VALUE(!a.bias.has_value() || (a.bias->dim() == 1 && a.bias->size(0) == out && a.weight.has_value()),
+                    "bias must have shape [out] = [", out, "] and come with a weight");
+  TORCH_CHECK_VALUE(a.lambda.dim() == 2 && a.lambda.numel() > 0, "randlora_lambda must have shape [r, n], got ",
+                    a.lambda.sizes());
+  const int64_t r = a.lambda.size(0), n = a.lambda.size(1);
+  TORCH_CHECK_VALUE(a.gamma.dim() == 2 && a.gamma.size(0) == n && a.gamma.size(1) == m,
+                    "randlora_gamma must have shape [n, m] = [", n, ", ", m, "], got ", a.gamma.sizes());
+  TORCH_CHECK_VALUE(a.A.dim() == 3 && a.A.size(0) == r && a.A.size(1) == 1 && a.A.size(2) >= m,
+                    "A must have shape [r, 1, >= m] = [", r, ", 1, >= ", m, "], got ", a.A.sizes());
+  TORCH_CHECK_VALUE(a.B.dim() == 3 && a.B.size(0) >= M && a.B.size(1) >= n && a.B.size(2) == r,
+                    "B must have shape [>= M, >= n, r] = [>= ", M, ", >= ", n, ", ", r, "], got ", a.B.sizes());
+  for (const at::Tensor& t : {a.A, a.B, a.lambda, a.gamma})
+    TORCH_CHECK_VALUE(t.device() == a.x.device(), "bases and parameters must be on the device of x, ", a.x.device(),
+                      ", got ", t.device());
+  TORCH_CHECK_VALUE(a.dropout >= 0 && a.dropout < 1, "dropout must be at least 0 and below 1, got ", a.dropout);
+  TORCH_CHECK_VALUE(a.dropout == 0 || a.seed.has_value(), "dropout needs a seed");
+  TORCH_CHECK_VALUE(a.strategy != Strategy::merged || (a.dropout == 0 && a.weight.has_value()),
+                    "the merged strategy needs the base weight and takes no dropout");
+  TORCH_CHECK_VALUE(a.workspace >= 0, "workspace must be 0 (no limit) or a number of bytes, got ", a.workspace);
+}
+
+// The products below choose their own precision: neither autocast nor autograd may step in.
+struct PlainKernels {
+  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset | c10::autograd_dispatch_keyset};
+};
+
+at::Tensor linear(const at::Tensor& x, const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias,
+                  const at::Tensor& A, const at::Tensor& B, const at::Tensor& lambda, const at::Tensor& gamma,
+                  int64_t out_features, double scale, at::ScalarType dtype, c10::string_view strategy, double dropout,
+                  const std::optional<at::Tensor>& seed, bool weight_is_transposed, int64_t workspace) {
+  const PlainKernels guard;
+  const LayerArguments a{x,
+                         weight,
+                         bias,
+                         A,
+                         B,
+                         lambda,
+                         gamma,
+                         out_features,
+                         scale,
+                         dtype,
+                         parse_strategy(strategy),
+                         dropout,
+                         seed,
+                         weight_is_transposed,
+                         workspace};
+  check(a);
+  return Layer(a).forward();
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(
+    const at::Tensor& grad, const at::Tensor& x, const std::optional<at::Tensor>& weight, const at::Tensor& A,
+    const at::Tensor& B, const at::Tensor& lambda, const at::Tensor& gamma, double scale, at::ScalarType dtype,
+    c10::string_view strategy, double dropout, const std::optional<at::Tensor>& seed, bool weight_is_transposed,
+    int64_t workspace, bool need_x, bool need_lambda, bool need_gamma) {
+  const PlainKernels guard;
+  const LayerArguments a{x,
+                         weight,
+                         std::nullopt,
+                         A,
+                         B,
+                         lambda,
+                         gamma,
+                         grad.size(-1),
+                         scale,
+                         dtype,
+                         parse_strategy(strategy),
+                         dropout,
+                         seed,
+                         weight_is_transposed,
+                         workspace};
+  check(a);
+  TORCH_CHECK_VALUE(grad.sizes().slice(0, grad.dim() - 1) == x.sizes().slice(0, x.dim() - 1),
+                    "grad must have the leading shape of x ", x.sizes(), ", got ", grad.sizes());
+  return Layer(a).backward(grad, need_x, need_lambda, need_gamma);
+}
+
+}  // namespace
+
+int64_t rows_per_chunk(const LayerArguments& a, int64_t tokens) {
+  const int64_t r = a.lambda.size(0), n = a.lambda.size(1), m = a.gamma.size(1);
+  if (a.workspace == 0) return r;
+  // Per row k: n rows of S2 and of its fp32 gradient and, factored, n columns of h and of its gradient.
+  const int64_t element = int64_t(c10::elementSize(a.dtype));
+  const int64_t hidden = a.strategy == Strategy::factored ? 2 * tokens * element : 0;
+  const int64_t bytes = n * (m * (element + std::max<int64_t>(4, element)) + hidden);
+  return std::clamp<int64_t>(a.workspace / bytes, 1, r);
+}
+
+TORCH_LIBRARY_IMPL(randlora, CompositeExplicitAutograd, m) {
+  m.impl("linear", &linear);
+  m.impl("linear_backward", &linear_backward);
+}
+
+}  // namespace randlora

@@ -1,0 +1,110 @@
+"""The layer op under autograd, torch.compile and torch.func: keeps its input for backward and nothing else.
+
+``torch.ops.randlora.linear`` (csrc/linear.h) rebuilds the scaled base, the hidden activations and the update in its
+backward. What autograd holds between the two is the input as it came (no cast copy), references to the weight, the
+bases and the parameters, and for dropout the seed of its mask.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_ops = torch.ops.randlora
+
+
+@torch.library.register_fake("randlora::dropout")
+def _(x, seed, p):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("randlora::linear")
+def _(x, weight, bias, A, B, randlora_lambda, randlora_gamma, out_features, scale, dtype, *_):
+    return x.new_empty((*x.shape[:-1], out_features), dtype=dtype)
+
+
+@torch.library.register_fake("randlora::linear_backward")
+def _(grad, x, weight, A, B, randlora_lambda, randlora_gamma, scale, dtype, strategy, dropout, seed, transposed,
+      workspace, need_x, need_lambda, need_gamma):  # fmt: skip
+    needed = ((x, need_x), (randlora_lambda, need_lambda), (randlora_gamma, need_gamma))
+    return tuple(like.new_empty(like.shape if need else (0,)) for like, need in needed)
+
+
+class Linear(torch.autograd.Function):
+    """``apply(x, weight, bias, A, B, lambda, gamma, out_features, scale, dtype, strategy, dropout, seed, transposed,
+    workspace)``; arguments as in csrc/linear.h. Gradients for x, bias, lambda and gamma."""
+
+    @staticmethod
+    def forward(x, weight, bias, A, B, randlora_lambda, randlora_gamma, out_features, scale, dtype, strategy, dropout,
+                seed, transposed, workspace):  # fmt: skip
+        return _ops.linear(
+            x, weight, bias, A, B, randlora_lambda, randlora_gamma, out_features, scale, dtype, strategy, dropout, seed,
+            transposed, workspace,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, A, B, randlora_lambda, randlora_gamma, _, *options, seed, transposed, workspace = inputs
+        if ctx.needs_input_grad[1]:
+            raise ValueError("the base weight is trainable: only the ordinary path can compute its gradient")
+        ctx.save_for_backward(x, weight, A, B, randlora_lambda, randlora_gamma)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.options = (*options, seed, transposed, workspace)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, A, B, randlora_lambda, randlora_gamma = ctx.saved_tensors
+        need_x, _, need_bias, _, _, need_lambda, need_gamma, *_ = ctx.needs_input_grad
+        d_x = d_bias = d_lambda = d_gamma = None
+        if need_x or need_lambda or need_gamma:
+            d_x, d_lambda, d_gamma = _LinearBackward.apply(
+                grad, x, weight, A, B, randlora_lambda, randlora_gamma, *ctx.options, need_x, need_lambda, need_gamma
+            )
+        if need_bias:
+            d_bias = grad.flatten(0, -2).sum(0, dtype=ctx.bias_dtype) if grad.dim() > 1 else grad.to(ctx.bias_dtype)
+        return (
+            d_x if need_x else None, None, d_bias, None, None,
+            d_lambda if need_lambda else None, d_gamma if need_gamma else None, *[None] * 8,
+        )  # fmt: skip
+
+    @staticmethod
+    def vmap(info, in_dims, x, *rest):
+        if in_dims[0] is not None and all(d is None for d in in_dims[1:]):
+            # A batch of inputs alone is one more leading axis.
+            return Linear.apply(x.movedim(in_dims[0], 0), *rest), 0
+        return _once_per_sample(Linear.apply, info, in_dims, x, *rest), 0
+
+
+class _LinearBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(grad, x, weight, A, B, randlora_lambda, randlora_gamma, scale, dtype, strategy, dropout, seed,
+                transposed, workspace, need_x, need_lambda, need_gamma):  # fmt: skip
+        # Written out, as in Linear.forward: torch.compile takes *arguments for the form that begins with a ctx.
+        return _ops.linear_backward(
+            grad, x, weight, A, B, randlora_lambda, randlora_gamma, scale, dtype, strategy, dropout, seed, transposed,
+            workspace, need_x, need_lambda, need_gamma,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "randlora.Linear cannot be differentiated twice: it keeps nothing to do it with. For second derivatives "
+            "build the update with randlora.functional.delta_weight and apply torch.nn.functional.linear."
+        )
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return _once_per_sample(_LinearBackward.apply, info, in_dims, *arguments), (0, 0, 0)
+
+
+def _once_per_sample(function, info, in_dims, *arguments):
+    results = [
+        function(*(a if d is None else a.select(d, i) for a, d in zip(arguments, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    if isinstance(results[0], torch.Tensor):
+        return torch.stack(results)
+    return tuple(torch.stack(parts) for parts in zip(*results, strict=True))
