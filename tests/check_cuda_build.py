@@ -37,11 +37,15 @@ def find_cuobjdump():
     raise SystemExit(f"no cuobjdump in {', '.join(map(str, candidates)) or 'PATH'}; it is part of the CUDA toolkit")
 
 
-def list_code(cuobjdump, option):
-    """The architectures of the binary's machine code (--list-elf) or PTX (--list-ptx)."""
-    command = [str(cuobjdump), option, randlora._C.__file__]
+def list_code(cuobjdump):
+    """The architectures of the binary's machine code ("elf") and PTX ("ptx"), both named sm_*."""
+    # Not --list-elf: versions of cuobjdump differ in whether it tells sm_90a from sm_90.
+    command = [str(cuobjdump), randlora._C.__file__]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return set(re.findall(r"\.((?:sm|compute)_\d+[af]?)\.(?:cubin|ptx)", output))
+    found = {"elf": set(), "ptx": set()}
+    for kind, arch in re.findall(r"Fatbin (elf|ptx) code:\n=+\narch = (\w+)", output):
+        found[kind].add(arch.replace("compute_", "sm_"))
+    return found
 
 
 def main():
@@ -63,13 +67,9 @@ def main():
         if not has_cuda:
             problems.append(f"{name} has a CPU kernel but no CUDA kernel")
 
-    cuobjdump = find_cuobjdump()
-    # cuobjdump names the PTX of compute_90 sm_90.
-    for kind, option, wanted in (
-        ("machine code", "--list-elf", arguments.archs),
-        ("PTX", "--list-ptx", [arch.replace("compute_", "sm_") for arch in arguments.ptx]),
-    ):
-        found = list_code(cuobjdump, option)
+    code = list_code(find_cuobjdump())
+    wanted_ptx = [arch.replace("compute_", "sm_") for arch in arguments.ptx]
+    for kind, found, wanted in (("machine code", code["elf"], arguments.archs), ("PTX", code["ptx"], wanted_ptx)):
         print(f"{kind}: {', '.join(sorted(found)) or 'none'}")
         problems += [f"{arch} {kind} is missing from {randlora._C.__file__}" for arch in wanted if arch not in found]
 

@@ -1,0 +1,89 @@
+"""The cost model: its formulas, what `auto` takes, and what `explain` says."""
+
+import pytest
+import torch
+from common import make_base, make_layer, normal
+
+import randlora
+from randlora.planner import choose, costs
+
+D = 64
+
+
+@pytest.mark.parametrize(
+    ("strategy", "forward", "backward"),
+    [("factored", (3, 0), (4, 0)), ("materialized", (2, 1), (3, 2)), ("merged", (1, 1), (2, 2))],
+)
+@pytest.mark.parametrize("T", [1, 10, 1000])
+def test_square_full_rank_costs_are_the_documented_ones(strategy, forward, backward, T):
+    """a T + b d, in units of d^2."""
+    cost = costs(T, D, D, D // 4, 4)[strategy]
+    assert cost.forward == (forward[0] * T + forward[1] * D) * D * D
+    assert cost.backward == (backward[0] * T + backward[1] * D) * D * D
+
+
+def multiply_adds(profile):
+    """Of all matrix products that ran."""
+    products = [e.input_shapes for e in profile.events() if e.name in ("aten::mm", "aten::addmm", "aten::addmm_")]
+    operands = [[shape for shape in shapes if len(shape) == 2][-2:] for shapes in products]
+    return sum(a[0] * a[1] * b[1] for a, b in operands)
+
+
+@pytest.mark.parametrize("in_features, out_features", [(48, 96), (96, 48)])
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True), (False, False)], ids=str)
+def test_counts_are_those_of_the_products_that_run(in_features, out_features, needs):
+    T, r, n = 40, 8, 6
+    need_x, need_parameters = needs
+
+    for strategy in randlora.planner.STRATEGIES:
+        layer = make_layer(in_features, out_features, r, bias=False, strategy=strategy)
+        x = normal(T, in_features).requires_grad_(need_x)
+        for p in (*layer.randlora_lambda.values(), *layer.randlora_gamma.values()):
+            p.requires_grad_(need_parameters)
+        expected = costs(T, in_features, out_features, n, r, need_x=need_x, need_parameters=need_parameters)[strategy]
+        with torch.profiler.profile(record_shapes=True) as forward:
+            y = layer(x)
+        assert multiply_adds(forward) == expected.forward, strategy
+        with torch.profiler.profile(record_shapes=True) as backward:
+            if y.requires_grad:
+                y.sum().backward()
+        assert multiply_adds(backward) == expected.backward, strategy
+
+
+def test_merged_only_where_nothing_is_rounded_away():
+    arguments = (1 << 14, 256, 256, 8, 32)
+    assert choose(*arguments, torch.float32, torch.float32, "cpu") == "merged"
+    assert choose(*arguments, torch.float64, torch.float64, "cpu") == "merged"
+    for dtype, weight_dtype in ((torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        assert choose(*arguments, dtype, weight_dtype, "cpu") == "materialized"
+    assert choose(*arguments, torch.float32, torch.float32, "cpu", dropout=True) == "materialized"
+    assert choose(*arguments, torch.float32, None, "cpu") == "materialized"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_few_tokens_are_factored(dtype):
+    assert choose(1, 4096, 4096, 128, 32, dtype, dtype, "cpu") == "factored"
+    assert choose(0, 4096, 4096, 128, 32, dtype, dtype, "cpu") == "factored"
+
+
+@pytest.mark.parametrize("tokens, expected", [(1, "factored"), (4096, "merged")])
+def test_explain_names_what_the_layer_does(tokens, expected, capsys):
+    layer = randlora.Linear(make_base(256, 256), bases=randlora.RandomBases(256, 256, 32))
+    text = randlora.explain(layer, tokens)
+    assert capsys.readouterr().out.strip() == text.strip()
+    (line,) = [line for line in text.splitlines() if "<- chosen" in line]
+    assert line.split()[0] == expected
+    layer.strategy = "materialized"
+    (line,) = [line for line in randlora.explain(layer, tokens).splitlines() if "<- forced" in line]
+    assert line.split()[0] == "materialized"
+
+
+def test_explain_counts_inference_without_backward():
+    layer = randlora.Linear(make_base(256, 256), bases=randlora.RandomBases(256, 256, 32))
+    text = randlora.explain(layer, 100, training=False)
+    assert "inference" in text and "0.0 MiB" in text.splitlines()[-1]
+
+
+def test_unknown_strategy_is_named():
+    with pytest.raises(ValueError, match="strategy must be one of auto, factored, materialized, merged, got 'quick'"):
+        make_layer(strategy="quick")
