@@ -158,14 +158,16 @@ def linear(
         weight = bias = None
     if strategy == "auto":
         grad = torch.is_grad_enabled()
-        strategy = planner.choose(
+        strategies = planner.choose(
             x.numel() // x.shape[-1], x.shape[-1], out_features, randlora_lambda.shape[-1], randlora_lambda.shape[0],
             dtype, None if weight is None else weight.dtype, x.device.type, dropout=p > 0,
             need_x=grad and x.requires_grad,
             need_parameters=grad and (randlora_lambda.requires_grad or randlora_gamma.requires_grad),
         )  # fmt: skip
+    else:
+        strategies = strategy, strategy
     y = LinearOp.apply(
-        x, weight, bias, A, B, randlora_lambda, randlora_gamma, out_features, scaling, dtype, strategy, p,
+        x, weight, bias, A, B, randlora_lambda, randlora_gamma, out_features, scaling, dtype, *strategies, p,
         seed if p > 0 else None, weight_is_transposed, workspace,
     )  # fmt: skip
     return y if ordinary is None else ordinary + y

@@ -30,25 +30,28 @@ def _(grad, x, weight, A, B, randlora_lambda, randlora_gamma, scale, dtype, stra
 
 
 class Linear(torch.autograd.Function):
-    """``apply(x, weight, bias, A, B, lambda, gamma, out_features, scale, dtype, strategy, dropout, seed, transposed,
-    workspace)``; arguments as in csrc/linear.h. Gradients for x, bias, lambda and gamma."""
+    """``apply(x, weight, bias, A, B, lambda, gamma, out_features, scale, dtype, strategy, backward_strategy, dropout,
+    seed, transposed, workspace)``; arguments as in csrc/linear.h. Gradients for x, bias, lambda and gamma.
+
+    Nothing passes between forward and backward, so their strategies need not be the same.
+    """
 
     @staticmethod
-    def forward(x, weight, bias, A, B, randlora_lambda, randlora_gamma, out_features, scale, dtype, strategy, dropout,
-                seed, transposed, workspace):  # fmt: skip
+    def forward(x, weight, bias, A, B, randlora_lambda, randlora_gamma, out_features, scale, dtype, strategy,
+                backward_strategy, dropout, seed, transposed, workspace):  # fmt: skip
         return _ops.linear(
-            x, weight, bias, A, B, randlora_lambda, randlora_gamma, out_features, scale, dtype, strategy, dropout, seed,
-            transposed, workspace,
+            x, weight, bias, A, B, randlora_lambda, randlora_gamma, out_features, scale, dtype, strategy, dropout,
+            seed, transposed, workspace,
         )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, bias, A, B, randlora_lambda, randlora_gamma, _, *options, seed, transposed, workspace = inputs
+        x, weight, bias, A, B, randlora_lambda, randlora_gamma, _, scale, dtype, _, strategy, *options = inputs
         if ctx.needs_input_grad[1]:
             raise ValueError("the base weight is trainable: only the ordinary path can compute its gradient")
         ctx.save_for_backward(x, weight, A, B, randlora_lambda, randlora_gamma)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.options = (*options, seed, transposed, workspace)
+        ctx.options = (scale, dtype, strategy, *options)
 
     @staticmethod
     def backward(ctx, grad):
@@ -63,7 +66,7 @@ class Linear(torch.autograd.Function):
             d_bias = grad.flatten(0, -2).sum(0, dtype=ctx.bias_dtype) if grad.dim() > 1 else grad.to(ctx.bias_dtype)
         return (
             d_x if need_x else None, None, d_bias, None, None,
-            d_lambda if need_lambda else None, d_gamma if need_gamma else None, *[None] * 8,
+            d_lambda if need_lambda else None, d_gamma if need_gamma else None, *[None] * 9,
         )  # fmt: skip
 
     @staticmethod

@@ -13,7 +13,9 @@ With T tokens, ``m = min(in, out)``, ``M = max(in, out)``, n bases of rank r and
 
 (square: 3T | 4T, 2T + d | 3T + 2d, T + d | 2T + 2d, in units of d^2). Gradients that nobody needs are left out. To
 these come the bytes that temporaries are written and read with, weighed by how many multiply-adds the device does in
-the time of one byte (:data:`BALANCE`). The strategy with the smallest sum is taken. ``merged`` is taken only where
+the time of one byte (:data:`BALANCE`). The strategy with the smallest sum is taken, for the forward and for the
+backward by itself, as nothing passes between them: between T = d/2 and T = d that is ``merged`` forward and
+``factored`` backward (5T + d). ``merged`` is taken only where
 the weight itself is fp32 or fp64 and so is the computation: in 16 bits, W + dW rounds away updates below half a unit
 in the last place of W.
 """
@@ -33,15 +35,14 @@ BALANCE = {("cpu", 8): 4.0, ("cpu", 4): 7.0, ("cpu", 2): 7.0, ("cuda", 8): 10.0,
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one call: multiply-adds forward and backward, bytes its temporaries take and bytes they move."""
+    """Of one pass: multiply-adds, bytes that its temporaries take, and bytes that they are moved with."""
 
-    forward: int
-    backward: int
+    multiply_adds: int
     workspace: int
     traffic: int
 
     def total(self, balance: float) -> float:
-        return self.forward + self.backward + balance * self.traffic
+        return self.multiply_adds + balance * self.traffic
 
 
 def costs(
@@ -56,38 +57,47 @@ def costs(
     has_weight: bool = True,
     need_x: bool = True,
     need_parameters: bool = True,
-) -> dict[str, Cost]:
-    """The cost of each strategy that can compute the call (no ``merged`` with dropout or without a base weight)."""
-    m, M, P, e = min(in_features, out_features), max(in_features, out_features), n * r, element_bytes
-    base = T * M * m if has_weight else 0
-    base_backward = base if need_x else 0
-    first, second = (P * m, P * M) if in_features <= out_features else (P * M, P * m)
-    build = P * M * m
-    backward = need_x or need_parameters
-    scaled, dense, hidden, gradient = P * m * e, M * m * e, T * P * e, P * m * max(4, e)
-    dropped = T * in_features * e * (1 + need_x + need_parameters) if dropout else 0
+) -> dict[str, tuple[Cost, Cost]]:
+    """Forward and backward cost of each strategy that can compute the call.
 
-    # Backward of the factored form: dh (like the second product), dx from it, dS2; a tall layer also rebuilds h.
-    rebuild = T * first if need_parameters and in_features > out_features else 0
-    factored = Cost(
-        forward=base + T * (first + second),
-        backward=base_backward + backward * T * second + need_x * T * first + need_parameters * T * P * m + rebuild,
-        workspace=scaled + hidden + need_parameters * gradient,
-        traffic=2 * (1 + backward) * (scaled + hidden) + need_parameters * 2 * gradient + dropped,
-    )
-    with_dense = {
-        "backward": base_backward + need_x * build + need_parameters * (T * M * m + build),
-        "workspace": scaled + dense + need_parameters * gradient,
-        "traffic": (1 + need_x) * 2 * (scaled + dense) + need_parameters * 2 * (dense + gradient) + dropped,
+    No ``merged`` with dropout or without a base weight.
+    """
+    m, M, P, e = min(in_features, out_features), max(in_features, out_features), n * r, element_bytes
+    wide = in_features <= out_features
+    base = T * M * m if has_weight else 0
+    first, second = (P * m, P * M) if wide else (P * M, P * m)  # the two thin products
+    build = P * M * m
+    scaled, dense, hidden = P * m * e, M * m * e, T * P * e
+    gradient = need_parameters * P * m * max(4, e)  # of the scaled base
+    dropped = T * in_features * e if dropout else 0
+    backward = need_x or need_parameters
+    dx = base if need_x else 0
+
+    rebuild = T * first if need_parameters and not wide else 0  # a tall layer needs h again
+    found = {
+        "factored": (
+            Cost(base + T * (first + second), scaled + hidden, 2 * (scaled + hidden) + dropped),
+            Cost(
+                dx + backward * T * second + need_x * T * first + need_parameters * T * P * m + rebuild,
+                scaled + hidden + gradient,
+                backward * (2 * (scaled + hidden + gradient) + 2 * dropped),
+            ),
+        )
     }
-    materialized = Cost(forward=base + T * M * m + build, **with_dense)
-    materialized = Cost(
-        materialized.forward, materialized.backward + need_x * T * M * m, materialized.workspace,
-        materialized.traffic + 2 * T * (out_features + need_x * in_features) * e,
-    )  # fmt: skip
-    found = {"factored": factored, "materialized": materialized}
+    # Through dW: G = g^T x and B2^T G for the parameters, dW once more for x.
+    multiply_adds = dx + need_x * build + need_parameters * (T * M * m + build)
+    workspace = scaled + dense + gradient
+    traffic = 2 * (need_x * (scaled + dense) + need_parameters * dense + gradient) + backward * 2 * dropped
+    passes = 2 * T * out_features * e, need_x * 2 * T * in_features * e  # over the results, to add to them
+    found["materialized"] = (
+        Cost(base + T * M * m + build, scaled + dense, 2 * (scaled + dense) + dropped + passes[0]),
+        Cost(multiply_adds + need_x * T * M * m, workspace, traffic + passes[1]),
+    )
     if has_weight and not dropout:
-        found["merged"] = Cost(forward=base + build, **with_dense)
+        found["merged"] = (
+            Cost(base + build, scaled + dense, 2 * (scaled + dense)),
+            Cost(multiply_adds, workspace, traffic),
+        )
     return found
 
 
@@ -104,16 +114,23 @@ def choose(
     dropout: bool = False,
     need_x: bool = True,
     need_parameters: bool = True,
-) -> str:
-    """The strategy with the smallest cost. `weight_dtype` None: there is no base weight to work with."""
-    options = costs(T, in_features, out_features, n, r, dtype.itemsize, dropout=dropout,
-                    has_weight=weight_dtype is not None, need_x=need_x, need_parameters=need_parameters)  # fmt: skip
+) -> tuple[str, str]:
+    """The cheapest strategy forward and backward. `weight_dtype` None: there is no base weight to work with."""
+    options = costs(
+        T, in_features, out_features, n, r, dtype.itemsize, dropout=dropout, has_weight=weight_dtype is not None,
+        need_x=need_x, need_parameters=need_parameters,
+    )  # fmt: skip
     if not (weight_dtype == dtype and dtype in (torch.float32, torch.float64)):
         options.pop("merged", None)
     balance = BALANCE.get((device_type, dtype.itemsize), 10.0)
+    return _cheapest(options, 0, balance), _cheapest(options, 1, balance)
+
+
+def _cheapest(options: dict[str, tuple[Cost, Cost]], which: int, balance: float) -> str:
+    # A loop, not min(): T may be symbolic under torch.compile.
     best, least = "factored", None
     for name, cost in options.items():
-        total = cost.total(balance)
+        total = cost[which].total(balance)
         if least is None or total < least:
             best, least = name, total
     return best
@@ -122,8 +139,8 @@ def choose(
 def explain(layer: torch.nn.Module, tokens: int, training: bool = True) -> str:
     """Print, and return, what a :class:`randlora.Linear` would choose for a call with `tokens` tokens, and why.
 
-    One line per active adapter and strategy: multiply-adds forward and backward, bytes of temporaries, and the model's
-    total relative to the cheapest; `training` False counts a forward under ``no_grad``.
+    One line per active adapter, pass and strategy: multiply-adds, bytes of temporaries, and the modelled cost relative
+    to the cheapest; `training` False counts a forward under ``no_grad``.
     """
     lines = []
     weight = layer.get_base_layer().weight
@@ -137,23 +154,26 @@ def explain(layer: torch.nn.Module, tokens: int, training: bool = True) -> str:
         options = costs(*shape, dtype.itemsize, **needs)
         chosen = choose(*shape, dtype, weight.dtype, weight.device.type, **needs)
         forced = layer.strategy != "auto"
-        least = min(cost.total(balance) for cost in options.values())
+        if forced:
+            chosen = layer.strategy, layer.strategy
         lines.append(
             f"adapter {adapter!r}: {layer.in_features} -> {layer.out_features}, {n} bases of rank {r}, {tokens} "
             f"tokens, {str(dtype).removeprefix('torch.')} on {weight.device.type}, "
             f"{'training' if training else 'inference'}"
         )
-        lines.append(f"  {'strategy':<13}{'forward':>12}{'backward':>12}{'temporaries':>14}{'cost':>8}")
-        for name, cost in options.items():
-            note = ""
-            if name == (layer.strategy if forced else chosen):
-                note = "  <- forced" if forced else "  <- chosen"
-            elif name == "merged" and dtype.itemsize == 2:
-                note = "  (only on request: 16 bits round small updates away)"
-            lines.append(
-                f"  {name:<13}{cost.forward / 1e6:>10.1f} M{cost.backward * training / 1e6:>10.1f} M"
-                f"{cost.workspace / 2**20:>10.1f} MiB{cost.total(balance) / least:>8.2f}{note}"
-            )
+        for which, name in enumerate(("forward", "backward") if training else ("forward",)):
+            lines.append(f"  {name:<13}{'multiply-adds':>15}{'temporaries':>15}{'cost':>7}")
+            least = min(cost[which].total(balance) for cost in options.values()) or 1
+            for strategy, cost in options.items():
+                note = ""
+                if strategy == chosen[which]:
+                    note = "  <- forced" if forced else "  <- chosen"
+                elif strategy == "merged" and dtype.itemsize == 2:
+                    note = "  (only on request: 16 bits round small updates away)"
+                lines.append(
+                    f"    {strategy:<13}{cost[which].multiply_adds / 1e6:>11.1f} M"
+                    f"{cost[which].workspace / 2**20:>11.1f} MiB{cost[which].total(balance) / least:>7.2f}{note}"
+                )
         kept = tokens * layer.in_features * dtype.itemsize if training else 0
         lines.append(
             f"  kept for backward: the input, {kept / 2**20:.1f} MiB (multiply-adds; cost relative to the best)"
