@@ -1,0 +1,269 @@
+"""How everything in bench/ is timed, so that two numbers from it can be compared.
+
+Providers (ways to compute the same thing) take turns in random order, round after round: what disturbs the machine
+meanwhile disturbs all of them. A turn is as many calls as make up 10 ms, and its mean is one sample; where that is more
+than one call, an untimed one goes before. Reported are the median and the 20% and 80% quantiles of the samples, and the
+ratio of the baseline's median to the provider's. Every provider's result is checked before anything is timed.
+CPU: ``perf_counter``. CUDA: events, with the L2 cache flushed before every call. Freeing a result is not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import math
+import multiprocessing
+import os
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from bench import ROOT
+
+TURN_SECONDS = 0.01
+MAX_ROUNDS = 101
+
+
+@dataclasses.dataclass(frozen=True)
+class Provider:
+    """One way to compute the case: ``run()``, or ``run(prepare())`` of which only ``run`` is timed."""
+
+    run: Callable[..., Any]
+    prepare: Callable[[], Any] | None = None
+    checked: bool = True  # False for a floor, which computes something simpler
+
+    def call(self) -> Any:
+        return self.run() if self.prepare is None else self.run(self.prepare())
+
+
+@dataclasses.dataclass
+class Timing:
+    """The samples of one provider, in seconds, or the reason why there are none."""
+
+    name: str
+    samples: list[float] = dataclasses.field(default_factory=list)
+    calls: int = 1  # per sample
+    error: float | None = None  # as the check reports it
+    failed: str = ""
+
+    def quantile(self, fraction: float) -> float:
+        ordered = sorted(self.samples)
+        position = fraction * (len(ordered) - 1)
+        low = int(position)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples) if self.samples else math.nan
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    timings: dict[str, Timing]
+    baseline: str
+    interrupted: bool
+    load: float  # the machine's load average when the first round began
+
+    def ratio(self, name: str) -> float:
+        """How many times faster than the baseline."""
+        return self.timings[self.baseline].median / self.timings[name].median
+
+
+# ---- command line ----
+
+
+def parse(question: str, description: str | None, argv: list[str] | None) -> argparse.Namespace:
+    """The options that every question has; sets the thread count."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m bench {question}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="few rounds, for a look; recorded apart from full runs")
+    add("--seconds", type=float, help="time to spend per case (default: 40; with --quick: 4)")
+    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)")
+    add("--only", metavar="TEXT", help="cases whose title contains TEXT")
+    add("--results", type=Path, metavar="FOLDER", default=ROOT / "bench" / "results", help="default: bench/results")
+    add(
+        "--huge-pages",
+        action="store_true",
+        help="let PyTorch ask for 2 MB pages too (THP_MEM_ALLOC_ENABLE=1), as randlora's CPU operators always do",
+    )
+    chosen = parser.parse_args(argv)
+    if chosen.huge_pages and os.environ.get("THP_MEM_ALLOC_ENABLE") != "1":
+        # PyTorch reads it once, when it allocates first: start over with it.
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"THP_MEM_ALLOC_ENABLE": "1"})
+    if chosen.seconds is None:
+        chosen.seconds = 4.0 if chosen.quick else 40.0
+    if torch.device(chosen.device).type == "cuda" and not torch.cuda.is_available():
+        parser.error("this PyTorch sees no CUDA device")
+    torch.set_num_threads(chosen.threads)
+    return chosen
+
+
+# ---- time ----
+
+
+def compare(
+    title: str,
+    factories: Mapping[str, Callable[[], Provider]],
+    *,
+    baseline: str,
+    check: Callable[[Any], float | None],
+    options: argparse.Namespace,
+) -> Comparison:
+    """Time providers side by side for about ``options.seconds``.
+
+    Args:
+        factories: name -> function that sets a provider up. One that cannot be set up, or whose result `check` rejects
+            with an ``AssertionError``, is reported as failed and left out.
+        baseline: the provider that ratios refer to.
+        check: gets what a provider's ``run`` returns, and returns the error to be recorded.
+    """
+    timings = {name: Timing(name) for name in factories}
+    providers: dict[str, Provider] = {}
+    interrupted = False
+    load = os.getloadavg()[0]
+    timer = _CudaTimer() if torch.device(options.device).type == "cuda" else _CpuTimer()
+    bar = tqdm(desc=title, total=len(factories), unit="provider", leave=False, disable=None)
+    try:
+        turns = {}
+        for name, factory in factories.items():
+            bar.set_postfix_str(f"set up {name}")
+            try:
+                provider = factory()
+                result = provider.call()
+                timings[name].error = check(result) if provider.checked else None
+                del result
+                once = timer.turn(provider, 1)
+            except Exception as problem:
+                timings[name].failed = _reason(problem)
+                tqdm.write(f"{title}: {name} cannot run: {timings[name].failed}")
+            else:
+                providers[name] = provider
+                timings[name].calls = max(1, min(100, math.ceil(TURN_SECONDS / max(once, 1e-7))))
+                turns[name] = once * (timings[name].calls + 1)
+            bar.update()
+        rounds = max(3 if options.quick else 9, min(MAX_ROUNDS, int(options.seconds / max(sum(turns.values()), 1e-3))))
+        bar.reset(total=rounds * len(providers))
+        bar.unit = "turn"
+        load = os.getloadavg()[0]
+        shuffle = random.Random(0).shuffle
+        gc.collect()
+        gc.disable()
+        for _ in range(rounds):
+            order = list(providers)
+            shuffle(order)
+            for name in order:
+                bar.set_postfix_str(name, refresh=False)
+                timings[name].samples.append(timer.turn(providers[name], timings[name].calls))
+                bar.update()
+    except KeyboardInterrupt:
+        interrupted = True
+        tqdm.write(f"{title}: stopped; what has been measured is kept")
+    finally:
+        gc.enable()
+        bar.close()
+    return Comparison(timings, baseline, interrupted, load)
+
+
+def _reason(problem: Exception) -> str:
+    if isinstance(problem, torch.OutOfMemoryError):
+        return "out of memory"
+    kind = "wrong result" if isinstance(problem, AssertionError) else type(problem).__name__
+    return f"{kind}: {next(iter(str(problem).splitlines()), '')}"[:200]
+
+
+class _CpuTimer:
+    def turn(self, provider: Provider, calls: int) -> float:
+        """Mean seconds of a call."""
+        if calls > 1:
+            provider.call()
+        total = 0.0
+        for _ in range(calls):
+            prepared = () if provider.prepare is None else (provider.prepare(),)
+            start = time.perf_counter()
+            result = provider.run(*prepared)
+            total += time.perf_counter() - start
+            del result, prepared
+        return total / calls
+
+
+class _CudaTimer:
+    def __init__(self) -> None:
+        cache = torch.cuda.get_device_properties(None).L2_cache_size
+        self.flush = torch.empty(2 * max(cache, 2**25), dtype=torch.int8, device="cuda")
+
+    def turn(self, provider: Provider, calls: int) -> float:
+        """Mean seconds of a call on the device; writing the flush buffer hides the launches from the clock."""
+        if calls > 1:
+            provider.call()
+        events = []
+        for _ in range(calls):
+            prepared = () if provider.prepare is None else (provider.prepare(),)
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self.flush.zero_()
+            start.record()
+            result = provider.run(*prepared)
+            end.record()
+            del result, prepared
+            events.append((start, end))
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in events) / 1000 / calls
+
+
+# ---- memory ----
+
+
+def peak_above_result(build: Callable[..., Callable[[], Any]], arguments: tuple, small: tuple) -> int:
+    """Bytes that a call takes at its peak beyond the tensors it returns, in a process of its own (CPU, Linux).
+
+    ``build(*arguments)`` must be importable by name and returns the call; ``build(*small)`` is a smaller case that
+    loads what loads at first use.
+    """
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_above_result, (torch.get_num_threads(), build, arguments, small))
+
+
+def _peak_above_result(threads: int, build: Callable[..., Callable[[], Any]], arguments: tuple, small: tuple) -> int:
+    torch.set_num_threads(threads)
+    build(*small)()
+    gc.collect()
+    # Importing took more than what is left of it now, so the high-water mark is set anew. Not getrusage's: ru_maxrss
+    # cannot be reset, and a process starts with the one of the process that started it.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_bytes("VmRSS")
+    result = build(*arguments)()
+    return _status_bytes("VmHWM") - before - sum(t.nbytes for t in result)
+
+
+def _status_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+
+# ---- text ----
+
+
+def table(comparison: Comparison) -> str:
+    """What a person reads while it runs."""
+    width = max(map(len, comparison.timings))
+    lines = [f"  {'':{width}}  {'median':>10}  {'20% .. 80%':>19}  {'x ' + comparison.baseline:>8}"]
+    for name, timing in comparison.timings.items():
+        if not timing.samples:
+            lines.append(f"  {name:{width}}  {timing.failed or 'not measured'}")
+            continue
+        spread = f"{1e3 * timing.quantile(0.2):.3f} .. {1e3 * timing.quantile(0.8):.3f}"
+        lines.append(f"  {name:{width}}  {1e3 * timing.median:7.3f} ms  {spread:>19}  {comparison.ratio(name):8.2f}")
+    return "\n".join(lines)
