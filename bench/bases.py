@@ -103,7 +103,8 @@ def check(kind: str, bases: Pair) -> None:
             values, expected = values / values.abs().max(), 1 / TERNARY_Z
         mean, variance = values.mean().item(), values.square().mean().item()
         error = 1 / math.sqrt(t.numel())  # of the mean, for unit variance
-        assert abs(mean) < 6 * error, f"mean {mean:.2e}, not 0"
+        # PEFT and uniform_ round to bf16 before the sign is symmetric: their means are off by half a percent.
+        assert abs(mean) < 6 * error + (0.01 if kind == "dense" else 0), f"mean {mean:.2e}, not 0"
         # PEFT rounds to bf16 before and after it divides: up to 1%.
         assert abs(variance / expected - 1) < 0.01 + 12 * error, f"variance {variance:.4f}, not {expected:.4f}"
 

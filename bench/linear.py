@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from bench import measure, plots, records
 from bench.measure import Provider
-from bench.unique_base import backward_bmm
 
 RANK = 32
 CASES = ((768, 2048, "float32"), (1024, 1024, "float32"), (1024, 4096, "float32"), (384, 8192, "float32"),
@@ -98,6 +97,12 @@ def peft(case: Case, config_name: str, fp32_adapter: bool = True) -> Provider:
         layer.randlora_lambda["default"].copy_(case.lam)
         layer.randlora_gamma["default"].copy_(case.gamma)
     return case.step(model, [layer.randlora_lambda["default"], layer.randlora_gamma["default"]])
+
+
+def backward_bmm(G: Tensor, A: Tensor, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """One product of the gradient's size, then two batched matrix-vector products over the bases."""
+    t = (G * A).transpose(0, 1)
+    return torch.bmm(t, gamma[:, :, None])[:, :, 0].T, torch.bmm(lam.T[:, None], t)[:, 0]
 
 
 def scaled_base(case: Case, x: Tensor, lam: Tensor, gamma: Tensor) -> Tensor:
