@@ -33,7 +33,10 @@ def unique_base(
     Raises:
         ValueError: shapes or devices that do not fit, empty tensors. TypeError: other dtypes.
     """
-    return UniqueBaseGrad.apply(A, randlora_lambda, randlora_gamma, scale, dtype)
+    # Both are the same op. The function runs under torch.func too; the op's own autograd costs half its overhead.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return UniqueBaseGrad.apply(A, randlora_lambda, randlora_gamma, scale, dtype)
+    return torch.ops.randlora.unique_base(A, randlora_lambda, randlora_gamma, scale, dtype)
 
 
 def flat_bases(
