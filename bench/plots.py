@@ -45,10 +45,10 @@ def _case(row: Row) -> tuple[str, ...]:
 
 
 def _picture(path: Path, panels: dict[tuple[str, ...], dict[str, Row]], title: str) -> Path:
-    across = min(2, len(panels))
+    across = min(3 if len(panels) % 3 == 0 else 2, len(panels))
     down = -(-len(panels) // across)
     bars = max(map(len, panels.values()))
-    size = (7.5 * across, 0.5 + down * (0.8 + 0.26 * bars))
+    size = (6.5 * across, 0.7 + down * (0.8 + 0.26 * bars))
     figure, axes = plt.subplots(down, across, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
@@ -57,7 +57,11 @@ def _picture(path: Path, panels: dict[tuple[str, ...], dict[str, Row]], title: s
     newest = max((row for providers in panels.values() for row in providers.values()), key=lambda row: row["date"])
     machine = newest["gpu"] or newest["cpu"]
     versions = ", ".join(f"{package} {newest[package]}" for package in ("randlora", "torch", "peft"))
-    figure.suptitle(f"{title}: {machine}, {versions}, {newest['date'][:10]}", fontsize=11)
+    figure.suptitle(
+        f"{title}, median ms with 20% and 80% quantiles; x: times faster than {newest['baseline']}\n"
+        f"{machine}, {versions}, commit {newest['commit']}, {newest['date'][:10]}",
+        fontsize=10,
+    )
     figure.savefig(path, dpi=100)
     plt.close(figure)
     return path
@@ -72,14 +76,15 @@ def _panel(axis, title: str, rows: list[Row]) -> None:
     colors = [next((c for prefix, c in COLORS.items() if name.startswith(prefix)), OTHERS) for name in names]
     axis.barh(names, medians, xerr=(low, high), color=colors, error_kw={"lw": 1, "ecolor": "#222222"})
     for y, row in enumerate(rows):
-        faster = f"  {row['times_faster']}x" if row["times_faster"] and row["provider"] != row["baseline"] else ""
+        compared = row["times_faster"] and row["provider"] != row["baseline"]
+        faster = f"   {float(row['times_faster']):.3g} x" if compared else ""
         end = max(float(row["q80_ms"]), medians[y])
         axis.annotate(
             f"{row['median_ms']} ms{faster}", (end, y), (4, 0), textcoords="offset points", va="center", fontsize=8
         )
-    axis.set_xlim(0, 1.25 * max(float(row["q80_ms"]) for row in rows))
+    axis.set_xlim(0, 1.4 * max(float(row["q80_ms"]) for row in rows))
     quick = " (quick)" if any(row["mode"] == "quick" for row in rows) else ""
-    axis.set_title(f"{title}{quick}: ms; x = times faster than {rows[0]['baseline']}", fontsize=9, loc="left")
+    axis.set_title(title + quick, fontsize=9, loc="left")
     axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
 

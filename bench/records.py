@@ -74,7 +74,7 @@ class Book:
             }
             surroundings = {"load": _digits(comparison.load)} | self.environment
             rows.append({**case, "provider": name, **self.run, **measured, **extra.get(name, {}), **surroundings})
-        _merge(self.path, rows, self.key)
+        _merge(self.path, rows, self.key, comparison.interrupted)
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -82,7 +82,7 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def _merge(path: Path, rows: list[dict[str, Any]], key: Sequence[str]) -> None:
+def _merge(path: Path, rows: list[dict[str, Any]], key: Sequence[str], interrupted: bool) -> None:
     table = read(path) if path.exists() else []
     places = {tuple(row.get(k, "") for k in key): i for i, row in enumerate(table)}
     for row in rows:
@@ -90,8 +90,11 @@ def _merge(path: Path, rows: list[dict[str, Any]], key: Sequence[str]) -> None:
         i = places.get(tuple(row[k] for k in key))
         if i is None:
             table.append(row)
+            continue
+        old = table[i]
+        if interrupted and int(row["samples"]) < int(old["samples"]):
+            print(f"  keeps {row['provider']}: {old['median_ms']} ms ({old['date']}, {old['samples']} samples)")
         else:
-            old = table[i]
             print(
                 f"  replaces {row['provider']}: {old['median_ms']} ms ({old['date']}, {old['commit']}) by "
                 f"{row['median_ms']} ms"

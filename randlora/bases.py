@@ -144,7 +144,8 @@ class RandomBases:
         """The stored A and B (see :attr:`scale`), one shared copy per dtype and device. Not to be written to."""
         key = dtype or self.dtype, _canonical(device or self.device)
         _make_sure(self._handle, *key)
-        return self._held[key]
+        held = self._held.get(key)
+        return self.tensors(*key) if held is None else held  # none: another thread let the store grow in between
 
     @property
     def nbytes(self) -> int:
@@ -153,8 +154,7 @@ class RandomBases:
 
     def require(self, max_dim: int, min_dim: int, num_bases: int) -> None:
         """Make the store serve a layer of these dimensions: grows it, or raises ``ValueError`` where it cannot."""
-        wanted = (max(self.max_dim, max_dim), max(self.min_dim, min_dim), max(self.num_bases, num_bases))
-        if wanted == (self.max_dim, self.min_dim, self.num_bases):
+        if max_dim <= self.max_dim and min_dim <= self.min_dim and num_bases <= self.num_bases:
             return
         if self.prng != "philox":
             raise ValueError(
@@ -163,7 +163,8 @@ class RandomBases:
                 f"[{self.r}, 1, {self.min_dim}] and [{self.max_dim}, {self.num_bases}, {self.r}]"
             )
         with self._lock:
-            self.max_dim, self.min_dim, self.num_bases = wanted
+            self.max_dim, self.min_dim = max(self.max_dim, max_dim), max(self.min_dim, min_dim)
+            self.num_bases = max(self.num_bases, num_bases)
             self._held.clear()  # the smaller copies are prefixes of the next ones
 
     def to(self, *args, **kwargs) -> RandomBases:
@@ -184,12 +185,12 @@ class RandomBases:
         The values are generated on ``device`` in blocks and hashed in canonical form (float32, or int8 for ternary
         bases; little endian, A before B), whatever ``dtype`` is: equal fingerprints mean equal bases.
         """
-        dims = (max_dim or self.max_dim, min_dim or self.min_dim, num_bases or self.num_bases)
-        if any(d > have for d, have in zip(dims, (self.max_dim, self.min_dim, self.num_bases), strict=True)):
-            raise ValueError(
-                f"the store has (max_dim, min_dim, num_bases) = "
-                f"{(self.max_dim, self.min_dim, self.num_bases)}, asked for {dims}"
-            )
+        limits = {"max_dim": self.max_dim, "min_dim": self.min_dim, "num_bases": self.num_bases}
+        asked = (max_dim, min_dim, num_bases)
+        dims = tuple(
+            limit if value is None else require_int(name, value, 1, limit)
+            for (name, limit), value in zip(limits.items(), asked, strict=True)
+        )
         if dims not in self._hashes:
             self._hashes[dims] = fingerprint.sha256(self, *dims)
         return self._hashes[dims]
@@ -250,6 +251,7 @@ class RandomBases:
 
 # ---- the process-wide store ----
 
+_shared_lock = threading.Lock()
 _handles = itertools.count()
 _by_handle: weakref.WeakValueDictionary[str, RandomBases] = weakref.WeakValueDictionary()
 # Bases live as long as some layer uses them.
@@ -262,9 +264,10 @@ def shared_bases(r: int, seed: int = 0) -> RandomBases:
 
     It starts empty (one column) and grows with the layers that :meth:`RandomBases.require` it.
     """
-    found = _shared.get((r, seed))
-    if found is None:
-        found = _shared[r, seed] = RandomBases(1, 1, r, seed=seed)
+    with _shared_lock:
+        found = _shared.get((r, seed))
+        if found is None:
+            found = _shared[r, seed] = RandomBases(1, 1, r, seed=seed)
     return found
 
 
@@ -282,8 +285,9 @@ def _make_sure(handle: str, dtype: torch.dtype, device: torch.device) -> bool:
     """Generates the copy of these bases if there is none: at trace time under torch.compile, never in its graph."""
     bases = _by_handle[handle]
     if (dtype, device) not in bases._held:
-        # Made under inference_mode, the shared tensors could never be used for training.
-        with bases._lock, torch.inference_mode(False), torch.no_grad():
+        # The copy outlives the context it is first asked for in, so it must not be that context's inference tensor or
+        # torch.func wrapper.
+        with bases._lock, torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad():
             if (dtype, device) not in bases._held:
                 bases._held[dtype, device] = bases.draw(dtype, device)
     return True
