@@ -61,6 +61,7 @@ class UpdateCache:
 
     def clear(self) -> None:
         self._seen: tuple | None = None
+        self._sources: tuple[weakref.ref, ...] = ()
         self._tensor: Tensor | None = None
         _budget.holders.discard(self)
 
@@ -77,10 +78,12 @@ class UpdateCache:
         if not _budget.enabled or any(t.is_inference() for t in sources):  # inference tensors count no versions
             self.clear()
             return None
-        now = (settings, tuple((id(t), t.data_ptr(), t._version) for t in sources))
-        if now != self._seen:
+        # Weak references, not ids: a temporary parameter may get the address of the one before it.
+        now = (settings, tuple((t.data_ptr(), t._version) for t in sources))
+        same = self._seen == now and all(ref() is t for ref, t in zip(self._sources, sources, strict=True))
+        if not same:
             self.clear()
-            self._seen = now
+            self._seen, self._sources = now, tuple(weakref.ref(t) for t in sources)
         elif self._tensor is None and _budget.used() + nbytes <= _budget.limit:
             self._tensor = build()
             _budget.holders.add(self)

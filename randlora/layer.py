@@ -82,6 +82,10 @@ class RandLoraLayer:
         """
         if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
             raise ValueError(f"adapter_name must be a non-empty string without dots, got {adapter_name!r}")
+        if adapter_name not in self.randlora_lambda and (
+            hasattr(self.randlora_lambda, adapter_name) or hasattr(self.randlora_dropout, adapter_name)
+        ):
+            raise ValueError(f"adapter_name {adapter_name!r} is taken by torch.nn's containers: choose another one")
         if adapter_name in self.randlora_lambda:
             raise ValueError(f"this layer already has an adapter named {adapter_name!r}: delete it first")
         r = require_int("r", r, 1)
@@ -174,7 +178,7 @@ class RandLoraLayer:
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate these adapters; they become trainable (not with `inference_mode`), all others frozen."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        names = [adapter_names] if isinstance(adapter_names, str) else list(dict.fromkeys(adapter_names))
         for name in names:
             self._check_adapter(name)
         self._active_adapters = names
@@ -248,7 +252,7 @@ class RandLoraLayer:
         Args:
             safe_merge: raise ``ValueError``, with nothing changed, if the merged weight is not finite.
         """
-        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        names = self.active_adapters if adapter_names is None else list(dict.fromkeys(adapter_names))
         for name in names:
             self._check_adapter(name)
         if repeated := [name for name in names if name in self.merged_adapters]:
@@ -307,6 +311,10 @@ class _Values(Mapping):
 def _of_adapter(name: str, tensors: Tensor | Mapping[str, Tensor], adapter_name: str) -> Tensor:
     if isinstance(tensors, Tensor):
         return tensors
+    if not isinstance(tensors, Mapping) and not hasattr(tensors, "keys"):  # PEFT's BufferDict is no Mapping
+        raise TypeError(
+            f"{name} must be a tensor or a mapping from adapter names to tensors, got {type(tensors).__name__}"
+        )
     if adapter_name not in tensors:
         raise ValueError(f"{name} has no entry for adapter {adapter_name!r}; it has: {', '.join(tensors) or 'none'}")
     return tensors[adapter_name]

@@ -110,7 +110,7 @@ class Linear(nn.Linear, RandLoraLayer):
         if self.disable_adapters or self.merged or not adapters:
             return self.base_layer(x)
         dtype = compute_dtype(x)
-        if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        if not (self.training or torch.is_grad_enabled() or _in_a_transform()):
             result = self._cached_forward(x, dtype)
             if result is not None:
                 return result
@@ -204,3 +204,8 @@ def _conv1d() -> tuple[type, ...]:
     """transformers' Conv1D, where transformers is in use at all; importing it here would be slow for those without."""
     module = sys.modules.get("transformers.pytorch_utils")
     return () if module is None else (module.Conv1D,)
+
+
+def _in_a_transform() -> bool:
+    """Under torch.compile or torch.func, where tensors stand for others and a cache would hold on to them."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
