@@ -2,7 +2,9 @@
 
 Under ``no_grad`` in eval mode a layer's second call with unchanged parameters builds the merged weight (fp32, fp64, or
 ``strategy="merged"``) or the update ``dW`` (16 bits) and keeps it. Version counters of lambda, gamma and the base
-weight tell when it is stale. Cached tensors belong to no state dict and no copy, and all together stay below a limit.
+weight tell when it is stale; what is written through ``.data`` they do not see: write to the tensor itself under
+``no_grad``, or call ``train()`` once. Cached tensors belong to no state dict and no copy, and all together stay below
+a limit.
 """
 
 from __future__ import annotations

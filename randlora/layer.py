@@ -247,11 +247,14 @@ class RandLoraLayer:
         """Add the updates of `adapter_names` (default: the active adapters) to the base weight.
 
         Computed in fp32 or fp64 and rounded once to the weight's dtype. The weight as it was is kept until
-        :meth:`unmerge`, at the price of its bytes.
+        :meth:`unmerge`, at the price of its bytes. Active adapters that are not
+        merged go on acting beside it.
 
         Args:
             safe_merge: raise ``ValueError``, with nothing changed, if the merged weight is not finite.
         """
+        if isinstance(adapter_names, str):
+            adapter_names = [adapter_names]
         names = self.active_adapters if adapter_names is None else list(dict.fromkeys(adapter_names))
         for name in names:
             self._check_adapter(name)

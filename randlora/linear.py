@@ -106,12 +106,12 @@ class Linear(nn.Linear, RandLoraLayer):
         """``x [..., in_features]`` to ``[..., out_features]`` in the dtype that the base layer gives."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        adapters = self._active_adapters
-        if self.disable_adapters or self.merged or not adapters:
+        adapters = [name for name in self._active_adapters if name not in self.merged_adapters]
+        if self.disable_adapters or not adapters:
             return self.base_layer(x)
         dtype = compute_dtype(x)
-        if not (self.training or torch.is_grad_enabled() or _in_a_transform()):
-            result = self._cached_forward(x, dtype)
+        if not (self.training or torch.is_grad_enabled() or _must_not_cache(x)):
+            result = self._cached_forward(x, dtype, adapters)
             if result is not None:
                 return result
         if self._base_is_plain():
@@ -140,8 +140,8 @@ class Linear(nn.Linear, RandLoraLayer):
         base = self.base_layer
         return type(base) in (nn.Linear, *_conv1d()) and not (base._forward_hooks or base._forward_pre_hooks)
 
-    def _cached_forward(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
-        adapters, weight = tuple(self._active_adapters), self.weight
+    def _cached_forward(self, x: Tensor, dtype: torch.dtype, adapters: list[str]) -> Tensor | None:
+        weight = self.weight
         exact = dtype in (torch.float32, torch.float64) or self.strategy == "merged"
         merged = exact and weight.dtype == dtype and self._base_is_plain()
         sources = (weight, *(p[name] for name in adapters for p in (self.randlora_lambda, self.randlora_gamma)))
@@ -206,6 +206,8 @@ def _conv1d() -> tuple[type, ...]:
     return () if module is None else (module.Conv1D,)
 
 
-def _in_a_transform() -> bool:
-    """Under torch.compile or torch.func, where tensors stand for others and a cache would hold on to them."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+def _must_not_cache(x: Tensor) -> bool:
+    """Under torch.compile, torch.func or CUDA graph capture, where tensors stand for others that come later."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -99,3 +99,17 @@ def test_merged_output_equals_unmerged():
     expected = reference_forward(layer, x)
     layer.merge(safe_merge=True)
     torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_active_adapters_that_are_not_merged_go_on_acting():
+    layer = make_layer(41, 24, dtype=torch.float64)
+    layer.update_layer("second", r=3, randlora_alpha=3)
+    randomize(layer).set_adapter(["default", "second"])
+    x = normal(7, 41, dtype=torch.float64)
+    expected = reference_forward(layer, x, ["default", "second"])
+    layer.merge(adapter_names="second")
+    torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-10)
+    layer.eval()
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-10)
