@@ -159,6 +159,10 @@ def compare(
         bar.reset(total=rounds * len(providers))
         bar.unit = "turn"
         load = os.getloadavg()[0]
+        if load > (os.cpu_count() or 1) + 0.5:
+            # Threads then wait for each other's share of a core, milliseconds at every parallel call: a provider that
+            # computes on one thread looks many times too good.
+            tqdm.write(f"  other programs are running (load {load:.1f}): do not believe this run's ratios")
         shuffle = random.Random(0).shuffle
         gc.collect()
         gc.disable()

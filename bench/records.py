@@ -63,6 +63,7 @@ class Book:
                 continue
             measured = {
                 "median_ms": _digits(1e3 * timing.median),
+                "fastest_ms": _digits(1e3 * min(timing.samples, default=math.nan)),
                 "q20_ms": _digits(1e3 * timing.quantile(0.2)) if timing.samples else "",
                 "q80_ms": _digits(1e3 * timing.quantile(0.8)) if timing.samples else "",
                 "baseline": comparison.baseline,
