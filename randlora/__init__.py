@@ -5,10 +5,13 @@ from . import _load
 _C = _load.load()  # registers torch.ops.randlora, or says what is missing
 
 from . import functional  # noqa: E402
+from .attention import MultiheadAttention  # noqa: E402
 from .bases import RandomBases  # noqa: E402
 from .cache import inference_cache  # noqa: E402
+from .config import RandLoraConfig  # noqa: E402
 from .layer import RandLoraLayer  # noqa: E402
 from .linear import Linear  # noqa: E402
+from .model import RandLoraModel, get_peft_model  # noqa: E402
 from .ops import UniqueBaseGrad  # noqa: E402
 from .planner import explain  # noqa: E402
 
@@ -16,12 +19,16 @@ __version__ = _C.build_info()["version"]
 
 __all__ = [
     "Linear",
+    "MultiheadAttention",
+    "RandLoraConfig",
     "RandLoraLayer",
+    "RandLoraModel",
     "RandomBases",
     "UniqueBaseGrad",
     "build_info",
     "explain",
     "functional",
+    "get_peft_model",
     "inference_cache",
 ]
 

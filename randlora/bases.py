@@ -11,6 +11,7 @@ import itertools
 import math
 import threading
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -240,7 +241,7 @@ class RandomBases:
         }
         if self.prng == "philox" and self.kind in ("sparse", "very_sparse"):
             arguments["sparsity"] = self.sparsity
-        return _rebuild, (arguments, _shared.get((self.r, self.seed)) is self)
+        return _rebuild, (arguments, _shared.get((self.r, self.seed, self.kind, self.sparsity)) is self)
 
     def __repr__(self) -> str:
         return (
@@ -255,19 +256,28 @@ _shared_lock = threading.Lock()
 _handles = itertools.count()
 _by_handle: weakref.WeakValueDictionary[str, RandomBases] = weakref.WeakValueDictionary()
 # Bases live as long as some layer uses them.
-_shared: weakref.WeakValueDictionary[tuple[int, int], RandomBases] = weakref.WeakValueDictionary()
+_shared: weakref.WeakValueDictionary[tuple, RandomBases] = weakref.WeakValueDictionary()
 _given_bases: weakref.WeakValueDictionary[tuple[int, int], RandomBases] = weakref.WeakValueDictionary()
 
 
-def shared_bases(r: int, seed: int = 0) -> RandomBases:
-    """The process-wide dense Philox store of this rank and seed, which every layer without bases of its own uses.
+def shared_bases(r: int, seed: int = 0, kind: str = "dense", sparsity: float | None = None) -> RandomBases:
+    """The process-wide Philox store of this definition, which every layer without bases of its own uses.
 
-    It starts empty (one column) and grows with the layers that :meth:`RandomBases.require` it.
+    It starts empty (one column) and grows with the layers that :meth:`RandomBases.require` it. ``very_sparse`` needs
+    its sparsity given, as there is no size yet to take it from.
     """
+    if kind == "very_sparse" and sparsity is None:
+        raise ValueError("a shared very_sparse store needs its sparsity, got None")
+    key = r, seed, kind, _sparsity(kind, 1, sparsity)
+    return shared(key, lambda: RandomBases(1, 1, r, kind, seed, sparsity=sparsity))
+
+
+def shared(key: tuple, make: Callable[[], RandomBases]) -> RandomBases:
+    """The bases that this process keeps under `key`, made by `make` if there are none."""
     with _shared_lock:
-        found = _shared.get((r, seed))
+        found = _shared.get(key)
         if found is None:
-            found = _shared[r, seed] = RandomBases(1, 1, r, seed=seed)
+            found = _shared[key] = make()
     return found
 
 
@@ -275,7 +285,7 @@ def _rebuild(arguments: dict, shared: bool) -> RandomBases:
     """Unpickles bases; those of the process-wide store join the one of this process."""
     if not shared:
         return RandomBases(**arguments)
-    bases = shared_bases(arguments["r"], arguments["seed"])
+    bases = shared_bases(*(arguments.get(name) for name in ("r", "seed", "kind", "sparsity")))
     bases.require(arguments["max_dim"], arguments["min_dim"], arguments["num_bases"])
     return bases
 

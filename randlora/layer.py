@@ -12,9 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from . import quantized
 from .bases import RandomBases, shared_bases
-from .checks import require_float, require_int
+from .checks import require_dtype, require_float, require_int
 from .functional import delta_weight, flat_bases
+from .mixed import MixedBatch
 
 BaseTensors = Tensor | Mapping[str, Tensor] | None
 
@@ -58,8 +60,9 @@ class RandLoraLayer:
         self.randlora_gamma = nn.ParameterDict()
         self.merged_adapters: list[str] = []
         self._active_adapters: list[str] = []
-        self._disable_adapters = False
-        self._unmerged_weight: Tensor | None = None
+        self._disable_adapters = self._inference_mode = False
+        self.mixed_batch: MixedBatch | None = None
+        self._unmerged_weight: Tensor | tuple[nn.Parameter] | None = None  # a tuple: nn.Module must not register it
 
     # ---- adding and removing adapters ----
 
@@ -108,7 +111,7 @@ class RandLoraLayer:
         self.randlora_gamma[adapter_name] = nn.Parameter(torch.full((n, m), 1 / M, dtype=dtype, device=weight.device))
         if init_weights:
             self.reset_randlora_parameters(adapter_name)
-        self.set_adapter(self._active_adapters or [adapter_name])
+        self.set_adapter(self._active_adapters or [adapter_name], self._inference_mode)
 
     def _choose_bases(
         self, adapter_name: str, A: BaseTensors, B: BaseTensors, bases: RandomBases | None, r: int
@@ -163,7 +166,7 @@ class RandLoraLayer:
                     f"the active adapter {adapter_name!r} was deleted; {left[0]!r} is active now",
                     stacklevel=2,
                 )
-            self.set_adapter(left)
+            self.set_adapter(left, self._inference_mode)
 
     # ---- which adapters act ----
 
@@ -181,15 +184,16 @@ class RandLoraLayer:
         names = [adapter_names] if isinstance(adapter_names, str) else list(dict.fromkeys(adapter_names))
         for name in names:
             self._check_adapter(name)
-        self._active_adapters = names
+        self._active_adapters, self._inference_mode = names, inference_mode
+        frozen = inference_mode or self._disable_adapters
         for parameters in (self.randlora_lambda, self.randlora_gamma):
             for name, parameter in parameters.items():
-                parameter.requires_grad_(name in names and not inference_mode)
+                parameter.requires_grad_(name in names and not frozen)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters on or off. Off: they are frozen, and merged ones leave the weight at the next call."""
         self._disable_adapters = not enabled
-        self.set_adapter(self._active_adapters, inference_mode=not enabled)
+        self.set_adapter(self._active_adapters, self._inference_mode)
 
     @property
     def disable_adapters(self) -> bool:
@@ -250,8 +254,15 @@ class RandLoraLayer:
         :meth:`unmerge`, at the price of its bytes. Active adapters that are not
         merged go on acting beside it.
 
+        A quantised weight is dequantised and quantised again in its own kind, and a warning says what that costs. Each
+        merge starts from the weight as it was, with the present parameters of all merged adapters, so that several
+        merges round once.
+
         Args:
             safe_merge: raise ``ValueError``, with nothing changed, if the merged weight is not finite.
+
+        Raises:
+            TypeError: a weight of a dtype that updates cannot be added to.
         """
         if isinstance(adapter_names, str):
             adapter_names = [adapter_names]
@@ -263,24 +274,48 @@ class RandLoraLayer:
             names = [name for name in names if name not in repeated]
         if not names:
             return
-        weight = self.get_base_layer().weight
+        base, kept = self.get_base_layer(), self._unmerged_weight
+        weight = base.weight
+        if isinstance(kept, tuple) or quantized.is_quantized(base):
+            self._merge_quantized(base, names, safe_merge)
+            return
+        require_dtype("the base weight's dtype", weight.dtype)
         with torch.no_grad():
             merged = sum((self.get_delta_weight(name).to(weight.device) for name in names), start=weight)
             merged = merged.to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"merging {', '.join(names)} gives NaN or infinity in the weight; nothing was changed")
-            if self._unmerged_weight is None:
+            if kept is None:
                 self._unmerged_weight = weight.detach().clone()
             weight.copy_(merged)
         self.merged_adapters.extend(names)
+
+    def _merge_quantized(self, base: nn.Module, names: list[str], safe_merge: bool) -> None:
+        kept = self._unmerged_weight
+        original = base.weight if kept is None else kept[0]
+        with torch.no_grad():
+            update = sum(self.get_delta_weight(name).to(original.device) for name in (*self.merged_adapters, *names))
+            parameter, stands_for, loss = quantized.merged_parameter(base, update, original)
+            if safe_merge and not torch.isfinite(stands_for).all():
+                raise ValueError(f"merging {', '.join(names)} gives NaN or infinity in the weight; nothing was changed")
+        before = quantized.replace_weight(base, parameter)
+        if kept is None:
+            self._unmerged_weight = (before,)
+        self.merged_adapters.extend(names)
+        if loss is not None:
+            warnings.warn(loss, stacklevel=3)
 
     def unmerge(self) -> None:
         """Give the base weight back, bit for bit as it was before the first :meth:`merge`."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        with torch.no_grad():
-            self.get_base_layer().weight.copy_(self._unmerged_weight)
+        base, kept = self.get_base_layer(), self._unmerged_weight
+        if isinstance(kept, tuple):
+            quantized.replace_weight(base, kept[0])
+        else:
+            with torch.no_grad():
+                base.weight.copy_(kept)
         self._unmerged_weight = None
         self.merged_adapters.clear()
 

@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import quantized
 from .bases import RandomBases
 from .cache import UpdateCache
 from .functional import compute_dtype, linear
 from .layer import BaseTensors, RandLoraLayer
+from .mixed import add_updates
 from .planner import STRATEGIES
 
 
@@ -69,7 +71,7 @@ class Linear(nn.Linear, RandLoraLayer):
             raise TypeError("base_layer is adapted already: add an adapter with its update_layer()")
         if isinstance(base_layer, nn.Linear):
             features, transposed = (base_layer.in_features, base_layer.out_features), False
-        elif isinstance(base_layer, _conv1d()):
+        elif isinstance(base_layer, conv1d_types()):
             features, transposed = tuple(base_layer.weight.shape), True
         else:
             raise TypeError(
@@ -106,6 +108,12 @@ class Linear(nn.Linear, RandLoraLayer):
         """``x [..., in_features]`` to ``[..., out_features]`` in the dtype that the base layer gives."""
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if self.mixed_batch is not None and not self.disable_adapters:
+            dtype = compute_dtype(x)
+            return add_updates(
+                self.mixed_batch, x, self.base_layer(x), self.randlora_lambda,
+                lambda rows, name: self._update(rows, dtype, name, None, None),
+            )  # fmt: skip
         adapters = [name for name in self._active_adapters if name not in self.merged_adapters]
         if self.disable_adapters or not adapters:
             return self.base_layer(x)
@@ -138,13 +146,19 @@ class Linear(nn.Linear, RandLoraLayer):
     def _base_is_plain(self) -> bool:
         """Whether the base layer does nothing but its product, so that the op may do it."""
         base = self.base_layer
-        return type(base) in (nn.Linear, *_conv1d()) and not (base._forward_hooks or base._forward_pre_hooks)
+        return (
+            type(base) in (nn.Linear, *conv1d_types())
+            and type(base.weight) in (Tensor, nn.Parameter)  # torchao's quantised weights are subclasses
+            and not (base._forward_hooks or base._forward_pre_hooks)
+        )
 
     def _cached_forward(self, x: Tensor, dtype: torch.dtype, adapters: list[str]) -> Tensor | None:
         weight = self.weight
         exact = dtype in (torch.float32, torch.float64) or self.strategy == "merged"
         merged = exact and weight.dtype == dtype and self._base_is_plain()
-        sources = (weight, *(p[name] for name in adapters for p in (self.randlora_lambda, self.randlora_gamma)))
+        sources = [p[name] for name in adapters for p in (self.randlora_lambda, self.randlora_gamma)]
+        if merged:  # the update alone does not depend on the weight, which need not be an ordinary tensor
+            sources.append(weight)
         settings = (
             merged,
             dtype,
@@ -157,7 +171,8 @@ class Linear(nn.Linear, RandLoraLayer):
             update = sum(self.get_delta_weight(name) for name in adapters)
             return (weight + update if merged else update).to(dtype)
 
-        cached = self._cache.get(sources, settings, weight.numel() * dtype.itemsize, build)
+        nbytes = self.in_features * self.out_features * dtype.itemsize  # a 4-bit weight has fewer elements
+        cached = self._cache.get(tuple(sources), settings, nbytes, build)
         if cached is None:
             return None
         if self.fan_in_fan_out:
@@ -165,6 +180,8 @@ class Linear(nn.Linear, RandLoraLayer):
         if merged:
             return F.linear(x, cached, self.bias)
         result = self.base_layer(x)
+        if result.dtype != dtype:  # under autocast some quantised layers give the input's dtype
+            return result + F.linear(x, cached).to(result.dtype)
         # One accumulating product: the sum is rounded once, and no pass over the output is spent on adding.
         flat = torch.addmm(result.reshape(-1, self.out_features), x.reshape(-1, self.in_features).to(dtype), cached.t())
         return flat.view(result.shape)
@@ -178,7 +195,8 @@ class Linear(nn.Linear, RandLoraLayer):
         super()._apply(fn, recurse)
         self._cache.clear()
         if self._unmerged_weight is not None:  # travels with the weight, but is no part of the state dict
-            self._unmerged_weight = fn(self._unmerged_weight)
+            kept = self._unmerged_weight
+            self._unmerged_weight = (quantized.moved(fn, kept[0]),) if isinstance(kept, tuple) else fn(kept)
         return self
 
     def _get_name(self) -> str:
@@ -200,7 +218,7 @@ class Linear(nn.Linear, RandLoraLayer):
         )
 
 
-def _conv1d() -> tuple[type, ...]:
+def conv1d_types() -> tuple[type, ...]:
     """transformers' Conv1D, where transformers is in use at all; importing it here would be slow for those without."""
     module = sys.modules.get("transformers.pytorch_utils")
     return () if module is None else (module.Conv1D,)

@@ -1,0 +1,203 @@
+"""``RandLoraConfig``: what an adapter is, with PEFT's fields, defaults and JSON form."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .bases import KINDS, PRNGS
+from .checks import require_float, require_int
+from .planner import STRATEGIES
+
+CONFIG_NAME = "adapter_config.json"
+PEFT_TYPE = "RANDLORA"
+# What PEFT would misread carries another type, so that PEFT refuses it (randlora.checkpoint).
+OWN_PEFT_TYPE = "RANDLORA_PHILOX"
+BIASES = ("none", "all", "randlora_only")
+
+
+@dataclass
+class RandLoraConfig:
+    """Settings of one adapter (PEFT: ``RandLoraConfig``).
+
+    Args:
+        r: rank of one base. A lower rank means more bases and more trained numbers.
+        randlora_alpha: the update is scaled by ``randlora_alpha / r``.
+        randlora_dropout: dropout probability on the update's input.
+        target_modules: which layers to adapt: a list of names (a whole name or its last components), a regular
+            expression for whole names, ``"all-linear"`` (every supported layer but the output head), or None for the
+            defaults of known architectures, which are taken from PEFT.
+        projection_prng_key: seed of the bases, ``0 <= key < 2**64``.
+        save_projection: write the bases into the file. They are not needed to load it here; PEFT needs them.
+        sparse, very_sparse: ternary bases; the same as ``kind="sparse"`` and ``kind="very_sparse"``.
+        fan_in_fan_out: kept for PEFT; the layout is taken from the layer's type.
+        bias: which biases are trained: ``"none"``, ``"all"``, or ``"randlora_only"`` (those of adapted layers).
+        modules_to_save: names of further modules to train in full and to save with the adapter.
+        init_weights: True: the update starts at zero. False: lambda random, gamma ``1 / max_dim``.
+        layers_to_transform: indices of the layers to adapt, with `target_modules` a list.
+        layers_pattern: name or names of the module list that these indices count in.
+        exclude_modules: names or a regular expression of what to leave out.
+        num_bases: number n of bases, default ``ceil(min_dim / r)`` per layer, which makes the update full-rank.
+        prng: ``"philox"``, or ``"peft"`` for the bases that PEFT draws (see :class:`randlora.RandomBases`).
+        strategy: how layers compute, see :class:`randlora.Linear`.
+        kind: ``"dense"``, ``"sparse"``, ``"very_sparse"`` or ``"sign"``; default: by `sparse` and `very_sparse`.
+        sparsity: z of a ternary kind, P(+1) = P(-1) = 1/(2z); default 3, and sqrt(min_dim) where very sparse.
+        task_type, peft_type, auto_mapping, peft_version, base_model_name_or_path, revision, inference_mode: PEFT's.
+
+    Raises:
+        TypeError, ValueError: for values outside these ranges or that contradict each other.
+    """
+
+    r: int = 32
+    randlora_alpha: float = 640
+    randlora_dropout: float = 0.0
+    target_modules: list[str] | str | None = None
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    sparse: bool = False
+    very_sparse: bool = False
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    init_weights: bool = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    num_bases: int | None = None
+    prng: str = "philox"
+    strategy: str = "auto"
+    kind: str | None = None
+    sparsity: float | None = None
+    task_type: str | None = None
+    peft_type: str = PEFT_TYPE
+    auto_mapping: dict | None = None
+    peft_version: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+    def __post_init__(self) -> None:
+        self.r = require_int("r", self.r, 1)
+        require_float("randlora_alpha", self.randlora_alpha)
+        self.randlora_dropout = require_float("randlora_dropout", self.randlora_dropout, 0.0, 1.0)
+        self.projection_prng_key = require_int("projection_prng_key", self.projection_prng_key, 0, 2**64 - 1)
+        if self.num_bases is not None:
+            self.num_bases = require_int("num_bases", self.num_bases, 1)
+        for name in ("save_projection", "sparse", "very_sparse", "fan_in_fan_out", "init_weights", "inference_mode"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name, known in (("bias", BIASES), ("prng", PRNGS), ("strategy", ("auto", *STRATEGIES))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        self.peft_type = str(getattr(self.peft_type, "value", self.peft_type))
+        if self.peft_type not in (PEFT_TYPE, OWN_PEFT_TYPE):
+            raise ValueError(f"peft_type must be {PEFT_TYPE}, got {self.peft_type!r}: this is another method's adapter")
+        self.peft_type = PEFT_TYPE
+        self.task_type = getattr(self.task_type, "value", self.task_type)
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+            setattr(self, name, _names(name, getattr(self, name), name == "modules_to_save"))
+        self._check_layers()
+        self._check_kind()
+
+    def _check_layers(self) -> None:
+        if isinstance(self.layers_to_transform, int):
+            self.layers_to_transform = [self.layers_to_transform]
+        if self.layers_to_transform is not None:
+            self.layers_to_transform = [require_int("layers_to_transform", i, 0) for i in self.layers_to_transform]
+            if isinstance(self.target_modules, str):
+                raise ValueError("layers_to_transform goes with target_modules as a list, got a string")
+        elif self.layers_pattern:
+            raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform, got None")
+
+    def _check_kind(self) -> None:
+        # PEFT takes very_sparse where both are set.
+        flags = "very_sparse" if self.very_sparse else "sparse" if self.sparse else None
+        if self.kind is None:
+            self.kind = flags or "dense"
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if flags not in (None, self.kind):
+            raise ValueError(f"kind={self.kind!r} contradicts {flags}=True")
+        self.sparse, self.very_sparse = self.kind == "sparse", self.kind == "very_sparse"
+        if self.sparsity is not None:
+            if self.kind not in ("sparse", "very_sparse"):
+                raise ValueError(f"kind={self.kind!r} has no free sparsity, got sparsity={self.sparsity}")
+            self.sparsity = require_float("sparsity", self.sparsity, 1.0, 2.0**31)
+        if self.prng != "philox" and (self.kind == "sign" or self.sparsity is not None or self.num_bases is not None):
+            raise ValueError(
+                f"prng={self.prng!r} has PEFT's kinds, sparsity and number of bases only, got kind={self.kind!r}, "
+                f"sparsity={self.sparsity}, num_bases={self.num_bases}"
+            )
+
+    # ---- JSON ----
+
+    def to_dict(self) -> dict[str, Any]:
+        """PEFT's keys, and of ours those that differ from their default, so that PEFT reads it without a complaint."""
+        values = asdict(self)
+        if values["kind"] != "sign":
+            values["kind"] = None  # the flags say it
+        for field in fields(self):
+            if field.name in _OWN and values[field.name] == _default(field):
+                del values[field.name]
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RandLoraConfig:
+        """From PEFT's or our JSON; keys that are not known here are named in a ``ValueError`` unless they are empty."""
+        known = {field.name for field in fields(cls)}
+        values = dict(values)
+        if values.get("layers_to_transform") is None:
+            values.pop("layers_pattern", None)  # PEFT ignores it then
+        unknown = {name: value for name, value in values.items() if name not in known}
+        if extra := sorted(name for name, value in unknown.items() if value not in (None, False, [], {}, "")):
+            raise ValueError(
+                f"{', '.join(extra)}: not known to this version of randlora ({', '.join(sorted(known))} are)"
+            )
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+    @classmethod
+    def of(cls, config: Any) -> RandLoraConfig:
+        """`config` itself, or one made of PEFT's ``RandLoraConfig`` or of a dict."""
+        if isinstance(config, cls):
+            return config
+        if isinstance(config, Mapping):
+            return cls.from_dict(config)
+        if hasattr(config, "to_dict") and hasattr(config, "peft_type"):
+            # Drawn as PEFT draws them: a config made for PEFT means PEFT's bases.
+            return cls.from_dict({"prng": "peft"} | config.to_dict() | {"peft_version": None})
+        raise TypeError(f"config must be a randlora.RandLoraConfig, PEFT's, or a dict, got {type(config).__name__}")
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write ``adapter_config.json`` into `folder`."""
+        from .checkpoint import write_text
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / CONFIG_NAME, json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike) -> RandLoraConfig:
+        """Read ``adapter_config.json`` from `folder`. Raises ``ValueError`` that names the file and what is wrong."""
+        from .checkpoint import read_config
+
+        return read_config(Path(folder))
+
+
+_OWN = ("num_bases", "prng", "strategy", "kind", "sparsity", "exclude_modules")
+
+
+def _default(field) -> Any:
+    return None if field.default is MISSING else field.default
+
+
+def _names(name: str, value: Any, only_list: bool) -> list[str] | str | None:
+    if value is None or (isinstance(value, str) and not only_list):
+        return value
+    if isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(v, str) and v for v in value):
+        return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
+    what = "a list of names" if only_list else "a list of names or a string"
+    raise TypeError(f"{name} must be {what}, got {value!r}")

@@ -1,0 +1,241 @@
+"""Putting adapters into a model and taking them out again: first a plan that can fail, then changes that cannot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from .attention import MultiheadAttention, disable_fast_path, restore_fast_path
+from .bases import RandomBases, shared, shared_bases
+from .config import RandLoraConfig
+from .layer import RandLoraLayer
+from .linear import Linear
+from .mixed import BASE
+from .modules_to_save import ModuleToSave
+from .targets import find_targets, layer_sizes, peft_dims
+
+# What PEFT trains and saves beside the adapter for these tasks, where the model has it.
+TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an adapter will be: found and checked, with nothing of the model changed.
+
+    Attributes:
+        targets: name -> module to adapt. slots: name -> (in, out) of every linear layer that gets parameters.
+        saved: names of modules that are trained in full.
+        bases: sized for the slots.
+        peft_dims: (max_dim, min_dim) that PEFT's own bases would have for these targets.
+    """
+
+    config: RandLoraConfig
+    targets: dict[str, nn.Module]
+    slots: dict[str, tuple[int, int]]
+    saved: list[str]
+    bases: RandomBases
+    peft_dims: tuple[int, int]
+
+    def num_bases(self, slot: str) -> int:
+        return _num_bases(self.config, min(self.slots[slot]))
+
+
+def plan(model: nn.Module, config: RandLoraConfig, bases: RandomBases | None = None) -> Plan:
+    """Find the targets of `config` and the bases for them (or take `bases`, made for another model part or file).
+
+    Raises:
+        ValueError: no or unsupported targets, modules to save that are not there, bases that are too small.
+    """
+    saved = _find_saved(model, config)
+    targets = find_targets(model, config)
+    slots = _slots(model, targets)
+    for name, module in targets.items():
+        if isinstance(module, RandLoraLayer) and module.merged:
+            raise ValueError(f"layer {name!r} has merged adapters: call unmerge_adapter() first")
+    dims = peft_dims(model, config, targets)
+    need = required(config, slots)
+    bases = make_bases(config, need, dims) if bases is None else bases
+    bases.require(*need)
+    return Plan(config, targets, slots, saved, bases, dims)
+
+
+def required(config: RandLoraConfig, slots: dict[str, tuple[int, int]]) -> tuple[int, int, int]:
+    """``(max_dim, min_dim, num_bases)`` of bases that serve these layers: the maxima over each one's own dimensions."""
+    smaller = [min(sizes) for sizes in slots.values()]
+    return max(map(max, slots.values())), max(smaller), max(_num_bases(config, m) for m in smaller)
+
+
+def _num_bases(config: RandLoraConfig, min_dim: int) -> int:
+    return config.num_bases or -(-min_dim // config.r)
+
+
+def make_bases(config: RandLoraConfig, need: tuple[int, int, int], peft: tuple[int, int]) -> RandomBases:
+    if config.prng != "philox":
+        # PEFT's values depend on the size that it draws.
+        return shared_peft_bases(*peft, config.r, config.kind, config.projection_prng_key, config.prng)
+    if config.kind == "very_sparse" and config.sparsity is None:
+        config.sparsity = math.sqrt(need[1])
+    return shared_bases(config.r, config.projection_prng_key, config.kind, config.sparsity)
+
+
+def shared_peft_bases(max_dim: int, min_dim: int, r: int, kind: str, seed: int, prng: str) -> RandomBases:
+    return shared(
+        ("peft", max_dim, min_dim, r, kind, seed, prng),
+        lambda: RandomBases(max_dim, min_dim, r, kind, seed, prng=prng),
+    )
+
+
+def apply(model: nn.Module, plan: Plan, adapter_name: str) -> None:
+    """Wrap the targets, or add the adapter to those that are wrapped already."""
+    config = plan.config
+    settings = {
+        "r": config.r,
+        "randlora_alpha": config.randlora_alpha,
+        "randlora_dropout": config.randlora_dropout,
+        "init_weights": config.init_weights,
+        "bases": plan.bases,
+        "num_bases": config.num_bases,
+    }
+    for name, module in plan.targets.items():
+        parent, _, leaf = name.rpartition(".")
+        attention = model.get_submodule(parent)
+        if isinstance(module, RandLoraLayer):
+            module.update_layer(adapter_name, **settings)
+        elif isinstance(module, MultiheadAttention):
+            module.add_adapter(adapter_name, **settings)
+        elif isinstance(attention, MultiheadAttention):
+            attention.add_adapter(adapter_name, projections=(leaf,), **settings)
+        elif isinstance(attention, nn.MultiheadAttention):
+            wrapped = MultiheadAttention(
+                attention, adapter_name, projections=(leaf,), strategy=config.strategy, **settings
+            )
+            replace(model, parent, wrapped)
+        elif isinstance(module, nn.MultiheadAttention):
+            replace(model, name, MultiheadAttention(module, adapter_name, strategy=config.strategy, **settings))
+        else:
+            replace(model, name, Linear(module, adapter_name, strategy=config.strategy, **settings))
+    for name in plan.saved:
+        module = model.get_submodule(name)
+        if not isinstance(module, ModuleToSave):
+            replace(model, name, ModuleToSave(module))
+        model.get_submodule(name).add(adapter_name)
+    for module in model.modules():
+        if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)) and adapted_layers(module):
+            disable_fast_path(module)
+
+
+def unload(model: nn.Module, merged: Iterable[str], progressbar: bool) -> nn.Module:
+    """Merge the adapters `merged` and put the plain modules back; returns the model (or its one layer)."""
+    layers = adapted_layers(model)
+    bar = layers.values()
+    if progressbar:
+        from tqdm import tqdm
+
+        bar = tqdm(bar, desc="merge and unload" if merged else "unload", unit="layer")
+    for layer in bar:
+        wanted = [n for n in merged if n in layer.randlora_lambda and n not in layer.merged_adapters]
+        layer.merge(adapter_names=wanted)
+        layer._unmerged_weight = None  # one layer at a time: no second copy of the model's weights
+    attentions = {n: m for n, m in model.named_modules() if isinstance(m, MultiheadAttention)}
+    for name, layer in layers.items():
+        if name.rpartition(".")[0] not in attentions:
+            replace(model, name, layer.get_base_layer())
+    for name, attention in attentions.items():
+        replace(model, name, attention.unwrap())
+    for name, module in saved_modules(model).items():
+        chosen = next((n for n in merged if n in module.modules_to_save), None)
+        replace(model, name, module.original_module if chosen is None else module.modules_to_save[chosen])
+    for module in model.modules():
+        if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
+            restore_fast_path(module)
+    return model
+
+
+# ---- looking at a model ----
+
+
+def adapted_layers(model: nn.Module) -> dict[str, RandLoraLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, RandLoraLayer)}
+
+
+def saved_modules(model: nn.Module) -> dict[str, ModuleToSave]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, ModuleToSave)}
+
+
+def train_biases(model: nn.Module, modes: set[str]) -> None:
+    """Biases of the base model require gradients as these modes (``RandLoraConfig.bias``) ask for."""
+    own = {id(p) for layer in adapted_layers(model).values() for p in layer.get_base_layer().parameters(recurse=False)}
+    for name, parameter in model.named_parameters():
+        if (name == "bias" or name.endswith(".bias")) and ".modules_to_save." not in name:
+            parameter.requires_grad_("all" in modes or ("randlora_only" in modes and id(parameter) in own))
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` at `name`, and wherever else the module that was there is used (tied modules)."""
+    old = model.get_submodule(name)
+    for alias in [n for n, m in model.named_modules(remove_duplicate=False) if m is old]:
+        parent, _, leaf = alias.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, module)
+    module.train(old.training)
+
+
+def check_name(adapter_name: str, taken: Container[str]) -> None:
+    """Raises ``TypeError`` or ``ValueError`` unless `adapter_name` can be that of a new adapter."""
+    if not isinstance(adapter_name, str):
+        raise TypeError(f"adapter_name must be a string, got {adapter_name!r}")
+    if not adapter_name or "." in adapter_name or "/" in adapter_name or adapter_name == BASE:
+        raise ValueError(f"adapter_name must not be empty, {BASE!r}, or contain '.' or '/', got {adapter_name!r}")
+    if hasattr(nn.ParameterDict, adapter_name) or hasattr(nn.ModuleDict(), adapter_name):
+        raise ValueError(f"adapter_name {adapter_name!r} is taken by torch.nn's containers: choose another one")
+    if adapter_name in taken:
+        raise ValueError(f"this model already has an adapter named {adapter_name!r}: delete it first")
+
+
+# ---- parts of a plan ----
+
+
+def _slots(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, tuple[int, int]]:
+    found: dict[str, tuple[int, int]] = {}
+    for name, module in targets.items():
+        if isinstance(module, (nn.MultiheadAttention, MultiheadAttention)):
+            E = module.embed_dim
+            for part, size in zip(PROJECTIONS, (E, module.kdim, module.vdim, E), strict=True):
+                found[f"{name}.{part}"] = size, E
+        else:
+            found[name] = layer_sizes(module)
+    for name in targets:
+        parent = name.rpartition(".")[0]
+        if parent in targets:
+            raise ValueError(f"target_modules matches {name!r} and {parent!r}, which contains it: choose one of them")
+    return found
+
+
+def _find_saved(model: nn.Module, config: RandLoraConfig) -> list[str]:
+    wanted = list(config.modules_to_save or ())
+    names = [name for name, module in model.named_modules() if name and "modules_to_save" not in name.split(".")]
+    names = [name for name in names if "original_module" not in name.split(".")]
+    for head in TASK_HEADS.get(config.task_type or "", ()):
+        if head not in wanted and any(_is(name, head) for name in names):
+            wanted.append(head)
+    found: list[str] = []
+    for target in wanted:
+        here = [name for name in names if _is(name, target)]
+        if not here:
+            raise ValueError(f"modules_to_save: {target!r} matches no module of this model")
+        for name in here:
+            if not any(f"{name}.".startswith(f"{other}.") for other in found):
+                found.append(name)
+    for name in found:
+        if adapted_layers(model.get_submodule(name)):
+            raise ValueError(f"modules_to_save: {name!r} contains layers that another adapter adapts")
+    if wanted:
+        config.modules_to_save = wanted
+    return found
+
+
+def _is(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")

@@ -1,0 +1,69 @@
+"""Modules that are trained in full beside the adapters, one copy per adapter (PEFT: ``modules_to_save``)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .mixed import MixedBatch
+
+
+class ModuleToSave(nn.Module):
+    """Stands for ``original_module`` and runs the active adapter's copy of it, if there is one."""
+
+    is_modules_to_save = True
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.original_module = module
+        self.modules_to_save = nn.ModuleDict()
+        self.active_adapter: str | None = None
+        self.enabled = True
+        self.mixed_batch: MixedBatch | None = None
+        self.randlora_lambda, self.merged_adapters = self.modules_to_save, ()  # as mixed_batch() asks of a layer
+
+    def add(self, adapter_name: str) -> None:
+        fresh = copy.deepcopy(self.original_module)
+        for parameter in fresh.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        self.modules_to_save[adapter_name] = fresh
+
+    def set_adapter(self, adapter_name: str | None, inference_mode: bool = False) -> None:
+        self.active_adapter = adapter_name if adapter_name in self.modules_to_save else None
+        for name, module in self.modules_to_save.items():
+            for parameter in module.parameters():
+                trained = name == self.active_adapter and not inference_mode and self.enabled
+                parameter.requires_grad_(trained and parameter.is_floating_point())
+
+    def active_module(self) -> nn.Module:
+        if self.active_adapter is None or not self.enabled:
+            return self.original_module
+        return self.modules_to_save[self.active_adapter]
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.mixed_batch is None or not self.enabled:
+            return self.active_module()(x, *args, **kwargs)
+        result = None
+        for name, rows in self.mixed_batch.rows(x).items():
+            module = dict(self.modules_to_save.items()).get(name, self.original_module)
+            part = module(x.index_select(0, rows), *args, **kwargs)
+            if not isinstance(part, Tensor):
+                raise TypeError(
+                    f"adapter_names: {type(module).__name__} of modules_to_save must return a tensor, got "
+                    f"{type(part).__name__}"
+                )
+            if result is None:
+                result = part.new_empty((x.shape[0], *part.shape[1:]))
+            result = torch.index_copy(result, 0, rows, part)
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("original_module", "modules_to_save"):  # not there yet: copying, unpickling
+                raise
+            return getattr(self.active_module(), name)

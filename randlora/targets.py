@@ -1,0 +1,169 @@
+"""Which layers of a model a config means: PEFT's rules for ``target_modules`` and its companions."""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+from torch import nn
+
+from .config import RandLoraConfig
+from .layer import RandLoraLayer
+from .linear import conv1d_types
+
+ALL_LINEAR = "all-linear"
+
+
+def find_targets(model: nn.Module, config: RandLoraConfig) -> dict[str, nn.Module]:
+    """Name -> module for every layer that `config` targets, in the model's order.
+
+    Adapted layers stand for themselves. ``nn.MultiheadAttention`` counts as one layer; its ``out_proj`` alone can be
+    targeted too.
+
+    Raises:
+        ValueError: nothing matches (with the nearest names), or something that is not supported does.
+    """
+    config.target_modules = wanted = _wanted(model, config)
+    modules = dict(_modules(model))
+    skipped = [*(config.modules_to_save or ())]
+    names = [name for name in modules if not _inside(name, skipped) and not _matches(name, config.exclude_modules)]
+    if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
+        head = _output_head(model)
+        # The parts of an attention are adapted with it.
+        attentions = tuple(f"{name}." for name in names if is_attention(modules[name]))
+        return _some(
+            {n: modules[n] for n in names if is_supported(modules[n]) and modules[n] is not head
+             and not (attentions and n.startswith(attentions))},
+            model, config,
+        )  # fmt: skip
+    found = {name: modules[name] for name in names if _matches(name, wanted) and _index_matches(name, config)}
+    if unsupported := {name: m for name, m in found.items() if not is_supported(m)}:
+        name, module = next(iter(unsupported.items()))
+        inside = [f"{name}.{n}" for n, m in module.named_modules() if n and is_supported(m)][:3]
+        raise ValueError(
+            f"target_modules={wanted!r} matches {name!r}, a {type(module).__name__}, which cannot be adapted: "
+            f"torch.nn.Linear, transformers' Conv1D, torch.nn.MultiheadAttention and quantised linear layers can"
+            + (f"; inside it: {', '.join(inside)}" if inside else "")
+        )
+    if isinstance(wanted, list):
+        for target in wanted:
+            if not any(_matches(name, [target]) for name in modules):
+                raise ValueError(f"target_modules: {target!r} matches no layer of this model{_meant(target, model)}")
+    return _some(found, model, config)
+
+
+def is_attention(module: nn.Module) -> bool:
+    from .attention import MultiheadAttention
+
+    return isinstance(module, (nn.MultiheadAttention, MultiheadAttention))
+
+
+def is_supported(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, RandLoraLayer, *conv1d_types())) or is_attention(module)
+
+
+def _modules(model: nn.Module):
+    """All modules under the names that they have in the unadapted model."""
+    from .attention import MultiheadAttention
+
+    inner: list[str] = []
+    for name, module in model.named_modules():
+        if name.startswith(tuple(inner)):
+            continue
+        if isinstance(module, RandLoraLayer) or getattr(module, "is_modules_to_save", False):
+            inner.append(f"{name}.")
+        elif isinstance(module, MultiheadAttention):
+            inner += [f"{name}.{part}." for part in ("q_proj", "k_proj", "v_proj", "out_proj")]
+            inner += [f"{name}.{part}" for part in ("q_proj", "k_proj", "v_proj")]
+        yield name, module
+
+
+def _wanted(model: nn.Module, config: RandLoraConfig) -> list[str] | str:
+    if config.target_modules is not None:
+        if not config.target_modules:
+            raise ValueError("target_modules must name at least one layer, got an empty list")
+        return config.target_modules
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind is None:
+        raise ValueError('target_modules must be given for this model: names of layers, or "all-linear"')
+    try:
+        from peft.utils import TRANSFORMERS_MODELS_TO_RANDLORA_TARGET_MODULES_MAPPING as table
+    except ImportError as error:
+        raise ValueError(
+            "target_modules must be given: the defaults of known architectures are taken from PEFT, which is not "
+            "installed (pip install peft)"
+        ) from error
+    if kind not in table:
+        raise ValueError(f'target_modules must be given: there is no default for {kind!r}; "all-linear" is one choice')
+    return table[kind] if isinstance(table[kind], str) else sorted(table[kind])
+
+
+def _matches(name: str, wanted: list[str] | str | None) -> bool:
+    if wanted is None:
+        return False
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in wanted)
+
+
+def _inside(name: str, parents: list[str]) -> bool:
+    return any(f".{parent}." in f".{name}." for parent in parents)
+
+
+def _index_matches(name: str, config: RandLoraConfig) -> bool:
+    """Whether the first number in the name (after `layers_pattern`, if given) is among ``layers_to_transform``."""
+    if config.layers_to_transform is None:
+        return True
+    patterns = config.layers_pattern or r"[^.]*"
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name):
+            return int(found.group(1)) in config.layers_to_transform
+    return False
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    """What ``"all-linear"`` leaves out: the head of a transformers model."""
+    head = None
+    if hasattr(model, "get_output_embeddings"):
+        head = model.get_output_embeddings()
+    if head is None and "SequenceClassification" in type(model).__name__:
+        head = next((getattr(model, n) for n in ("score", "classifier") if hasattr(model, n)), None)
+    return head
+
+
+def _some(found: dict[str, nn.Module], model: nn.Module, config: RandLoraConfig) -> dict[str, nn.Module]:
+    if found:
+        return found
+    rules = ", ".join(
+        f"{name}={value!r}"
+        for name in ("target_modules", "layers_to_transform", "layers_pattern", "exclude_modules", "modules_to_save")
+        if (value := getattr(config, name)) is not None
+    )
+    target = config.target_modules if isinstance(config.target_modules, str) else config.target_modules[0]
+    raise ValueError(f"{rules} matches no layer of this model{_meant(target, model)}")
+
+
+def _meant(target: str, model: nn.Module) -> str:
+    names = [name for name, module in _modules(model) if is_supported(module) and name]
+    short = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
+    if not short:
+        return ", which has no layer that could be adapted"
+    close = difflib.get_close_matches(target.rsplit(".", 1)[-1], short, 3, 0.5)
+    listing = ", ".join(short[:20]) + (", ..." if len(short) > 20 else "")
+    return (f"; did you mean {' or '.join(map(repr, close))}?" if close else "") + f" (its linear layers: {listing})"
+
+
+def peft_dims(model: nn.Module, config: RandLoraConfig, found: dict[str, nn.Module]) -> tuple[int, int]:
+    """``(max_dim, min_dim)`` of the bases that PEFT would make: it takes the largest out and in dimensions apart."""
+    sizes = [layer_sizes(module) for module in found.values()]
+    largest_in, largest_out = max(s[0] for s in sizes), max(s[1] for s in sizes)
+    return max(largest_in, largest_out), min(largest_in, largest_out)
+
+
+def layer_sizes(module: nn.Module) -> tuple[int, int]:
+    """in_features and out_features of a layer that :func:`is_supported`."""
+    if is_attention(module):
+        return max(module.embed_dim, module.kdim, module.vdim), module.embed_dim
+    if hasattr(module, "in_features"):
+        return module.in_features, module.out_features
+    return tuple(module.weight.shape)  # Conv1D
