@@ -151,8 +151,9 @@ def explain(layer: torch.nn.Module, tokens: int, training: bool = True) -> str:
         dropout = training and getattr(layer.randlora_dropout[adapter], "p", 0.0) > 0
         shape = (tokens, layer.in_features, layer.out_features, n, r)
         needs = {"dropout": dropout, "need_x": training, "need_parameters": training}
-        options = costs(*shape, dtype.itemsize, **needs)
-        chosen = choose(*shape, dtype, weight.dtype, weight.device.type, **needs)
+        plain = layer._base_is_plain()  # a quantised base layer computes its product itself
+        options = costs(*shape, dtype.itemsize, has_weight=plain, **needs)
+        chosen = choose(*shape, dtype, weight.dtype if plain else None, weight.device.type, **needs)
         forced = layer.strategy != "auto"
         if forced:
             chosen = layer.strategy, layer.strategy
