@@ -200,7 +200,8 @@ class RandomBases:
 
     def fill(self, out: Tensor, stream: int, offsets: tuple[int, int, int]) -> Tensor:
         seed = self.seed - 2**64 if self.seed >= 2**63 else self.seed  # op schemas carry signed 64-bit integers
-        torch.ops.randlora.fill_bases_(out, seed, stream, offsets, self.sparsity)
+        if not out.is_meta:  # a model without numbers still has shapes to compute
+            torch.ops.randlora.fill_bases_(out, seed, stream, offsets, self.sparsity)
         return out
 
     def draw(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:

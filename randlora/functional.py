@@ -179,6 +179,6 @@ def linear(
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which ``torch.nn.functional.linear`` would compute with `x`: its own, or autocast's."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
