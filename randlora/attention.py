@@ -117,6 +117,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         before = [getattr(self, name) for name in self.projections]
         active = list(dict.fromkeys(name for layer in before for name in layer.active_adapters))
+        frozen = any(layer._inference_mode for layer in before)
         for name, layer in layers.items():
             if isinstance(layer, RandLoraLayer):
                 layer.update_layer(adapter_name, **settings)
@@ -126,8 +127,8 @@ class MultiheadAttention(nn.MultiheadAttention):
                 if any(other.disable_adapters for other in before):
                     layer.enable_adapters(False)
             wanted = [other for other in active if other in layer.randlora_lambda]
-            if active and layer.active_adapters != wanted:
-                layer.set_adapter(wanted)
+            if active and (layer.active_adapters, layer._inference_mode) != (wanted, frozen):
+                layer.set_adapter(wanted, inference_mode=frozen)
 
     @property
     def projections(self) -> tuple[str, ...]:

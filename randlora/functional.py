@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -103,8 +105,8 @@ def linear(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
     randlora_lambda: Tensor,
     randlora_gamma: Tensor,
     scaling: float,
@@ -116,6 +118,7 @@ def linear(
     weight_is_transposed: bool = False,
     workspace: int = 0,
     seed: Tensor | None = None,
+    pattern: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """``y = x W^T + bias + dropout(x) dW^T``: a linear layer with its RandLoRA update, as one op.
 
@@ -136,6 +139,8 @@ def linear(
             needs the weight and no dropout; in 16 bits it rounds away updates below half a unit in the last place of W.
         workspace: bytes that temporaries may take, 0 for no limit. Below what a strategy takes at once it works in
             groups of bases: more, smaller products.
+        pattern: very sparse bases as :meth:`randlora.RandomBases.pattern` gives them, in place of A and B (None). There
+            is no factored strategy then; and `workspace` has nothing to bound.
 
     Returns:
         ``[..., out]`` in the dtype that ``torch.nn.functional.linear`` gives (autocast included); products are in that
@@ -167,12 +172,13 @@ def linear(
             dtype, None if weight is None else weight.dtype, x.device.type, dropout=p > 0,
             need_x=grad and x.requires_grad,
             need_parameters=grad and (randlora_lambda.requires_grad or randlora_gamma.requires_grad),
+            columns=None if pattern is None else pattern[0].numel(),
         )  # fmt: skip
     else:
         strategies = strategy, strategy
     y = LinearOp.apply(
         x, weight, bias, A, B, randlora_lambda, randlora_gamma, out_features, scaling, dtype, *strategies, p,
-        seed if p > 0 else None, weight_is_transposed, workspace,
+        seed if p > 0 else None, weight_is_transposed, workspace, *(pattern or [None] * 5),
     )  # fmt: skip
     return y if ordinary is None else ordinary + y
 

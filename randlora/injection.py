@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .attention import MultiheadAttention, disable_fast_path, restore_fast_path
+from .attention import MultiheadAttention, check_base, disable_fast_path, restore_fast_path
 from .bases import RandomBases, shared, shared_bases
 from .config import RandLoraConfig
 from .layer import RandLoraLayer
@@ -54,6 +54,10 @@ def plan(model: nn.Module, config: RandLoraConfig, bases: RandomBases | None = N
     targets = find_targets(model, config)
     slots = _slots(model, targets)
     for name, module in targets.items():
+        parent = model.get_submodule(name.rpartition(".")[0])
+        for attention in (module, parent):
+            if isinstance(attention, nn.MultiheadAttention) and not isinstance(attention, MultiheadAttention):
+                check_base(attention)
         if isinstance(module, RandLoraLayer) and module.merged:
             raise ValueError(f"layer {name!r} has merged adapters: call unmerge_adapter() first")
     dims = peft_dims(model, config, targets)
@@ -106,9 +110,9 @@ def apply(model: nn.Module, plan: Plan, adapter_name: str) -> None:
         if isinstance(module, RandLoraLayer):
             module.update_layer(adapter_name, **settings)
         elif isinstance(module, MultiheadAttention):
-            module.add_adapter(adapter_name, **settings)
+            module.add_adapter(adapter_name, strategy=config.strategy, **settings)
         elif isinstance(attention, MultiheadAttention):
-            attention.add_adapter(adapter_name, projections=(leaf,), **settings)
+            attention.add_adapter(adapter_name, projections=(leaf,), strategy=config.strategy, **settings)
         elif isinstance(attention, nn.MultiheadAttention):
             wrapped = MultiheadAttention(
                 attention, adapter_name, projections=(leaf,), strategy=config.strategy, **settings
@@ -170,7 +174,7 @@ def train_biases(model: nn.Module, modes: set[str]) -> None:
     """Biases of the base model require gradients as these modes (``RandLoraConfig.bias``) ask for."""
     own = {id(p) for layer in adapted_layers(model).values() for p in layer.get_base_layer().parameters(recurse=False)}
     for name, parameter in model.named_parameters():
-        if (name == "bias" or name.endswith(".bias")) and ".modules_to_save." not in name:
+        if name.rpartition(".")[2] in ("bias", "bias_k", "bias_v") and ".modules_to_save." not in name:
             parameter.requires_grad_("all" in modes or ("randlora_only" in modes and id(parameter) in own))
 
 

@@ -69,6 +69,11 @@ class Linear(nn.Linear, RandLoraLayer):
         super(nn.Linear, self).__init__()  # nn.Linear's own would make a second weight
         if isinstance(base_layer, RandLoraLayer):
             raise TypeError("base_layer is adapted already: add an adapter with its update_layer()")
+        if isinstance(base_layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            raise TypeError(
+                "base_layer is the out_proj of a torch.nn.MultiheadAttention, which never calls it: use "
+                'randlora.MultiheadAttention(attention, projections=("out_proj",))'
+            )
         if isinstance(base_layer, nn.Linear):
             features, transposed = (base_layer.in_features, base_layer.out_features), False
         elif isinstance(base_layer, conv1d_types()):

@@ -18,6 +18,14 @@ backward by itself, as nothing passes between them: between T = d/2 and T = d th
 ``factored`` backward (5T + d). ``merged`` is taken only where
 the weight itself is fp32 or fp64 and so is the computation: in 16 bits, W + dW rounds away updates below half a unit
 in the last place of W.
+
+Very sparse bases (:mod:`randlora.patterns`) build the update from what is non-zero, at the price of moving it; of the
+dimension m only the c columns that A has a non-zero in take part in products with the update:
+
+    ============  ====================================  =======================================================
+    materialized  T (M m + M c)                         T (M m + 2 M c)
+    merged        T M m                                 T (M m + M c)
+    ============  ====================================  =======================================================
 """
 
 from __future__ import annotations
@@ -101,6 +109,47 @@ def costs(
     return found
 
 
+def sparse_costs(
+    T: int,
+    in_features: int,
+    out_features: int,
+    columns: int,
+    element_bytes: int = 4,
+    *,
+    dropout: bool = False,
+    has_weight: bool = True,
+    need_x: bool = True,
+    need_parameters: bool = True,
+) -> dict[str, tuple[Cost, Cost]]:
+    """As :func:`costs`, for very sparse bases with `columns` of the smaller dimension not empty."""
+    m, M, e = min(in_features, out_features), max(in_features, out_features), element_bytes
+    base, part = (T * M * m if has_weight else 0), T * M * columns
+    dense, compact, gradient = M * m * e, M * columns * e, need_parameters * M * columns * max(4, e)
+    # The features that take part are gathered, and a result that only some have a part in is added to.
+    gathered = 2 * T * columns * e
+    dx = base if need_x else 0
+    found = {
+        "materialized": (
+            Cost(base + part, compact, 3 * compact + gathered + 2 * T * out_features * e),
+            Cost(
+                dx + (need_x + need_parameters) * part,
+                compact + gradient,
+                need_x * (3 * compact + 2 * T * in_features * e) + 2 * gradient + need_parameters * gathered,
+            ),
+        )
+    }
+    if has_weight and not dropout:
+        found["merged"] = (
+            Cost(base, dense, 4 * dense),
+            Cost(
+                dx + need_parameters * part,
+                need_x * dense + gradient,
+                need_x * 4 * dense + 2 * gradient + need_parameters * gathered,
+            ),
+        )
+    return found
+
+
 def choose(
     T: int,
     in_features: int,
@@ -114,11 +163,15 @@ def choose(
     dropout: bool = False,
     need_x: bool = True,
     need_parameters: bool = True,
+    columns: int | None = None,
 ) -> tuple[str, str]:
-    """The cheapest strategy forward and backward. `weight_dtype` None: there is no base weight to work with."""
-    options = costs(
-        T, in_features, out_features, n, r, dtype.itemsize, dropout=dropout, has_weight=weight_dtype is not None,
-        need_x=need_x, need_parameters=need_parameters,
+    """The cheapest strategy forward and backward.
+
+    `weight_dtype` None: there is no base weight to work with. `columns`: of very sparse bases, else None.
+    """
+    options = _options(
+        T, in_features, out_features, n, r, dtype.itemsize, columns, dropout=dropout,
+        has_weight=weight_dtype is not None, need_x=need_x, need_parameters=need_parameters,
     )  # fmt: skip
     if not (weight_dtype == dtype and dtype in (torch.float32, torch.float64)):
         options.pop("merged", None)
@@ -126,9 +179,15 @@ def choose(
     return _cheapest(options, 0, balance), _cheapest(options, 1, balance)
 
 
+def _options(T, in_features, out_features, n, r, element_bytes, columns, **needs) -> dict[str, tuple[Cost, Cost]]:
+    if columns is None:
+        return costs(T, in_features, out_features, n, r, element_bytes, **needs)
+    return sparse_costs(T, in_features, out_features, columns, element_bytes, **needs)
+
+
 def _cheapest(options: dict[str, tuple[Cost, Cost]], which: int, balance: float) -> str:
     # A loop, not min(): T may be symbolic under torch.compile.
-    best, least = "factored", None
+    best, least = "materialized", None
     for name, cost in options.items():
         total = cost[which].total(balance)
         if least is None or total < least:
@@ -151,8 +210,9 @@ def explain(layer: torch.nn.Module, tokens: int, training: bool = True) -> str:
         dropout = training and getattr(layer.randlora_dropout[adapter], "p", 0.0) > 0
         shape = (tokens, layer.in_features, layer.out_features, n, r)
         needs = {"dropout": dropout, "need_x": training, "need_parameters": training}
-        options = costs(*shape, dtype.itemsize, **needs)
-        chosen = choose(*shape, dtype, weight.dtype, weight.device.type, **needs)
+        columns = layer.pattern_columns(adapter)
+        options = _options(*shape, dtype.itemsize, columns, **needs)
+        chosen = choose(*shape, dtype, weight.dtype, weight.device.type, **needs, columns=columns)
         forced = layer.strategy != "auto"
         if forced:
             chosen = layer.strategy, layer.strategy
