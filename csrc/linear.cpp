@@ -25,6 +25,7 @@
 #include <torch/library.h>
 
 #include "ops.h"
+#include "packed_update.h"
 
 namespace randlora {
 namespace {
@@ -46,7 +47,12 @@ class Layer {
     n_ = a.lambda.size(1);
     tokens_ = 1;
     for (int64_t axis = 0; axis + 1 < a.x.dim(); ++axis) tokens_ *= a.x.size(axis);
-    if (!sparse()) {
+    if (is_packed(a.pattern) && a.strategy == Strategy::factored) {
+      // Products over the tokens alone: the bases for them are unpacked for this call.
+      at::Tensor B2t;
+      std::tie(A_, B2t) = packed_expand(a.pattern, n_, m_, std::max(in_, out_), a.dtype);
+      B2_ = B2t.t();
+    } else if (!sparse()) {
       A_ = a.A->narrow(2, 0, m_);
       B2_ = cast(a.B->narrow(0, 0, std::max(in_, out_)).narrow(1, 0, n_), a.dtype)
                 .reshape({std::max(in_, out_), n_ * r_});
@@ -181,12 +187,12 @@ class Layer {
 
   // ---- very sparse bases: D [columns, M] holds what is not zero of dW (out <= in) or dW^T (in <= out) ----
 
-  bool sparse() const { return !a_.pattern.empty(); }
+  bool sparse() const { return !a_.pattern.empty() && !(is_packed(a_.pattern) && a_.strategy == Strategy::factored); }
+
+  bool all_columns() const { return is_packed(a_.pattern) || a_.pattern[0].numel() == m_; }
 
   // The features of the smaller side that D has rows for.
-  at::Tensor columns_of(const at::Tensor& t) const {
-    return a_.pattern[0].numel() == m_ ? t : t.index_select(1, a_.pattern[0]);
-  }
+  at::Tensor columns_of(const at::Tensor& t) const { return all_columns() ? t : t.index_select(1, a_.pattern[0]); }
 
   at::Tensor compact_update() const {
     return sparse_update(a_.pattern, a_.lambda, a_.gamma, std::max(in_, out_), a_.scale, std::nullopt, a_.dtype);
@@ -212,7 +218,7 @@ class Layer {
 
   // y[:, columns] += a @ b; `width` is y's, where there is no y yet.
   void add_columns(at::Tensor& y, const at::Tensor& a, const at::Tensor& b, int64_t width) const {
-    if (a_.pattern[0].numel() == m_) return accumulate(y, a, b);
+    if (all_columns()) return accumulate(y, a, b);
     if (!y.defined()) y = at::zeros({tokens_, width}, a.options());
     y.index_add_(1, a_.pattern[0], at::mm(a, b));
   }
@@ -278,7 +284,8 @@ void check(const LayerArguments& a) {
       TORCH_CHECK_VALUE(t.device() == a.x.device(), "bases must be on the device of x, ", a.x.device(), ", got ",
                         t.device());
   } else {
-    TORCH_CHECK_VALUE(a.strategy != Strategy::factored, "very sparse bases have no factored strategy");
+    TORCH_CHECK_VALUE(a.strategy != Strategy::factored || is_packed(a.pattern),
+                      "very sparse bases have no factored strategy");
   }
   for (const at::Tensor& t : {a.lambda, a.gamma})
     TORCH_CHECK_VALUE(t.device() == a.x.device(), "bases and parameters must be on the device of x, ", a.x.device(),

@@ -23,6 +23,9 @@ std::tuple<at::Tensor, at::Tensor> sparse_update_backward(const at::Tensor& grad
                                                           const at::Tensor& lambda, const at::Tensor& gamma,
                                                           double scale, bool need_lambda, bool need_gamma);
 
+std::tuple<at::Tensor, at::Tensor> packed_expand(at::TensorList pattern, int64_t n, int64_t min_dim, int64_t max_dim,
+                                                 at::ScalarType dtype);
+
 at::Tensor dropout(const at::Tensor& x, const at::Tensor& seed, double p);
 
 }  // namespace randlora

@@ -10,9 +10,7 @@ bool is_float(at::ScalarType t) { return t == at::kFloat || t == at::kDouble || 
 
 }  // namespace
 
-SparsePattern check_pattern(at::TensorList pattern, const at::Tensor& lambda, const at::Tensor& gamma, int64_t M) {
-  TORCH_CHECK_VALUE(pattern.size() == 5, "pattern must be columns, a_starts, a_entries, b_starts and b_indices, got ",
-                    pattern.size(), " tensors");
+SparsePattern all_rows(const at::Tensor& lambda, const at::Tensor& gamma, int64_t M) {
   TORCH_CHECK_VALUE(lambda.dim() == 2 && lambda.numel() > 0, "randlora_lambda must have shape [r, n], got ",
                     lambda.sizes());
   TORCH_CHECK_VALUE(gamma.dim() == 2 && gamma.size(0) == lambda.size(1) && gamma.numel() > 0,
@@ -22,6 +20,19 @@ SparsePattern check_pattern(at::TensorList pattern, const at::Tensor& lambda, co
                    gamma.scalar_type());
   TORCH_CHECK_VALUE(lambda.device() == gamma.device(), "parameters must be on one device, got ", lambda.device(),
                     " and ", gamma.device());
+  TORCH_CHECK_VALUE(M >= 1, "max_dim must be at least 1, got ", M);
+  SparsePattern s{};
+  s.r = lambda.size(0);
+  s.n = lambda.size(1);
+  s.count = s.m = gamma.size(1);
+  s.M = M;
+  return s;
+}
+
+SparsePattern check_pattern(at::TensorList pattern, const at::Tensor& lambda, const at::Tensor& gamma, int64_t M) {
+  TORCH_CHECK_VALUE(pattern.size() == 5, "pattern must be columns, a_starts, a_entries, b_starts and b_indices, got ",
+                    pattern.size(), " tensors");
+  SparsePattern s = all_rows(lambda, gamma, M);
   for (size_t i = 0; i < pattern.size(); ++i) {
     const at::Tensor& t = pattern[i];
     TORCH_CHECK_TYPE(t.scalar_type() == at::kInt || (i == 4 && t.scalar_type() == at::kShort),
@@ -30,14 +41,8 @@ SparsePattern check_pattern(at::TensorList pattern, const at::Tensor& lambda, co
                       "pattern must be contiguous vectors on ", gamma.device(), ", got shape ", t.sizes(), " on ",
                       t.device(), " at ", i);
   }
-  SparsePattern s{};
   s.count = pattern[0].numel();
-  s.r = lambda.size(0);
-  s.n = lambda.size(1);
-  s.m = gamma.size(1);
-  s.M = M;
-  TORCH_CHECK_VALUE(s.M >= 1 && s.count <= s.m, "max_dim must be at least 1 and m at least the number of columns, ",
-                    s.count, ", got ", M, " and ", s.m);
+  TORCH_CHECK_VALUE(s.count <= s.m, "m must be at least the number of columns, ", s.count, ", got ", s.m);
   TORCH_CHECK_VALUE(pattern[1].numel() == s.count + 1, "a_starts must have ", s.count + 1, " elements, got ",
                     pattern[1].numel());
   TORCH_CHECK_VALUE(pattern[3].numel() >= 2 * s.n * s.r + 1, "b_starts must have at least ", 2 * s.n * s.r + 1,

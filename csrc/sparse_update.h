@@ -37,6 +37,9 @@ struct SparsePattern {
   int64_t r, n, m, M;  // of this layer
 };
 
+// Checks the parameters: the sizes of a layer whose update has all m rows (packed_update.h).
+SparsePattern all_rows(const at::Tensor& lambda, const at::Tensor& gamma, int64_t M);
+
 // Checks types, sizes, devices (ValueError, TypeError); what the tensors contain is the caller's affair.
 SparsePattern check_pattern(at::TensorList pattern, const at::Tensor& lambda, const at::Tensor& gamma, int64_t M);
 

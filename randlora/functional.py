@@ -101,6 +101,25 @@ def delta_weight(
         return B2 @ S2 if in_features <= out_features else S2.T @ B2.T
 
 
+def sparse_delta_weight(
+    pattern: Sequence[Tensor],
+    scale: float,
+    randlora_lambda: Tensor,
+    randlora_gamma: Tensor,
+    scaling: float,
+    in_features: int,
+    out_features: int,
+) -> Tensor:
+    """:func:`delta_weight` of very sparse bases, from what :meth:`randlora.RandomBases.pattern` gives. Differentiable."""
+    m, M = min(in_features, out_features), max(in_features, out_features)
+    dtype = torch.promote_types(randlora_lambda.dtype, randlora_gamma.dtype)
+    rows = torch.ops.randlora.sparse_update(
+        pattern, randlora_lambda, randlora_gamma, M, scaling * scale, None, dtype
+    )
+    update = rows.new_zeros(m, M).index_copy(0, pattern[0].long(), rows)
+    return update.T if in_features <= out_features else update
+
+
 def linear(
     x: Tensor,
     weight: Tensor | None,

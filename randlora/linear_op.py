@@ -42,6 +42,23 @@ def _(grad, pattern, randlora_lambda, randlora_gamma, scale, need_lambda, need_g
     return tuple(like.new_empty(like.shape if need else (0,)) for like, need in needed)
 
 
+def _keep_sparse(ctx, inputs, output):
+    pattern, lam, gamma, max_dim, ctx.scale, weight, dtype = inputs
+    ctx.save_for_backward(lam, gamma, *pattern)
+    ctx.with_weight = weight is not None
+
+
+def _sparse_gradients(ctx, grad):
+    lam, gamma, *pattern = ctx.saved_tensors
+    rows = grad.index_select(0, pattern[0]) if ctx.with_weight else grad
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    d_lam, d_gamma = _ops.sparse_update_backward(rows, pattern, lam, gamma, ctx.scale, True, True)
+    return None, d_lam, d_gamma, None, None, grad if ctx.with_weight else None, None
+
+
+torch.library.register_autograd("randlora::sparse_update", _sparse_gradients, setup_context=_keep_sparse)
+
+
 class Linear(torch.autograd.Function):
     """``apply(x, weight, bias, A, B, lambda, gamma, out_features, scale, dtype, strategy, backward_strategy, dropout,
     seed, transposed, workspace, columns, a_starts, a_entries, b_starts, b_indices)``; arguments as in csrc/linear.h, the

@@ -1,6 +1,7 @@
 // Updates of very sparse bases on the CPU: every non-zero of A walks the index lists of B once. A row of the update
 // stays in L1 or L2 while the lists add to it; the result is written, and the weight read, once.
 #include "sparse_update.h"
+#include "packed_update.h"
 
 #include <algorithm>
 #include <memory>
@@ -140,12 +141,17 @@ at::Tensor as(const at::Tensor& t, at::ScalarType type) { return t.to(type).cont
 
 at::Tensor sparse_update(at::TensorList pattern, const at::Tensor& lambda, const at::Tensor& gamma, int64_t M,
                          double scale, const std::optional<at::Tensor>& weight, at::ScalarType dtype) {
-  const SparsePattern s = check_pattern(pattern, lambda, gamma, M);
+  const bool packed = is_packed(pattern);
+  const SparsePattern s = packed ? all_rows(lambda, gamma, M) : check_pattern(pattern, lambda, gamma, M);
   const at::Tensor out = make_sparse_result(s, weight, gamma, dtype);
   // Sums are as wide as the result: fp64 parameters with an fp32 result are rounded first.
   const at::ScalarType acc = dtype == at::kDouble ? at::kDouble : at::kFloat;
   const at::Tensor l = as(lambda, acc), g = as(gamma, acc);
   if (out.numel() == 0) return out;
+  if (packed) {
+    build_packed(out, weight, check_packed(pattern, s.r, s.n, s.m, M, gamma), l, g, scale);
+    return out;
+  }
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
     if (s.short_indices)
@@ -211,20 +217,29 @@ std::tuple<at::Tensor, at::Tensor> sparse_update_backward(const at::Tensor& grad
                                                           const at::Tensor& lambda, const at::Tensor& gamma,
                                                           double scale, bool need_lambda, bool need_gamma) {
   TORCH_CHECK_VALUE(grad.dim() == 2, "grad must have shape [columns, M], got ", grad.sizes());
-  const SparsePattern s = check_pattern(pattern, lambda, gamma, grad.size(1));
+  const bool packed = is_packed(pattern);
+  const SparsePattern s =
+      packed ? all_rows(lambda, gamma, grad.size(1)) : check_pattern(pattern, lambda, gamma, grad.size(1));
   check_sparse_grad(s, grad, gamma);
   const at::ScalarType acc = grad.scalar_type();
   const at::Tensor g = grad.contiguous(), l = as(lambda, acc), gam = as(gamma, acc);
-  const int64_t groups = (s.count + kColumnsPerSum - 1) / kColumnsPerSum;
-  const at::Tensor partial = at::zeros({groups, s.r, s.n}, g.options()), dgamma = at::zeros({s.n, s.m}, g.options());
-  if (acc == at::kDouble)
-    backward<double>(g, s, l, gam, scale, partial, dgamma);
-  else
-    backward<float>(g, s, l, gam, scale, partial, dgamma);
+  at::Tensor dlambda, dgamma;
+  if (packed) {
+    std::tie(dlambda, dgamma) = gather_packed(g, check_packed(pattern, s.r, s.n, s.m, s.M, gamma), l, gam, scale);
+  } else {
+    const int64_t groups = (s.count + kColumnsPerSum - 1) / kColumnsPerSum;
+    const at::Tensor partial = at::zeros({groups, s.r, s.n}, g.options());
+    dgamma = at::zeros({s.n, s.m}, g.options());
+    if (acc == at::kDouble)
+      backward<double>(g, s, l, gam, scale, partial, dgamma);
+    else
+      backward<float>(g, s, l, gam, scale, partial, dgamma);
+    dlambda = partial.sum(0);
+  }
   const auto none = [](const at::Tensor& like) {
     return at::empty({0}, like.options());
   };
-  return {need_lambda ? partial.sum(0).to(lambda.scalar_type()) : none(lambda),
+  return {need_lambda ? dlambda.to(lambda.scalar_type()) : none(lambda),
           need_gamma ? dgamma.to(gamma.scalar_type()) : none(gamma)};
 }
 
