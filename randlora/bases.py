@@ -150,14 +150,14 @@ class RandomBases:
         return self.tensors(*key) if held is None else held  # none: another thread let the store grow in between
 
     def pattern(self, min_dim: int, device: torch.device | None = None) -> tuple[Pattern, float] | None:
-        """Very sparse bases as lists for a layer of this smaller dimension, and their :attr:`scale`; None for others.
+        """Ternary bases as lists or bits for a layer of this smaller dimension, and their :attr:`scale`; None for others.
 
         They are kept in this form only (see :mod:`randlora.patterns`), unless :meth:`tensors` is called. Given bases
         are recognised, such as the ternary ones that PEFT stores dense.
         """
-        if not self._may_have_lists:
-            return None
         device = _canonical(device or self.device)
+        if not self._may_have_lists or (self.prng == "philox" and not patterns.wanted(self.sparsity, device)):
+            return None
         _make_sure_lists(self._handle, device, min_dim)
         held = self._lists.get(device)
         if held is None:
@@ -241,9 +241,8 @@ class RandomBases:
 
     def _reset(self) -> None:
         self._held: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
-        self._lists: dict[torch.device, tuple[patterns.Lists, float]] = {}
-        philox = self.prng == "philox" and self.sparsity is not None and self.sparsity >= patterns.FROM_SPARSITY
-        self._may_have_lists = philox or self.prng != "philox"  # the latter until one has looked at the values
+        self._lists: dict[torch.device, tuple[patterns.Lists | patterns.Planes, float]] = {}
+        self._may_have_lists = True  # given ones: until one has looked at the values
         self._hashes: dict[tuple[int, int, int], str] = {}
         self._lock = threading.Lock()
         self._handle = f"bases {next(_handles)}"  # torch.compile can take a string for a constant, not an object
@@ -335,7 +334,8 @@ def _make_sure_lists(handle: str, device: torch.device, min_dim: int) -> bool:
                 if bases.prng == "philox":
                     bases._lists[device] = patterns.make(bases, device), bases.scale
                 else:
-                    found = patterns.of_tensors(*bases.draw(torch.float32, device))
+                    values = bases.draw(torch.float32, device) if bases.given is None else bases.given
+                    found = patterns.of_tensors(*(t.to(device) for t in values))
                     if found is None:
                         bases._may_have_lists = False
                         return True

@@ -110,13 +110,13 @@ def sparse_delta_weight(
     in_features: int,
     out_features: int,
 ) -> Tensor:
-    """:func:`delta_weight` of very sparse bases, from what :meth:`randlora.RandomBases.pattern` gives. Differentiable."""
+    """:func:`delta_weight` of ternary bases, from what :meth:`randlora.RandomBases.pattern` gives. Differentiable."""
     m, M = min(in_features, out_features), max(in_features, out_features)
     dtype = torch.promote_types(randlora_lambda.dtype, randlora_gamma.dtype)
     rows = torch.ops.randlora.sparse_update(
         pattern, randlora_lambda, randlora_gamma, M, scaling * scale, None, dtype
     )
-    update = rows.new_zeros(m, M).index_copy(0, pattern[0].long(), rows)
+    update = rows if len(pattern) == 3 else rows.new_zeros(m, M).index_copy(0, pattern[0].long(), rows)
     return update.T if in_features <= out_features else update
 
 
@@ -158,8 +158,8 @@ def linear(
             needs the weight and no dropout; in 16 bits it rounds away updates below half a unit in the last place of W.
         workspace: bytes that temporaries may take, 0 for no limit. Below what a strategy takes at once it works in
             groups of bases: more, smaller products.
-        pattern: very sparse bases as :meth:`randlora.RandomBases.pattern` gives them, in place of A and B (None). There
-            is no factored strategy then; and `workspace` has nothing to bound.
+        pattern: ternary bases as :meth:`randlora.RandomBases.pattern` gives them, in place of A and B (None). Lists have
+            no factored strategy; `workspace` bounds that of planes only.
 
     Returns:
         ``[..., out]`` in the dtype that ``torch.nn.functional.linear`` gives (autocast included); products are in that
@@ -191,13 +191,14 @@ def linear(
             dtype, None if weight is None else weight.dtype, x.device.type, dropout=p > 0,
             need_x=grad and x.requires_grad,
             need_parameters=grad and (randlora_lambda.requires_grad or randlora_gamma.requires_grad),
-            columns=None if pattern is None else pattern[0].numel(),
+            form=planner.form(pattern),
         )  # fmt: skip
     else:
         strategies = strategy, strategy
     y = LinearOp.apply(
         x, weight, bias, A, B, randlora_lambda, randlora_gamma, out_features, scaling, dtype, *strategies, p,
-        seed if p > 0 else None, weight_is_transposed, workspace, *(pattern or [None] * 5),
+        seed if p > 0 else None, weight_is_transposed, workspace,
+        *([None] * 5 if pattern is None else [*pattern, None, None][:5]),
     )  # fmt: skip
     return y if ordinary is None else ordinary + y
 

@@ -238,15 +238,14 @@ class RandLoraLayer:
             )
         return update.T if self.fan_in_fan_out else update
 
+    def pattern(self, adapter: str) -> Pattern | None:
+        """The ternary bases of an adapter as lists or bits (:meth:`randlora.RandomBases.pattern`), or None."""
+        found = self._pattern(adapter)
+        return None if found is None else found[0]
+
     def _pattern(self, adapter: str) -> tuple[Pattern, float] | None:
-        """The lists of very sparse bases and their scale, or None."""
         device = self.randlora_lambda[adapter].device
         return self.bases[adapter].pattern(min(self.in_features, self.out_features), device)
-
-    def pattern_columns(self, adapter: str) -> int | None:
-        """How many of the smaller dimension's features the update of very sparse bases touches; None for others."""
-        found = self._pattern(adapter)
-        return None if found is None else found[0][0].numel()
 
     def _update_arguments(self, adapter: str, scaling: float, device: torch.device | None = None) -> tuple:
         lam, gamma = self.randlora_lambda[adapter], self.randlora_gamma[adapter]

@@ -99,6 +99,7 @@ class Linear(nn.Linear, RandLoraLayer):
             num_bases=num_bases,
         )
         base_layer.requires_grad_(False)
+        quantized.prepare(base_layer)
 
     @property
     def weight(self) -> Tensor:
@@ -116,12 +117,12 @@ class Linear(nn.Linear, RandLoraLayer):
         if self.mixed_batch is not None and not self.disable_adapters:
             dtype = compute_dtype(x)
             return add_updates(
-                self.mixed_batch, x, self.base_layer(x), self.randlora_lambda,
+                self.mixed_batch, x, quantized.product(self.base_layer, x), self.randlora_lambda,
                 lambda rows, name: self._update(rows, dtype, name, None, None),
             )  # fmt: skip
         adapters = [name for name in self._active_adapters if name not in self.merged_adapters]
         if self.disable_adapters or not adapters:
-            return self.base_layer(x)
+            return quantized.product(self.base_layer, x)
         dtype = compute_dtype(x)
         if not (self.training or torch.is_grad_enabled() or _must_not_cache(x)):
             result = self._cached_forward(x, dtype, adapters)
@@ -130,7 +131,7 @@ class Linear(nn.Linear, RandLoraLayer):
         if self._base_is_plain():
             result, adapters = self._update(x, dtype, adapters[0], self.weight, self.bias), adapters[1:]
         else:
-            result = self.base_layer(x)
+            result = quantized.product(self.base_layer, x)
         for adapter in adapters:
             result = result + self._update(x, dtype, adapter, None, None).to(result.dtype)
         return result
@@ -140,9 +141,9 @@ class Linear(nn.Linear, RandLoraLayer):
     ) -> Tensor:
         bases, dropout = self.bases[adapter], self.randlora_dropout[adapter]
         strategy = "auto" if self.strategy == "merged" and weight is None else self.strategy
-        found = None
-        if strategy != "factored":
-            found = bases.pattern(min(self.in_features, self.out_features), x.device)
+        found = bases.pattern(min(self.in_features, self.out_features), x.device)
+        if found is not None and strategy == "factored" and len(found[0]) == 5:
+            found = None  # lists know no factored form
         pattern, scale = found or (None, bases.scale)
         tensors = bases.tensors(dtype, x.device) if pattern is None else (None, None)
         return linear(

@@ -33,7 +33,15 @@ def _(grad, x, weight, A, B, randlora_lambda, randlora_gamma, scale, dtype, stra
 def _(pattern, randlora_lambda, randlora_gamma, max_dim, scale, weight, dtype):
     if weight is not None:
         return torch.empty_like(weight)
-    return randlora_gamma.new_empty((pattern[0].numel(), max_dim), dtype=dtype)
+    rows = randlora_gamma.shape[1] if len(pattern) == 3 else pattern[0].numel()
+    return randlora_gamma.new_empty((rows, max_dim), dtype=dtype)
+
+
+@torch.library.register_fake("randlora::packed_expand")
+def _(pattern, n, min_dim, max_dim, dtype):
+    r = pattern[0].numel() - 1
+    A = pattern[0].new_empty((r, 1, min_dim), dtype=dtype)
+    return A, A.new_empty((n * r, max_dim))
 
 
 @torch.library.register_fake("randlora::sparse_update_backward")
@@ -43,14 +51,14 @@ def _(grad, pattern, randlora_lambda, randlora_gamma, scale, need_lambda, need_g
 
 
 def _keep_sparse(ctx, inputs, output):
-    pattern, lam, gamma, max_dim, ctx.scale, weight, dtype = inputs
+    pattern, lam, gamma, _, ctx.scale, weight, _ = inputs
     ctx.save_for_backward(lam, gamma, *pattern)
     ctx.with_weight = weight is not None
 
 
 def _sparse_gradients(ctx, grad):
     lam, gamma, *pattern = ctx.saved_tensors
-    rows = grad.index_select(0, pattern[0]) if ctx.with_weight else grad
+    rows = grad.index_select(0, pattern[0]) if ctx.with_weight and len(pattern) == 5 else grad
     rows = rows if rows.dtype == torch.float64 else rows.float()
     d_lam, d_gamma = _ops.sparse_update_backward(rows, pattern, lam, gamma, ctx.scale, True, True)
     return None, d_lam, d_gamma, None, None, grad if ctx.with_weight else None, None
@@ -61,17 +69,16 @@ torch.library.register_autograd("randlora::sparse_update", _sparse_gradients, se
 
 class Linear(torch.autograd.Function):
     """``apply(x, weight, bias, A, B, lambda, gamma, out_features, scale, dtype, strategy, backward_strategy, dropout,
-    seed, transposed, workspace, columns, a_starts, a_entries, b_starts, b_indices)``; arguments as in csrc/linear.h, the
-    last five its pattern or None. Gradients for x, bias, lambda and gamma.
+    seed, transposed, workspace, p0, p1, p2, p3, p4)``; arguments as in csrc/linear.h, the last five its pattern,
+    filled up with None. Gradients for x, bias, lambda and gamma.
 
     Nothing passes between forward and backward, so their strategies need not be the same.
     """
 
     @staticmethod
     def forward(x, weight, bias, A, B, randlora_lambda, randlora_gamma, out_features, scale, dtype, strategy,
-                backward_strategy, dropout, seed, transposed, workspace, columns, a_starts, a_entries, b_starts,
-                b_indices):  # fmt: skip
-        pattern = [] if columns is None else [columns, a_starts, a_entries, b_starts, b_indices]
+                backward_strategy, dropout, seed, transposed, workspace, p0, p1, p2, p3, p4):  # fmt: skip
+        pattern = [t for t in (p0, p1, p2, p3, p4) if t is not None]
         return _ops.linear(
             x, weight, bias, A, B, randlora_lambda, randlora_gamma, out_features, scale, dtype, strategy, dropout,
             seed, transposed, workspace, pattern,
@@ -114,10 +121,9 @@ class Linear(torch.autograd.Function):
 class _LinearBackward(torch.autograd.Function):
     @staticmethod
     def forward(grad, x, weight, A, B, randlora_lambda, randlora_gamma, scale, dtype, strategy, dropout, seed,
-                transposed, workspace, need_x, need_lambda, need_gamma, columns, a_starts, a_entries, b_starts,
-                b_indices):  # fmt: skip
+                transposed, workspace, need_x, need_lambda, need_gamma, p0, p1, p2, p3, p4):  # fmt: skip
         # Written out, as in Linear.forward: torch.compile takes *arguments for the form that begins with a ctx.
-        pattern = [] if columns is None else [columns, a_starts, a_entries, b_starts, b_indices]
+        pattern = [t for t in (p0, p1, p2, p3, p4) if t is not None]
         return _ops.linear_backward(
             grad, x, weight, A, B, randlora_lambda, randlora_gamma, scale, dtype, strategy, dropout, seed, transposed,
             workspace, pattern, need_x, need_lambda, need_gamma,

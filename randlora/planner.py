@@ -41,6 +41,10 @@ STRATEGIES = ("factored", "materialized", "merged")
 BALANCE = {("cpu", 8): 4.0, ("cpu", 4): 7.0, ("cpu", 2): 7.0, ("cuda", 8): 10.0, ("cuda", 4): 10.0, ("cuda", 2): 130.0}
 
 
+# Of the dense product's work, what ternary bases at two bits per element cost: a third, in code that is not quite MKL.
+PLANES = 0.42
+
+
 @dataclass(frozen=True)
 class Cost:
     """Of one pass: multiply-adds, bytes that its temporaries take, and bytes that they are moved with."""
@@ -65,6 +69,7 @@ def costs(
     has_weight: bool = True,
     need_x: bool = True,
     need_parameters: bool = True,
+    planes: bool = False,
 ) -> dict[str, tuple[Cost, Cost]]:
     """Forward and backward cost of each strategy that can compute the call.
 
@@ -75,6 +80,9 @@ def costs(
     base = T * M * m if has_weight else 0
     first, second = (P * m, P * M) if wide else (P * M, P * m)  # the two thin products
     build = P * M * m
+    unpacked = 0
+    if planes:
+        build, unpacked = int(build * PLANES), 2 * P * M * e
     scaled, dense, hidden = P * m * e, M * m * e, T * P * e
     gradient = need_parameters * P * m * max(4, e)  # of the scaled base
     dropped = T * in_features * e if dropout else 0
@@ -84,11 +92,11 @@ def costs(
     rebuild = T * first if need_parameters and not wide else 0  # a tall layer needs h again
     found = {
         "factored": (
-            Cost(base + T * (first + second), scaled + hidden, 2 * (scaled + hidden) + dropped),
+            Cost(base + T * (first + second), scaled + hidden, 2 * (scaled + hidden) + dropped + unpacked),
             Cost(
                 dx + backward * T * second + need_x * T * first + need_parameters * T * P * m + rebuild,
                 scaled + hidden + gradient,
-                backward * (2 * (scaled + hidden + gradient) + 2 * dropped),
+                backward * (2 * (scaled + hidden + gradient) + 2 * dropped + unpacked),
             ),
         )
     }
@@ -163,14 +171,14 @@ def choose(
     dropout: bool = False,
     need_x: bool = True,
     need_parameters: bool = True,
-    columns: int | None = None,
+    form: int | str | None = None,
 ) -> tuple[str, str]:
     """The cheapest strategy forward and backward.
 
-    `weight_dtype` None: there is no base weight to work with. `columns`: of very sparse bases, else None.
+    `weight_dtype` None: there is no base weight to work with. `form`: of the bases, see :func:`form`.
     """
     options = _options(
-        T, in_features, out_features, n, r, dtype.itemsize, columns, dropout=dropout,
+        T, in_features, out_features, n, r, dtype.itemsize, form, dropout=dropout,
         has_weight=weight_dtype is not None, need_x=need_x, need_parameters=need_parameters,
     )  # fmt: skip
     if not (weight_dtype == dtype and dtype in (torch.float32, torch.float64)):
@@ -179,10 +187,17 @@ def choose(
     return _cheapest(options, 0, balance), _cheapest(options, 1, balance)
 
 
-def _options(T, in_features, out_features, n, r, element_bytes, columns, **needs) -> dict[str, tuple[Cost, Cost]]:
-    if columns is None:
+def form(pattern) -> int | str | None:
+    """What the costs depend on: the columns of very sparse bases, ``"planes"``, or None for dense ones."""
+    return None if pattern is None else "planes" if len(pattern) == 3 else pattern[0].numel()
+
+
+def _options(T, in_features, out_features, n, r, element_bytes, form, **needs) -> dict[str, tuple[Cost, Cost]]:
+    if form is None:
         return costs(T, in_features, out_features, n, r, element_bytes, **needs)
-    return sparse_costs(T, in_features, out_features, columns, element_bytes, **needs)
+    if form == "planes":
+        return costs(T, in_features, out_features, n, r, element_bytes, planes=True, **needs)
+    return sparse_costs(T, in_features, out_features, form, element_bytes, **needs)
 
 
 def _cheapest(options: dict[str, tuple[Cost, Cost]], which: int, balance: float) -> str:
@@ -210,9 +225,11 @@ def explain(layer: torch.nn.Module, tokens: int, training: bool = True) -> str:
         dropout = training and getattr(layer.randlora_dropout[adapter], "p", 0.0) > 0
         shape = (tokens, layer.in_features, layer.out_features, n, r)
         needs = {"dropout": dropout, "need_x": training, "need_parameters": training}
-        columns = layer.pattern_columns(adapter)
-        options = _options(*shape, dtype.itemsize, columns, **needs)
-        chosen = choose(*shape, dtype, weight.dtype, weight.device.type, **needs, columns=columns)
+        bases = form(layer.pattern(adapter))
+        plain = layer._base_is_plain()  # a quantised base layer computes its product itself
+        options = _options(*shape, dtype.itemsize, bases, has_weight=plain, **needs)
+        weight_dtype = weight.dtype if plain else None
+        chosen = choose(*shape, dtype, weight_dtype, weight.device.type, **needs, form=bases)
         forced = layer.strategy != "auto"
         if forced:
             chosen = layer.strategy, layer.strategy

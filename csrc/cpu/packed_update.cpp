@@ -17,8 +17,9 @@
 namespace randlora::cpu {
 namespace {
 
-constexpr int64_t kBlock = 128;  // rows j of a task
-constexpr int64_t kTile = 512;   // columns o worked on at a time: n * 2 KB of B and 256 KB of the update, in L2
+// Rows j of a task, at most, and columns o that are worked on at a time: 256 KB of the update and n KB of B, in L2.
+constexpr int64_t kBuildBlock = 256, kGatherBlock = 64;
+constexpr int64_t kBuildTile = 256, kGatherTile = 512;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -44,7 +45,7 @@ RANDLORA_INLINE void unpack16(Acc* to, uint32_t plus, uint32_t minus) {
 
 // Columns p = k n + i of B2, i < n, rows [o, o + width) to [n, kTile]; zeros behind row M. o and kTile: multiples
 // of 16.
-template <class Acc>
+template <int64_t kTile, class Acc>
 RANDLORA_INLINE void unpack_tile(Acc* to, const PackedPattern& s, int64_t k, int64_t o) {
   const int64_t words = std::min(kTile, s.M - o + 15) / 16;
   const uint32_t last = (s.M - o) % 16 && words * 16 > s.M - o ? (1u << ((s.M - o) % 16)) - 1 : 0xffffu;
@@ -69,7 +70,7 @@ RANDLORA_INLINE void multiply(Acc* const* rows, const Acc* b, const Acc* coeffic
   for (int64_t i = 0; i < n; ++i) {
     Vec<Acc> values[V];
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) values[v] = load(b + i * kTile + v * L);
+    for (int v = 0; v < V; ++v) values[v] = load(b + i * kBuildTile + v * L);
 #pragma GCC unroll 8
     for (int u = 0; u < J; ++u) {
       const Acc c = coefficients[u * n + i];
@@ -85,9 +86,9 @@ RANDLORA_INLINE void multiply(Acc* const* rows, const Acc* b, const Acc* coeffic
 
 template <class Acc>
 struct Scratch {
-  std::vector<Acc> update, b, coefficients;  // [kBlock, kTile], [n, kTile], [entries of the block, n]
+  std::vector<Acc> update, b, coefficients;  // [block, kBuildTile], [n, kBuildTile], [entries of the block, n]
 
-  explicit Scratch(const PackedPattern& s) : update(kBlock * kTile), b(s.n * kTile) {}
+  Scratch(const PackedPattern& s, int64_t block) : update(block * kBuildTile), b(s.n * kBuildTile) {}
 };
 
 // One block of rows j, [begin, end): `write(tile's first o, width)` is called with every tile of the update ready.
@@ -97,14 +98,14 @@ struct BuildBlock {
   static RANDLORA_INLINE void run(Scratch<Acc>* scratch, const PackedPattern& s, const Acc* lambda, const Acc* gamma,
                                   Acc scale, int64_t begin, int64_t end, const Write& write) {
     coefficients(scratch, s, lambda, gamma, scale, begin, end);
-    for (int64_t o = 0; o < s.M; o += kTile) {
-      const int64_t width = std::min(kTile, s.M - o);
+    for (int64_t o = 0; o < s.M; o += kBuildTile) {
+      const int64_t width = std::min(kBuildTile, s.M - o);
       std::fill(scratch->update.begin(), scratch->update.end(), Acc(0));
       const Acc* c = scratch->coefficients.data();
       for (int64_t k = 0; k < s.r; ++k) {
         const int32_t *e = first_entry(s, k, begin), *const last = first_entry(s, k, end);
         if (e == last) continue;
-        unpack_tile(scratch->b.data(), s, k, o);
+        unpack_tile<kBuildTile>(scratch->b.data(), s, k, o);
         for (; e + J <= last; e += J, c += J * s.n) group<J>(scratch, s, e, c, begin, width);
         for (; e < last; ++e, c += s.n) group<1>(scratch, s, e, c, begin, width);
       }
@@ -133,10 +134,10 @@ struct BuildBlock {
   static RANDLORA_INLINE void group(Scratch<Acc>* scratch, const PackedPattern& s, const int32_t* e, const Acc* c,
                                     int64_t begin, int64_t width) {
     constexpr int64_t kStep = V * kLanes<Acc>;
-    static_assert(kTile % kStep == 0);
+    static_assert(kBuildTile % kStep == 0);
     for (int64_t o = 0; o < width; o += kStep) {
       Acc* rows[Count];
-      for (int u = 0; u < Count; ++u) rows[u] = scratch->update.data() + ((e[u] >> 1) - begin) * kTile + o;
+      for (int u = 0; u < Count; ++u) rows[u] = scratch->update.data() + ((e[u] >> 1) - begin) * kBuildTile + o;
       multiply<Acc, Count, V>(rows, scratch->b.data() + o, c, s.n);
     }
   }
@@ -145,7 +146,7 @@ struct BuildBlock {
 template <class T>
 struct WriteBlock {
   using Acc = acc_t<T>;
-  // update [rows, kTile] to out (and + weight) at rows [j, j + rows), columns [o, o + width).
+  // update [rows, kBuildTile] to out (and + weight) at rows [j, j + rows), columns [o, o + width).
   static RANDLORA_INLINE void run(T* out, int64_t out_row, int64_t out_column, const T* weight, int64_t weight_row,
                                   int64_t weight_column, const Acc* update, int64_t j, int64_t rows, int64_t o,
                                   int64_t width) {
@@ -153,14 +154,14 @@ struct WriteBlock {
       for (int64_t row = 0; row < rows; ++row) {
         T* const to = out + (j + row) * out_row + o;
         const T* const from = weight ? weight + (j + row) * weight_row + o : nullptr;
-        for (int64_t c = 0; c < width; ++c) to[c] = T(update[row * kTile + c] + (from ? Acc(from[c]) : Acc(0)));
+        for (int64_t c = 0; c < width; ++c) to[c] = T(update[row * kBuildTile + c] + (from ? Acc(from[c]) : Acc(0)));
       }
     } else {
       for (int64_t c = 0; c < width; ++c) {
         T* const to = out + (o + c) * out_column + j;
         const T* const from = weight ? weight + (o + c) * weight_column + j : nullptr;
         for (int64_t row = 0; row < rows; ++row)
-          to[row] = T(update[row * kTile + c] + (from ? Acc(from[row]) : Acc(0)));
+          to[row] = T(update[row * kBuildTile + c] + (from ? Acc(from[row]) : Acc(0)));
       }
     }
   }
@@ -175,10 +176,12 @@ void build(const at::Tensor& out, const std::optional<at::Tensor>& weight, const
   const int64_t weight_row = weight.has_value() ? weight->stride(0) : 0,
                 weight_column = weight.has_value() ? weight->stride(1) : 0;
   const Acc *lambda_data = lambda.const_data_ptr<Acc>(), *gamma_data = gamma.const_data_ptr<Acc>();
-  at::parallel_for(0, divide_up(s.m, kBlock), 1, [&](int64_t first, int64_t last) {
-    Scratch<Acc> scratch(s);
+  // Unpacking B is shared by the rows of a block; every core should have some blocks.
+  const int64_t size = std::clamp<int64_t>(divide_up(s.m, 2 * at::get_num_threads()), 32, kBuildBlock);
+  at::parallel_for(0, divide_up(s.m, size), 1, [&](int64_t first, int64_t last) {
+    Scratch<Acc> scratch(s, size);
     for (int64_t block = first; block < last; ++block) {
-      const int64_t j = block * kBlock, rows = std::min(kBlock, s.m - j);
+      const int64_t j = block * size, rows = std::min(size, s.m - j);
       const auto write = [&](int64_t o, int64_t width) {
         cpu::run<WriteBlock<T>>(out_data, out.stride(0), out.stride(1), weight_data, weight_row, weight_column,
                                 static_cast<const Acc*>(scratch.update.data()), j, rows, o, width);
@@ -189,15 +192,15 @@ void build(const at::Tensor& out, const std::optional<at::Tensor>& weight, const
   });
 }
 
-// t[u][w] = sum over kTile columns of g[u] * b[w].
+// t[u][w] += the product of g[u] and b[w] over a tile.
 template <class Acc, int J, int I>
-RANDLORA_INLINE void products(Acc (&t)[J][I], const Acc* const* g, const Acc* b, int64_t width) {
+RANDLORA_INLINE void products(Acc (&t)[J][I], const Acc* const* g, const Acc* b) {
   constexpr int L = kLanes<Acc>;
   Vec<Acc> sums[J][I] = {};
-  for (int64_t o = 0; o < width; o += L) {
+  for (int64_t o = 0; o < kGatherTile; o += L) {
     Vec<Acc> values[I];
 #pragma GCC unroll 8
-    for (int w = 0; w < I; ++w) values[w] = load(b + w * kTile + o);
+    for (int w = 0; w < I; ++w) values[w] = load(b + w * kGatherTile + o);
 #pragma GCC unroll 8
     for (int u = 0; u < J; ++u) {
       const Vec<Acc> row = load(g[u] + o);
@@ -206,54 +209,57 @@ RANDLORA_INLINE void products(Acc (&t)[J][I], const Acc* const* g, const Acc* b,
     }
   }
   for (int u = 0; u < J; ++u)
-    for (int w = 0; w < I; ++w) t[u][w] = sum<Acc>(sums[u][w]);
+    for (int w = 0; w < I; ++w) t[u][w] = sum(sums[u][w]);
 }
 
-// One block of rows j of the gradient; partial [r, n] is its share of dlambda.
+// One block of rows j of the gradient; its share of dlambda goes to partial [r, n].
 template <class Acc, int J, int I>
 struct GatherBlock {
-  static RANDLORA_INLINE void run(Acc* b, Acc* padded, const Acc* grad, const PackedPattern& s, const Acc* lambda,
-                                  const Acc* gamma, Acc scale, Acc* partial, Acc* dgamma, int64_t begin, int64_t end) {
-    for (int64_t o = 0; o < s.M; o += kTile) {
-      const int64_t width = std::min(kTile, s.M - o);
-      for (int64_t row = begin; row < end; ++row) {
-        Acc* const to = padded + (row - begin) * kTile;
+  const PackedPattern& s;
+  const Acc *lambda, *gamma;  // [r, n]; this block's columns of gamma, transposed [block, n]
+  Acc scale;
+  Acc *partial, *dgamma;  // [r, n]; [block, n]
+  Acc *b, *rows;          // [n, kGatherTile]; this block's rows of a tile of the gradient [block, kGatherTile]
+  int64_t begin;
+
+  static RANDLORA_INLINE void run(const GatherBlock& block, const Acc* grad, int64_t end) {
+    const PackedPattern& s = block.s;
+    for (int64_t o = 0; o < s.M; o += kGatherTile) {
+      const int64_t width = std::min(kGatherTile, s.M - o);
+      for (int64_t row = block.begin; row < end; ++row) {
+        Acc* const to = block.rows + (row - block.begin) * kGatherTile;
         std::copy_n(grad + row * s.M + o, width, to);
-        std::fill_n(to + width, kTile - width, Acc(0));
+        std::fill_n(to + width, kGatherTile - width, Acc(0));
       }
       for (int64_t k = 0; k < s.r; ++k) {
-        const int32_t *e = first_entry(s, k, begin), *const last = first_entry(s, k, end);
+        const int32_t *e = first_entry(s, k, block.begin), *const last = first_entry(s, k, end);
         if (e == last) continue;
-        unpack_tile(b, s, k, o);
-        for (; e + J <= last; e += J) rows<J>(b, padded, s, k, e, lambda, gamma, scale, partial, dgamma, begin);
-        for (; e < last; ++e) rows<1>(b, padded, s, k, e, lambda, gamma, scale, partial, dgamma, begin);
+        unpack_tile<kGatherTile>(block.b, s, k, o);
+        for (; e + J <= last; e += J) block.template entries<J>(k, e);
+        for (; e < last; ++e) block.template entries<1>(k, e);
       }
     }
   }
 
   template <int Count>
-  static RANDLORA_INLINE void rows(const Acc* b, const Acc* padded, const PackedPattern& s, int64_t k, const int32_t* e,
-                                   const Acc* lambda, const Acc* gamma, Acc scale, Acc* partial, Acc* dgamma,
-                                   int64_t begin) {
+  RANDLORA_INLINE void entries(int64_t k, const int32_t* e) const {
     const Acc* g[Count];
-    for (int u = 0; u < Count; ++u) g[u] = padded + ((e[u] >> 1) - begin) * kTile;
+    for (int u = 0; u < Count; ++u) g[u] = rows + ((e[u] >> 1) - begin) * kGatherTile;
     int64_t i = 0;
-    for (; i + I <= s.n; i += I) reduce<Count, I>(b, g, s, k, i, e, lambda, gamma, scale, partial, dgamma);
-    for (; i < s.n; ++i) reduce<Count, 1>(b, g, s, k, i, e, lambda, gamma, scale, partial, dgamma);
+    for (; i + I <= s.n; i += I) reduce<Count, I>(k, i, e, g);
+    for (; i < s.n; ++i) reduce<Count, 1>(k, i, e, g);
   }
 
   template <int Count, int Bases>
-  static RANDLORA_INLINE void reduce(const Acc* b, const Acc* const* g, const PackedPattern& s, int64_t k, int64_t i,
-                                     const int32_t* e, const Acc* lambda, const Acc* gamma, Acc scale, Acc* partial,
-                                     Acc* dgamma) {
+  RANDLORA_INLINE void reduce(int64_t k, int64_t i, const int32_t* e, const Acc* const* g) const {
     Acc t[Count][Bases];
-    products<Acc, Count, Bases>(t, g, b + i * kTile, kTile);
+    products<Acc, Count, Bases>(t, g, b + i * kGatherTile);
     for (int u = 0; u < Count; ++u) {
-      const int64_t j = e[u] >> 1;
+      const int64_t at = ((e[u] >> 1) - begin) * s.n + i;
       const Acc a = e[u] & 1 ? -scale : scale;
       for (int w = 0; w < Bases; ++w) {
-        dgamma[(i + w) * s.m + j] += a * t[u][w] * lambda[k * s.n + i + w];
-        partial[k * s.n + i + w] += a * t[u][w] * gamma[(i + w) * s.m + j];
+        dgamma[at + w] += a * t[u][w] * lambda[k * s.n + i + w];
+        partial[k * s.n + i + w] += a * t[u][w] * gamma[at + w];
       }
     }
   }
@@ -266,11 +272,25 @@ void gather(const at::Tensor& grad, const PackedPattern& s, const at::Tensor& la
             *gamma_data = gamma.const_data_ptr<Acc>();
   Acc *const partial_data = partial.mutable_data_ptr<Acc>(), *const dgamma_data = dgamma.mutable_data_ptr<Acc>();
   at::parallel_for(0, partial.size(0), 1, [&](int64_t first, int64_t last) {
-    std::vector<Acc> b(s.n * kTile), padded(kBlock * kTile);
+    std::vector<Acc> b(s.n * kGatherTile), rows(kGatherBlock * kGatherTile), gamma_block(kGatherBlock * s.n),
+        dgamma_block(kGatherBlock * s.n);
     for (int64_t block = first; block < last; ++block) {
-      const int64_t j = block * kBlock;
-      cpu::run<GatherBlock<Acc, J, I>>(b.data(), padded.data(), grad_data, s, lambda_data, gamma_data, Acc(scale),
-                                       partial_data + block * s.r * s.n, dgamma_data, j, std::min(s.m, j + kBlock));
+      const int64_t j = block * kGatherBlock, end = std::min(s.m, j + kGatherBlock);
+      for (int64_t i = 0; i < s.n; ++i)
+        for (int64_t c = j; c < end; ++c) gamma_block[(c - j) * s.n + i] = gamma_data[i * s.m + c];
+      std::fill(dgamma_block.begin(), dgamma_block.end(), Acc(0));
+      const GatherBlock<Acc, J, I> work{s,
+                                        lambda_data,
+                                        gamma_block.data(),
+                                        Acc(scale),
+                                        partial_data + block * s.r * s.n,
+                                        dgamma_block.data(),
+                                        b.data(),
+                                        rows.data(),
+                                        j};
+      cpu::run<GatherBlock<Acc, J, I>>(work, grad_data, end);
+      for (int64_t i = 0; i < s.n; ++i)
+        for (int64_t c = j; c < end; ++c) dgamma_data[i * s.m + c] = dgamma_block[(c - j) * s.n + i];
     }
   });
 }
@@ -298,7 +318,7 @@ void build_packed(const at::Tensor& out, const std::optional<at::Tensor>& weight
 
 std::tuple<at::Tensor, at::Tensor> gather_packed(const at::Tensor& grad, const PackedPattern& s,
                                                  const at::Tensor& lambda, const at::Tensor& gamma, double scale) {
-  const at::Tensor partial = at::zeros({divide_up(s.m, kBlock), s.r, s.n}, grad.options());
+  const at::Tensor partial = at::zeros({divide_up(s.m, kGatherBlock), s.r, s.n}, grad.options());
   const at::Tensor dgamma = at::zeros({s.n, s.m}, grad.options());
   const bool many = isa() == Isa::avx512;
   if (grad.scalar_type() == at::kDouble) {
