@@ -150,7 +150,7 @@ class RandomBases:
         return self.tensors(*key) if held is None else held  # none: another thread let the store grow in between
 
     def pattern(self, min_dim: int, device: torch.device | None = None) -> tuple[Pattern, float] | None:
-        """Ternary bases as lists or bits for a layer of this smaller dimension, and their :attr:`scale`; None for others.
+        """Ternary bases as lists or bits for a layer of this smaller dimension, with their :attr:`scale`; else None.
 
         They are kept in this form only (see :mod:`randlora.patterns`), unless :meth:`tensors` is called. Given bases
         are recognised, such as the ternary ones that PEFT stores dense.

@@ -61,7 +61,7 @@ def _sparse_gradients(ctx, grad):
     rows = grad.index_select(0, pattern[0]) if ctx.with_weight and len(pattern) == 5 else grad
     rows = rows if rows.dtype == torch.float64 else rows.float()
     d_lam, d_gamma = _ops.sparse_update_backward(rows, pattern, lam, gamma, ctx.scale, True, True)
-    return None, d_lam, d_gamma, None, None, grad if ctx.with_weight else None, None
+    return [None] * len(pattern), d_lam, d_gamma, None, None, grad if ctx.with_weight else None, None
 
 
 torch.library.register_autograd("randlora::sparse_update", _sparse_gradients, setup_context=_keep_sparse)
