@@ -6,6 +6,8 @@
 //   in <= out ("wide")   dW = B2 @ S2        h = x @ S2^T     y = x W^T + h @ B2^T     dS2 = (g @ B2)^T @ x
 //   in >  out ("tall")   dW = S2^T @ B2^T    h = x @ B2       y = x W^T + h @ S2       dS2 = h^T @ g
 // or, through the gradient G = g^T x of dW:  dS2 = B2^T @ G (wide), B2^T @ G^T (tall).
+// Very sparse bases come as a pattern (sparse_update.h), which builds dW and takes G apart without S2 and B2; rows or
+// columns of dW without a non-zero take no part in the products.
 // Nothing of this is kept between forward and backward: the backward gets the same arguments and rebuilds what it
 // needs.
 #include "linear.h"
@@ -18,10 +20,12 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include "ops.h"
+#include "packed_update.h"
 
 namespace randlora {
 namespace {
@@ -43,8 +47,16 @@ class Layer {
     n_ = a.lambda.size(1);
     tokens_ = 1;
     for (int64_t axis = 0; axis + 1 < a.x.dim(); ++axis) tokens_ *= a.x.size(axis);
-    A_ = a.A.narrow(2, 0, m_);
-    B2_ = cast(a.B.narrow(0, 0, std::max(in_, out_)).narrow(1, 0, n_), a.dtype).reshape({std::max(in_, out_), n_ * r_});
+    if (is_packed(a.pattern) && a.strategy == Strategy::factored) {
+      // Products over the tokens alone: the bases for them are unpacked for this call.
+      at::Tensor B2t;
+      std::tie(A_, B2t) = packed_expand(a.pattern, n_, m_, std::max(in_, out_), a.dtype);
+      B2_ = B2t.t();
+    } else if (!sparse()) {
+      A_ = a.A->narrow(2, 0, m_);
+      B2_ = cast(a.B->narrow(0, 0, std::max(in_, out_)).narrow(1, 0, n_), a.dtype)
+                .reshape({std::max(in_, out_), n_ * r_});
+    }
     x_ = cast(a.x, a.dtype).reshape({tokens_, in_});
     if (a.weight.has_value()) {
       const at::Tensor w = cast(*a.weight, a.dtype);
@@ -61,7 +73,9 @@ class Layer {
     } else {
       const at::Tensor x = dropped(x_);
       if (weight_.defined()) y = at::linear(x_, weight_, bias);
-      if (a_.strategy == Strategy::materialized) {
+      if (sparse()) {
+        add_sparse_update(y, x);
+      } else if (a_.strategy == Strategy::materialized) {
         accumulate(y, x, dense_update({}).t());
       } else {
         for_chunks([&](const at::Tensor& S2, const at::Tensor& B2, int64_t, int64_t) {
@@ -84,11 +98,20 @@ class Layer {
     at::Tensor dx, dx_update;  // apart only where a dropout mask lies between them
     if (need_x) dx = input_gradient(g);
     at::Tensor& into = a_.dropout > 0 ? dx_update : dx;
-    if (need_x && a_.strategy == Strategy::materialized) accumulate(into, g, dense_update({}));
+    if (need_x && a_.strategy == Strategy::materialized) {
+      if (sparse())
+        add_sparse_input_gradient(into, g);
+      else
+        accumulate(into, g, dense_update({}));
+    }
 
-    const at::Tensor G = need_parameters && !factored ? weight_gradient(g, x) : at::Tensor();
     at::Tensor dlambda, dgamma;
-    if (factored || need_parameters) {
+    if (sparse()) {
+      if (need_parameters)
+        std::tie(dlambda, dgamma) = sparse_update_backward(sparse_weight_gradient(g, x), a_.pattern, a_.lambda,
+                                                           a_.gamma, a_.scale, need_lambda, need_gamma);
+    } else if (factored || need_parameters) {
+      const at::Tensor G = factored ? at::Tensor() : weight_gradient(g, x);
       dlambda = at::empty_like(a_.lambda);
       for_chunks(
           [&](const at::Tensor& S2, const at::Tensor& B2, int64_t row, int64_t rows) {
@@ -144,6 +167,13 @@ class Layer {
 
   // dW [out, in], or `weight` + dW.
   at::Tensor dense_update(const at::Tensor& weight) const {
+    if (sparse()) {
+      const at::Tensor rows = wide_ ? weight.t() : weight;  // [m, M]
+      const at::Tensor sum =
+          sparse_update(a_.pattern, a_.lambda, a_.gamma, std::max(in_, out_), a_.scale,
+                        rows.stride(0) == 1 || rows.stride(1) == 1 ? rows : rows.contiguous(), a_.dtype);
+      return wide_ ? sum.t() : sum;
+    }
     at::Tensor sum;
     for_chunks([&](const at::Tensor& S2, const at::Tensor& B2, int64_t, int64_t) {
       const at::Tensor left = wide_ ? B2 : S2.t(), right = wide_ ? S2 : B2.t();
@@ -153,6 +183,48 @@ class Layer {
         sum = weight.defined() ? at::addmm(weight, left, right) : at::mm(left, right);
     });
     return sum;
+  }
+
+  // ---- very sparse bases: D [columns, M] holds what is not zero of dW (out <= in) or dW^T (in <= out) ----
+
+  bool sparse() const { return !a_.pattern.empty() && !(is_packed(a_.pattern) && a_.strategy == Strategy::factored); }
+
+  bool all_columns() const { return is_packed(a_.pattern) || a_.pattern[0].numel() == m_; }
+
+  // The features of the smaller side that D has rows for.
+  at::Tensor columns_of(const at::Tensor& t) const { return all_columns() ? t : t.index_select(1, a_.pattern[0]); }
+
+  at::Tensor compact_update() const {
+    return sparse_update(a_.pattern, a_.lambda, a_.gamma, std::max(in_, out_), a_.scale, std::nullopt, a_.dtype);
+  }
+
+  // y += x @ dW^T
+  void add_sparse_update(at::Tensor& y, const at::Tensor& x) const {
+    const at::Tensor D = compact_update();
+    if (wide_)
+      accumulate(y, columns_of(x), D);
+    else
+      add_columns(y, x, D.t(), out_);
+  }
+
+  // dx += g @ dW
+  void add_sparse_input_gradient(at::Tensor& dx, const at::Tensor& g) const {
+    const at::Tensor D = compact_update();
+    if (wide_)
+      add_columns(dx, g, D.t(), in_);
+    else
+      accumulate(dx, columns_of(g), D);
+  }
+
+  // y[:, columns] += a @ b; `width` is y's, where there is no y yet.
+  void add_columns(at::Tensor& y, const at::Tensor& a, const at::Tensor& b, int64_t width) const {
+    if (all_columns()) return accumulate(y, a, b);
+    if (!y.defined()) y = at::zeros({tokens_, width}, a.options());
+    y.index_add_(1, a_.pattern[0], at::mm(a, b));
+  }
+
+  at::Tensor sparse_weight_gradient(const at::Tensor& g, const at::Tensor& x) const {
+    return wide_ ? mm_accumulated(columns_of(x).t(), g) : mm_accumulated(columns_of(g).t(), x);
   }
 
   // The base layer's part of x's gradient (merged: all of it).
@@ -202,11 +274,20 @@ void check(const LayerArguments& a) {
   const int64_t r = a.lambda.size(0), n = a.lambda.size(1);
   TORCH_CHECK_VALUE(a.gamma.dim() == 2 && a.gamma.size(0) == n && a.gamma.size(1) == m,
                     "randlora_gamma must have shape [n, m] = [", n, ", ", m, "], got ", a.gamma.sizes());
-  TORCH_CHECK_VALUE(a.A.dim() == 3 && a.A.size(0) == r && a.A.size(1) == 1 && a.A.size(2) >= m,
-                    "A must have shape [r, 1, >= m] = [", r, ", 1, >= ", m, "], got ", a.A.sizes());
-  TORCH_CHECK_VALUE(a.B.dim() == 3 && a.B.size(0) >= M && a.B.size(1) >= n && a.B.size(2) == r,
-                    "B must have shape [>= M, >= n, r] = [>= ", M, ", >= ", n, ", ", r, "], got ", a.B.sizes());
-  for (const at::Tensor& t : {a.A, a.B, a.lambda, a.gamma})
+  if (a.pattern.empty()) {
+    TORCH_CHECK_VALUE(a.A.has_value() && a.B.has_value(), "A and B must be given where there is no pattern");
+    TORCH_CHECK_VALUE(a.A->dim() == 3 && a.A->size(0) == r && a.A->size(1) == 1 && a.A->size(2) >= m,
+                      "A must have shape [r, 1, >= m] = [", r, ", 1, >= ", m, "], got ", a.A->sizes());
+    TORCH_CHECK_VALUE(a.B->dim() == 3 && a.B->size(0) >= M && a.B->size(1) >= n && a.B->size(2) == r,
+                      "B must have shape [>= M, >= n, r] = [>= ", M, ", >= ", n, ", ", r, "], got ", a.B->sizes());
+    for (const at::Tensor& t : {*a.A, *a.B})
+      TORCH_CHECK_VALUE(t.device() == a.x.device(), "bases must be on the device of x, ", a.x.device(), ", got ",
+                        t.device());
+  } else {
+    TORCH_CHECK_VALUE(a.strategy != Strategy::factored || is_packed(a.pattern),
+                      "very sparse bases have no factored strategy");
+  }
+  for (const at::Tensor& t : {a.lambda, a.gamma})
     TORCH_CHECK_VALUE(t.device() == a.x.device(), "bases and parameters must be on the device of x, ", a.x.device(),
                       ", got ", t.device());
   TORCH_CHECK_VALUE(a.dropout >= 0 && a.dropout < 1, "dropout must be at least 0 and below 1, got ", a.dropout);
@@ -222,9 +303,10 @@ struct PlainKernels {
 };
 
 at::Tensor linear(const at::Tensor& x, const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias,
-                  const at::Tensor& A, const at::Tensor& B, const at::Tensor& lambda, const at::Tensor& gamma,
-                  int64_t out_features, double scale, at::ScalarType dtype, c10::string_view strategy, double dropout,
-                  const std::optional<at::Tensor>& seed, bool weight_is_transposed, int64_t workspace) {
+                  const std::optional<at::Tensor>& A, const std::optional<at::Tensor>& B, const at::Tensor& lambda,
+                  const at::Tensor& gamma, int64_t out_features, double scale, at::ScalarType dtype,
+                  c10::string_view strategy, double dropout, const std::optional<at::Tensor>& seed,
+                  bool weight_is_transposed, int64_t workspace, at::TensorList pattern) {
   const PlainKernels guard;
   const LayerArguments a{x,
                          weight,
@@ -240,16 +322,18 @@ at::Tensor linear(const at::Tensor& x, const std::optional<at::Tensor>& weight, 
                          dropout,
                          seed,
                          weight_is_transposed,
-                         workspace};
+                         workspace,
+                         pattern.vec()};
   check(a);
   return Layer(a).forward();
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(
-    const at::Tensor& grad, const at::Tensor& x, const std::optional<at::Tensor>& weight, const at::Tensor& A,
-    const at::Tensor& B, const at::Tensor& lambda, const at::Tensor& gamma, double scale, at::ScalarType dtype,
-    c10::string_view strategy, double dropout, const std::optional<at::Tensor>& seed, bool weight_is_transposed,
-    int64_t workspace, bool need_x, bool need_lambda, bool need_gamma) {
+    const at::Tensor& grad, const at::Tensor& x, const std::optional<at::Tensor>& weight,
+    const std::optional<at::Tensor>& A, const std::optional<at::Tensor>& B, const at::Tensor& lambda,
+    const at::Tensor& gamma, double scale, at::ScalarType dtype, c10::string_view strategy, double dropout,
+    const std::optional<at::Tensor>& seed, bool weight_is_transposed, int64_t workspace, at::TensorList pattern,
+    bool need_x, bool need_lambda, bool need_gamma) {
   const PlainKernels guard;
   const LayerArguments a{x,
                          weight,
@@ -265,7 +349,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(
                          dropout,
                          seed,
                          weight_is_transposed,
-                         workspace};
+                         workspace,
+                         pattern.vec()};
   check(a);
   TORCH_CHECK_VALUE(grad.sizes().slice(0, grad.dim() - 1) == x.sizes().slice(0, x.dim() - 1),
                     "grad must have the leading shape of x ", x.sizes(), ", got ", grad.sizes());

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <optional>
 #include <string_view>
+#include <vector>
 
 #include <ATen/core/Tensor.h>
 
@@ -20,8 +21,8 @@ struct LayerArguments {
   at::Tensor x;                      // [..., in]
   std::optional<at::Tensor> weight;  // [out, in], or [in, out] if weight_is_transposed; none: the update alone
   std::optional<at::Tensor> bias;    // [out]
-  at::Tensor A;                      // [r, 1, >= m]
-  at::Tensor B;                      // [>= M, >= n, r]
+  std::optional<at::Tensor> A;       // [r, 1, >= m]
+  std::optional<at::Tensor> B;       // [>= M, >= n, r]
   at::Tensor lambda, gamma;          // [r, n], [n, m]
   int64_t out_features;
   double scale;
@@ -30,7 +31,8 @@ struct LayerArguments {
   double dropout;                  // probability; 0: none
   std::optional<at::Tensor> seed;  // [1] int64, of the dropout mask
   bool weight_is_transposed;
-  int64_t workspace;  // bytes that temporaries may take, 0: no limit
+  int64_t workspace;                // bytes that temporaries may take, 0: no limit
+  std::vector<at::Tensor> pattern;  // in place of A and B: very sparse bases, see sparse_update.h; not factored
 };
 
 // Rows k of A (all their bases) that are worked on at a time, so that temporaries stay below `workspace`.

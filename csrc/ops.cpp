@@ -17,18 +17,29 @@ TORCH_LIBRARY(randlora, m) {
       "unique_base_backward(Tensor grad, Tensor A, Tensor randlora_lambda, Tensor randlora_gamma, float scale=1.0,"
       " bool need_lambda=True, bool need_gamma=True) -> (Tensor, Tensor)");
 
+  // The update of very sparse bases, see sparse_update.h.
+  m.def(
+      "sparse_update(Tensor[] pattern, Tensor randlora_lambda, Tensor randlora_gamma, int max_dim, float scale,"
+      " Tensor? weight, ScalarType dtype) -> Tensor");
+  m.def(
+      "sparse_update_backward(Tensor grad, Tensor[] pattern, Tensor randlora_lambda, Tensor randlora_gamma,"
+      " float scale, bool need_lambda, bool need_gamma) -> (Tensor, Tensor)");
+
+  // Two-bit ternary bases made dense, see packed_update.h.
+  m.def("packed_expand(Tensor[] pattern, int n, int min_dim, int max_dim, ScalarType dtype) -> (Tensor, Tensor)");
+
   // x with elements dropped by a mask that depends on (seed, p) and their position only, see dropout.h.
   m.def("dropout(Tensor x, Tensor seed, float p) -> Tensor");
 
   // A whole layer, see linear.h.
   m.def(
-      "linear(Tensor x, Tensor? weight, Tensor? bias, Tensor A, Tensor B, Tensor randlora_lambda,"
+      "linear(Tensor x, Tensor? weight, Tensor? bias, Tensor? A, Tensor? B, Tensor randlora_lambda,"
       " Tensor randlora_gamma, int out_features, float scale, ScalarType dtype, str strategy, float dropout,"
-      " Tensor? seed, bool weight_is_transposed, int workspace) -> Tensor");
+      " Tensor? seed, bool weight_is_transposed, int workspace, Tensor[] pattern) -> Tensor");
   m.def(
-      "linear_backward(Tensor grad, Tensor x, Tensor? weight, Tensor A, Tensor B, Tensor randlora_lambda,"
+      "linear_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? A, Tensor? B, Tensor randlora_lambda,"
       " Tensor randlora_gamma, float scale, ScalarType dtype, str strategy, float dropout, Tensor? seed,"
-      " bool weight_is_transposed, int workspace, bool need_x, bool need_lambda, bool need_gamma)"
+      " bool weight_is_transposed, int workspace, Tensor[] pattern, bool need_x, bool need_lambda, bool need_gamma)"
       " -> (Tensor, Tensor, Tensor)");
 }
 
@@ -53,6 +64,25 @@ std::tuple<at::Tensor, at::Tensor> unique_base_backward(const at::Tensor& grad, 
                                                         bool need_lambda, bool need_gamma) {
   static const auto op = find<decltype(unique_base_backward)>("randlora::unique_base_backward");
   return op.call(grad, A, lambda, gamma, scale, need_lambda, need_gamma);
+}
+
+at::Tensor sparse_update(at::TensorList pattern, const at::Tensor& lambda, const at::Tensor& gamma, int64_t max_dim,
+                         double scale, const std::optional<at::Tensor>& weight, at::ScalarType dtype) {
+  static const auto op = find<decltype(sparse_update)>("randlora::sparse_update");
+  return op.call(pattern, lambda, gamma, max_dim, scale, weight, dtype);
+}
+
+std::tuple<at::Tensor, at::Tensor> sparse_update_backward(const at::Tensor& grad, at::TensorList pattern,
+                                                          const at::Tensor& lambda, const at::Tensor& gamma,
+                                                          double scale, bool need_lambda, bool need_gamma) {
+  static const auto op = find<decltype(sparse_update_backward)>("randlora::sparse_update_backward");
+  return op.call(grad, pattern, lambda, gamma, scale, need_lambda, need_gamma);
+}
+
+std::tuple<at::Tensor, at::Tensor> packed_expand(at::TensorList pattern, int64_t n, int64_t min_dim, int64_t max_dim,
+                                                 at::ScalarType dtype) {
+  static const auto op = find<decltype(packed_expand)>("randlora::packed_expand");
+  return op.call(pattern, n, min_dim, max_dim, dtype);
 }
 
 at::Tensor dropout(const at::Tensor& x, const at::Tensor& seed, double p) {

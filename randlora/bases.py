@@ -16,8 +16,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import fingerprint, peft_prng
+from . import fingerprint, patterns, peft_prng
 from .checks import require_dtype, require_float, require_int
+from .patterns import Pattern
 
 KINDS = ("dense", "sparse", "very_sparse", "sign")
 PRNGS = ("philox", "peft", "peft-fp16")
@@ -148,10 +149,27 @@ class RandomBases:
         held = self._held.get(key)
         return self.tensors(*key) if held is None else held  # none: another thread let the store grow in between
 
+    def pattern(self, min_dim: int, device: torch.device | None = None) -> tuple[Pattern, float] | None:
+        """Ternary bases as lists or bits for a layer of this smaller dimension, with their :attr:`scale`; else None.
+
+        They are kept in this form only (see :mod:`randlora.patterns`), unless :meth:`tensors` is called. Given bases
+        are recognised, such as the ternary ones that PEFT stores dense.
+        """
+        device = _canonical(device or self.device)
+        if not self._may_have_lists or (self.prng == "philox" and not patterns.wanted(self.sparsity, device)):
+            return None
+        _make_sure_lists(self._handle, device, min_dim)
+        held = self._lists.get(device)
+        if held is None:
+            return self.pattern(min_dim, device) if self._may_have_lists else None
+        lists, scale = held
+        return lists.of(min_dim), scale
+
     @property
     def nbytes(self) -> int:
-        """Bytes of all copies that exist at the moment."""
-        return sum(A.nbytes + B.nbytes for A, B in self._held.values())
+        """Bytes of all copies that exist at the moment, lists included."""
+        lists = sum(lists.nbytes for lists, _ in self._lists.values())
+        return lists + sum(A.nbytes + B.nbytes for A, B in self._held.values())
 
     def require(self, max_dim: int, min_dim: int, num_bases: int) -> None:
         """Make the store serve a layer of these dimensions: grows it, or raises ``ValueError`` where it cannot."""
@@ -167,6 +185,7 @@ class RandomBases:
             self.max_dim, self.min_dim = max(self.max_dim, max_dim), max(self.min_dim, min_dim)
             self.num_bases = max(self.num_bases, num_bases)
             self._held.clear()  # the smaller copies are prefixes of the next ones
+            self._lists.clear()
 
     def to(self, *args, **kwargs) -> RandomBases:
         """The same bases with another default ``dtype`` and/or ``device``, given as for ``nn.Module.to``."""
@@ -223,6 +242,8 @@ class RandomBases:
 
     def _reset(self) -> None:
         self._held: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+        self._lists: dict[torch.device, tuple[patterns.Lists | patterns.Planes, float]] = {}
+        self._may_have_lists = True  # given ones: until one has looked at the values
         self._hashes: dict[tuple[int, int, int], str] = {}
         self._lock = threading.Lock()
         self._handle = f"bases {next(_handles)}"  # torch.compile can take a string for a constant, not an object
@@ -301,6 +322,26 @@ def _make_sure(handle: str, dtype: torch.dtype, device: torch.device) -> bool:
         with bases._lock, torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad():
             if (dtype, device) not in bases._held:
                 bases._held[dtype, device] = bases.draw(dtype, device)
+    return True
+
+
+@torch.compiler.assume_constant_result
+def _make_sure_lists(handle: str, device: torch.device, min_dim: int) -> bool:
+    """As :func:`_make_sure`, for the lists."""
+    bases = _by_handle[handle]
+    with torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad():
+        if device not in bases._lists:
+            with bases._lock:
+                if bases.prng == "philox":
+                    bases._lists[device] = patterns.make(bases, device), bases.scale
+                else:
+                    values = bases.draw(torch.float32, device) if bases.given is None else bases.given
+                    found = patterns.of_tensors(*(t.to(device) for t in values))
+                    if found is None:
+                        bases._may_have_lists = False
+                        return True
+                    bases._lists[device] = found
+        bases._lists[device][0].of(min_dim)
     return True
 
 

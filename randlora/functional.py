@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -99,12 +101,31 @@ def delta_weight(
         return B2 @ S2 if in_features <= out_features else S2.T @ B2.T
 
 
+def sparse_delta_weight(
+    pattern: Sequence[Tensor],
+    scale: float,
+    randlora_lambda: Tensor,
+    randlora_gamma: Tensor,
+    scaling: float,
+    in_features: int,
+    out_features: int,
+) -> Tensor:
+    """:func:`delta_weight` of ternary bases, from what :meth:`randlora.RandomBases.pattern` gives. Differentiable."""
+    m, M = min(in_features, out_features), max(in_features, out_features)
+    dtype = torch.promote_types(randlora_lambda.dtype, randlora_gamma.dtype)
+    rows = torch.ops.randlora.sparse_update(
+        pattern, randlora_lambda, randlora_gamma, M, scaling * scale, None, dtype
+    )
+    update = rows if len(pattern) == 3 else rows.new_zeros(m, M).index_copy(0, pattern[0].long(), rows)
+    return update.T if in_features <= out_features else update
+
+
 def linear(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
     randlora_lambda: Tensor,
     randlora_gamma: Tensor,
     scaling: float,
@@ -116,6 +137,7 @@ def linear(
     weight_is_transposed: bool = False,
     workspace: int = 0,
     seed: Tensor | None = None,
+    pattern: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """``y = x W^T + bias + dropout(x) dW^T``: a linear layer with its RandLoRA update, as one op.
 
@@ -136,6 +158,8 @@ def linear(
             needs the weight and no dropout; in 16 bits it rounds away updates below half a unit in the last place of W.
         workspace: bytes that temporaries may take, 0 for no limit. Below what a strategy takes at once it works in
             groups of bases: more, smaller products.
+        pattern: ternary bases as :meth:`randlora.RandomBases.pattern` gives them, in place of A and B (None). Lists
+            have no factored strategy; `workspace` bounds that of planes only.
 
     Returns:
         ``[..., out]`` in the dtype that ``torch.nn.functional.linear`` gives (autocast included); products are in that
@@ -167,12 +191,14 @@ def linear(
             dtype, None if weight is None else weight.dtype, x.device.type, dropout=p > 0,
             need_x=grad and x.requires_grad,
             need_parameters=grad and (randlora_lambda.requires_grad or randlora_gamma.requires_grad),
+            form=planner.form(pattern),
         )  # fmt: skip
     else:
         strategies = strategy, strategy
     y = LinearOp.apply(
         x, weight, bias, A, B, randlora_lambda, randlora_gamma, out_features, scaling, dtype, *strategies, p,
         seed if p > 0 else None, weight_is_transposed, workspace,
+        *([None] * 5 if pattern is None else [*pattern, None, None][:5]),
     )  # fmt: skip
     return y if ordinary is None else ordinary + y
 

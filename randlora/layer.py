@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from . import quantized
 from .bases import RandomBases, shared_bases
 from .checks import require_dtype, require_float, require_int
-from .functional import delta_weight, flat_bases
+from .functional import delta_weight, flat_bases, sparse_delta_weight
 from .mixed import MixedBatch
+from .patterns import Pattern
 
 BaseTensors = Tensor | Mapping[str, Tensor] | None
 
@@ -225,9 +226,26 @@ class RandLoraLayer:
         fp32 (fp64 for fp64 parameters), whatever the weight's dtype.
         """
         self._check_adapter(adapter)
-        arguments = self._update_arguments(adapter, self.scaling[adapter])
-        update = delta_weight(*arguments, self.in_features, self.out_features)
+        found = self._pattern(adapter)
+        if found is None:
+            arguments = self._update_arguments(adapter, self.scaling[adapter])
+            update = delta_weight(*arguments, self.in_features, self.out_features)
+        else:
+            lam, gamma = self.randlora_lambda[adapter], self.randlora_gamma[adapter]
+            dtype = torch.float64 if lam.dtype == torch.float64 else torch.float32
+            update = sparse_delta_weight(
+                *found, lam.to(dtype), gamma.to(dtype), self.scaling[adapter], self.in_features, self.out_features
+            )
         return update.T if self.fan_in_fan_out else update
+
+    def pattern(self, adapter: str) -> Pattern | None:
+        """The ternary bases of an adapter as lists or bits (:meth:`randlora.RandomBases.pattern`), or None."""
+        found = self._pattern(adapter)
+        return None if found is None else found[0]
+
+    def _pattern(self, adapter: str) -> tuple[Pattern, float] | None:
+        device = self.randlora_lambda[adapter].device
+        return self.bases[adapter].pattern(min(self.in_features, self.out_features), device)
 
     def _update_arguments(self, adapter: str, scaling: float, device: torch.device | None = None) -> tuple:
         lam, gamma = self.randlora_lambda[adapter], self.randlora_gamma[adapter]

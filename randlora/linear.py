@@ -141,12 +141,16 @@ class Linear(nn.Linear, RandLoraLayer):
     ) -> Tensor:
         bases, dropout = self.bases[adapter], self.randlora_dropout[adapter]
         strategy = "auto" if self.strategy == "merged" and weight is None else self.strategy
+        found = bases.pattern(min(self.in_features, self.out_features), x.device)
+        if found is not None and strategy == "factored" and len(found[0]) == 5:
+            found = None  # lists know no factored form
+        pattern, scale = found or (None, bases.scale)
+        tensors = bases.tensors(dtype, x.device) if pattern is None else (None, None)
         return linear(
-            x, weight, bias, *bases.tensors(dtype, x.device), self.randlora_lambda[adapter],
-            self.randlora_gamma[adapter], self.scaling[adapter] * bases.scale,
-            dropout.p if isinstance(dropout, nn.Dropout) else 0.0, self.training,
+            x, weight, bias, *tensors, self.randlora_lambda[adapter], self.randlora_gamma[adapter],
+            self.scaling[adapter] * scale, dropout.p if isinstance(dropout, nn.Dropout) else 0.0, self.training,
             strategy=strategy, out_features=self.out_features, weight_is_transposed=self.fan_in_fan_out,
-            workspace=self.workspace,
+            workspace=self.workspace, pattern=pattern,
         )  # fmt: skip
 
     def _base_is_plain(self) -> bool:

@@ -18,6 +18,14 @@ backward by itself, as nothing passes between them: between T = d/2 and T = d th
 ``factored`` backward (5T + d). ``merged`` is taken only where
 the weight itself is fp32 or fp64 and so is the computation: in 16 bits, W + dW rounds away updates below half a unit
 in the last place of W.
+
+Very sparse bases (:mod:`randlora.patterns`) build the update from what is non-zero, at the price of moving it; of the
+dimension m only the c columns that A has a non-zero in take part in products with the update:
+
+    ============  ====================================  =======================================================
+    materialized  T (M m + M c)                         T (M m + 2 M c)
+    merged        T M m                                 T (M m + M c)
+    ============  ====================================  =======================================================
 """
 
 from __future__ import annotations
@@ -31,6 +39,10 @@ STRATEGIES = ("factored", "materialized", "merged")
 # Multiply-adds per byte of memory traffic, (device type, bytes per element): CPU cores reach about 35 G/s of them in
 # fp32 against 5 GB/s each; an H100 400 T/s in 16 bits, 33 T/s in fp32, against 3 TB/s.
 BALANCE = {("cpu", 8): 4.0, ("cpu", 4): 7.0, ("cpu", 2): 7.0, ("cuda", 8): 10.0, ("cuda", 4): 10.0, ("cuda", 2): 130.0}
+
+
+# Of the dense product's work, what ternary bases at two bits per element cost: a third, in code that is not quite MKL.
+PLANES = 0.42
 
 
 @dataclass(frozen=True)
@@ -57,6 +69,7 @@ def costs(
     has_weight: bool = True,
     need_x: bool = True,
     need_parameters: bool = True,
+    planes: bool = False,
 ) -> dict[str, tuple[Cost, Cost]]:
     """Forward and backward cost of each strategy that can compute the call.
 
@@ -67,6 +80,9 @@ def costs(
     base = T * M * m if has_weight else 0
     first, second = (P * m, P * M) if wide else (P * M, P * m)  # the two thin products
     build = P * M * m
+    unpacked = 0
+    if planes:
+        build, unpacked = int(build * PLANES), 2 * P * M * e
     scaled, dense, hidden = P * m * e, M * m * e, T * P * e
     gradient = need_parameters * P * m * max(4, e)  # of the scaled base
     dropped = T * in_features * e if dropout else 0
@@ -76,11 +92,11 @@ def costs(
     rebuild = T * first if need_parameters and not wide else 0  # a tall layer needs h again
     found = {
         "factored": (
-            Cost(base + T * (first + second), scaled + hidden, 2 * (scaled + hidden) + dropped),
+            Cost(base + T * (first + second), scaled + hidden, 2 * (scaled + hidden) + dropped + unpacked),
             Cost(
                 dx + backward * T * second + need_x * T * first + need_parameters * T * P * m + rebuild,
                 scaled + hidden + gradient,
-                backward * (2 * (scaled + hidden + gradient) + 2 * dropped),
+                backward * (2 * (scaled + hidden + gradient) + 2 * dropped + unpacked),
             ),
         )
     }
@@ -101,6 +117,47 @@ def costs(
     return found
 
 
+def sparse_costs(
+    T: int,
+    in_features: int,
+    out_features: int,
+    columns: int,
+    element_bytes: int = 4,
+    *,
+    dropout: bool = False,
+    has_weight: bool = True,
+    need_x: bool = True,
+    need_parameters: bool = True,
+) -> dict[str, tuple[Cost, Cost]]:
+    """As :func:`costs`, for very sparse bases with `columns` of the smaller dimension not empty."""
+    m, M, e = min(in_features, out_features), max(in_features, out_features), element_bytes
+    base, part = (T * M * m if has_weight else 0), T * M * columns
+    dense, compact, gradient = M * m * e, M * columns * e, need_parameters * M * columns * max(4, e)
+    # The features that take part are gathered, and a result that only some have a part in is added to.
+    gathered = 2 * T * columns * e
+    dx = base if need_x else 0
+    found = {
+        "materialized": (
+            Cost(base + part, compact, 3 * compact + gathered + 2 * T * out_features * e),
+            Cost(
+                dx + (need_x + need_parameters) * part,
+                compact + gradient,
+                need_x * (3 * compact + 2 * T * in_features * e) + 2 * gradient + need_parameters * gathered,
+            ),
+        )
+    }
+    if has_weight and not dropout:
+        found["merged"] = (
+            Cost(base, dense, 4 * dense),
+            Cost(
+                dx + need_parameters * part,
+                need_x * dense + gradient,
+                need_x * 4 * dense + 2 * gradient + need_parameters * gathered,
+            ),
+        )
+    return found
+
+
 def choose(
     T: int,
     in_features: int,
@@ -114,11 +171,15 @@ def choose(
     dropout: bool = False,
     need_x: bool = True,
     need_parameters: bool = True,
+    form: int | str | None = None,
 ) -> tuple[str, str]:
-    """The cheapest strategy forward and backward. `weight_dtype` None: there is no base weight to work with."""
-    options = costs(
-        T, in_features, out_features, n, r, dtype.itemsize, dropout=dropout, has_weight=weight_dtype is not None,
-        need_x=need_x, need_parameters=need_parameters,
+    """The cheapest strategy forward and backward.
+
+    `weight_dtype` None: there is no base weight to work with. `form`: of the bases, see :func:`form`.
+    """
+    options = _options(
+        T, in_features, out_features, n, r, dtype.itemsize, form, dropout=dropout,
+        has_weight=weight_dtype is not None, need_x=need_x, need_parameters=need_parameters,
     )  # fmt: skip
     if not (weight_dtype == dtype and dtype in (torch.float32, torch.float64)):
         options.pop("merged", None)
@@ -126,9 +187,22 @@ def choose(
     return _cheapest(options, 0, balance), _cheapest(options, 1, balance)
 
 
+def form(pattern) -> int | str | None:
+    """What the costs depend on: the columns of very sparse bases, ``"planes"``, or None for dense ones."""
+    return None if pattern is None else "planes" if len(pattern) == 3 else pattern[0].numel()
+
+
+def _options(T, in_features, out_features, n, r, element_bytes, form, **needs) -> dict[str, tuple[Cost, Cost]]:
+    if form is None:
+        return costs(T, in_features, out_features, n, r, element_bytes, **needs)
+    if form == "planes":
+        return costs(T, in_features, out_features, n, r, element_bytes, planes=True, **needs)
+    return sparse_costs(T, in_features, out_features, form, element_bytes, **needs)
+
+
 def _cheapest(options: dict[str, tuple[Cost, Cost]], which: int, balance: float) -> str:
     # A loop, not min(): T may be symbolic under torch.compile.
-    best, least = "factored", None
+    best, least = "materialized", None
     for name, cost in options.items():
         total = cost[which].total(balance)
         if least is None or total < least:
@@ -151,9 +225,11 @@ def explain(layer: torch.nn.Module, tokens: int, training: bool = True) -> str:
         dropout = training and getattr(layer.randlora_dropout[adapter], "p", 0.0) > 0
         shape = (tokens, layer.in_features, layer.out_features, n, r)
         needs = {"dropout": dropout, "need_x": training, "need_parameters": training}
+        bases = form(layer.pattern(adapter))
         plain = layer._base_is_plain()  # a quantised base layer computes its product itself
-        options = costs(*shape, dtype.itemsize, has_weight=plain, **needs)
-        chosen = choose(*shape, dtype, weight.dtype if plain else None, weight.device.type, **needs)
+        options = _options(*shape, dtype.itemsize, bases, has_weight=plain, **needs)
+        weight_dtype = weight.dtype if plain else None
+        chosen = choose(*shape, dtype, weight_dtype, weight.device.type, **needs, form=bases)
         forced = layer.strategy != "auto"
         if forced:
             chosen = layer.strategy, layer.strategy

@@ -120,7 +120,7 @@ def test_gradcheck(shape, strategy, device):
 @over("dtype", (torch.float64, torch.float32, torch.bfloat16))
 def test_opcheck(strategy, dtype, device):
     x, weight, bias, *factors = (t.detach() for t in draw_layer((24, 41, 8), dtype, device=device))
-    options = (0.7, dtype, strategy, 0.0, None, False, 0)
+    options = (0.7, dtype, strategy, 0.0, None, False, 0, [])
     torch.library.opcheck(torch.ops.randlora.linear.default, (x, weight, bias, *factors, 41, *options))
     grad = normal(2, 5, 41, dtype=dtype, device=device)
     needs = (True, True, True)

@@ -119,12 +119,18 @@ RANDLORA_INLINE void store_some(T* p, Vec<acc_t<T>> v, int64_t count) {
   std::memcpy(p, buffer, size_t(count) * sizeof(T));
 }
 
-template <class Acc>
-RANDLORA_INLINE Acc sum(Vec<Acc> v) {
-  // Pairwise, in a fixed order.
-  for (int width = kLanes<Acc> / 2; width > 0; width /= 2)
-    for (int lane = 0; lane < width; ++lane) v[lane] += v[lane + width];
-  return v[0];
+// Pairwise, in a fixed order: halves, quarters and so on are added to each other.
+RANDLORA_INLINE float sum(Vec<float> v) {
+  v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 0, 0, 0, 0, 0, 0, 0);
+  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+  v += __builtin_shufflevector(v, v, 2, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+  return v[0] + v[1];
+}
+
+RANDLORA_INLINE double sum(Vec<double> v) {
+  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 0, 0, 0);
+  v += __builtin_shufflevector(v, v, 2, 3, 0, 0, 0, 0, 0, 0);
+  return v[0] + v[1];
 }
 
 }  // namespace randlora::cpu

@@ -1,0 +1,349 @@
+"""Ternary bases as lists and as bits: the same numbers as their dense expansion, at a fraction of the bytes."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from common import assert_no_worse_than_plain, assert_same_bits, make_bases, make_layer, normal, on_devices, over
+from test_saved_bytes import SavedBytes
+
+import randlora
+from randlora.functional import linear
+from randlora.patterns import Lists, Planes
+
+# name -> arguments of RandomBases: lists from sparsity 8 on, planes below.
+FORMS = {
+    "lists": {"kind": "very_sparse", "sparsity": 9.0},
+    "planes": {"kind": "sparse"},
+    "dense planes": {"kind": "sparse", "sparsity": 1.2},
+}
+SHAPES = [(41, 64, 5), (64, 41, 5), (3, 1, 4), (1, 1, 1), (33, 33, 40), (130, 341, 32), (341, 130, 32), (600, 520, 7)]
+STRATEGIES = ("factored", "materialized", "merged")
+
+forms = pytest.mark.parametrize("form", FORMS)
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}to{s[1]}r{s[2]}")
+
+
+def draw(shape, form, dtype=torch.float64, device="cpu", tokens=6, num_bases=None):
+    """x, weight, bias, lambda, gamma, and bases that are larger than the layer."""
+    i, o, r = shape
+    m, M = min(i, o), max(i, o)
+    n = num_bases or -(-m // r)
+    bases = randlora.RandomBases(M + 20, m + 3, r, seed=7, num_bases=n + 1, **FORMS[form])
+    parameters = torch.float64 if dtype == torch.float64 else torch.float32
+    x = normal(2, tokens, i, seed=5, dtype=dtype, device=device).requires_grad_()
+    weight, bias = normal(o, i, seed=6, dtype=dtype, device=device), normal(o, seed=8, dtype=dtype, device=device)
+    lam = normal(r, n, seed=2, dtype=parameters, device=device).requires_grad_()
+    gamma = (normal(n, m, seed=3, dtype=parameters, device=device) / n**0.5).requires_grad_()
+    return x, weight, bias, lam, gamma, bases
+
+
+def gradients(y, inputs):
+    return torch.autograd.grad(y, inputs, normal(*y.shape, seed=9, dtype=y.dtype, device=y.device))
+
+
+@on_devices
+@forms
+@shapes
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_same_as_the_dense_expansion(form, shape, strategy, dropout, device):
+    if strategy == "merged" and dropout:
+        pytest.skip("merged takes no dropout")
+    x, weight, bias, lam, gamma, bases = draw(shape, form, device=device)
+    found = bases.pattern(min(shape[:2]), x.device)
+    if found is None:
+        pytest.skip("CUDA keeps bases of medium density dense")
+    if strategy == "factored" and len(found[0]) == 5:
+        pytest.skip("lists know no factored form")
+    dense = bases.draw(torch.float64, x.device)
+    seed = torch.tensor([3], device=device)
+    for transposed in (False, True):
+        w = weight.t().contiguous() if transposed else weight
+        same = {"strategy": strategy, "seed": seed, "weight_is_transposed": transposed}
+        y = linear(x, w, bias, None, None, lam, gamma, 0.7 * found[1], dropout, pattern=found[0], **same)
+        expected = linear(x, w, bias, *dense, lam, gamma, 0.7 * bases.scale, dropout, **same | {"strategy": "factored"})
+        torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+        for got, wanted in zip(gradients(y, (x, lam, gamma)), gradients(expected, (x, lam, gamma)), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+
+
+@on_devices
+@forms
+@pytest.mark.parametrize("shape", SHAPES[5:7], ids=str)
+@over("dtype", (torch.float32, torch.bfloat16, torch.float16))
+def test_low_precision_is_no_worse_than_plain(form, shape, dtype, device):
+    x, weight, bias, lam, gamma, bases = draw(shape, form, dtype, device, tokens=20)
+    found = bases.pattern(min(shape[:2]), x.device)
+    if found is None:
+        pytest.skip("CUDA keeps bases of medium density dense")
+    A, B = bases.draw(torch.float64, x.device)
+
+    def plain(dtype, parameters):
+        xs, lams, gammas = (
+            t.detach().to(d).requires_grad_() for t, d in ((x, dtype), (lam, parameters), (gamma, parameters))
+        )
+        update = randlora.functional.delta_weight(
+            A.to(parameters), B.to(parameters), lams, gammas, 0.7 * bases.scale, *shape[:2]
+        )
+        y = F.linear(xs, weight.to(dtype), bias.to(dtype)) + F.linear(xs, update.to(dtype))
+        return y, *gradients(y, (xs, lams, gammas))
+
+    y = linear(x, weight, bias, None, None, lam, gamma, 0.7 * found[1], strategy="auto", pattern=found[0])
+    results = y, *gradients(y, (x, lam, gamma))
+    for got, rough, exact in zip(
+        results, plain(dtype, torch.float32), plain(torch.float64, torch.float64), strict=True
+    ):
+        assert_no_worse_than_plain(got, rough, exact)
+
+
+@on_devices
+@forms
+def test_forms_expand_to_the_same_bits(form, device):
+    bases = randlora.RandomBases(341, 130, 7, seed=3, **FORMS[form])
+    A, B = bases.draw(torch.float32, torch.device(device))
+    found = bases.pattern(130, torch.device(device))
+    if found is None:
+        pytest.skip("CUDA keeps bases of medium density dense")
+    pattern, n = found[0], bases.num_bases
+    if len(pattern) == 3:
+        got, transposed = torch.ops.randlora.packed_expand(pattern, n, 130, 341, torch.float32)
+        assert_same_bits(got, A)
+        assert_same_bits(transposed.t().contiguous(), B.flatten(1))
+        return
+    columns, a_starts, a_entries, b_starts, b_indices = (t.long().cpu() for t in pattern)
+    got_A, got_B = torch.zeros(7, 130), torch.zeros(341, n * 7)
+    for c, j in enumerate(columns.tolist()):
+        for e in a_entries[a_starts[c] : a_starts[c + 1]].tolist():
+            got_A[e >> 1, j] = -1 if e & 1 else 1
+    for p in range(2 * n * 7):
+        got_B[b_indices[b_starts[p] : b_starts[p + 1]] & 0xFFFF, p // 2] = -1 if p & 1 else 1
+    assert_same_bits(got_A, A[:, 0].cpu())
+    assert_same_bits(got_B, B.flatten(1).cpu())
+
+
+@pytest.mark.parametrize("which", ["empty row", "full row", "empty column", "one column", "all zero B", "last rows"])
+@pytest.mark.parametrize("make", [Lists, Planes])
+def test_odd_patterns(which, make):
+    """Patterns that random bases have now and then."""
+    r, n, m, M = 4, 5, 17, 37
+    generator = torch.Generator().manual_seed(1)
+    A, B = (torch.randint(-1, 2, size, dtype=torch.int8, generator=generator) for size in ((r, m), (M, n * r)))
+    if which == "empty row":
+        A[1] = 0
+    elif which == "full row":
+        A[2] = 1
+    elif which == "empty column":
+        A[:, 3:5] = 0
+    elif which == "one column":
+        A[:, 1:] = 0
+    elif which == "all zero B":
+        B.zero_()
+    else:
+        B[: M - 1] = 0
+    pattern = make(A, iter([B[:, :8], B[:, 8:]]), M).of(m)
+    lam, gamma = (
+        normal(r, n, dtype=torch.float64).requires_grad_(),
+        normal(n, m, seed=1, dtype=torch.float64).requires_grad_(),
+    )
+    for i, o in ((m, M), (M, m)):
+        got = randlora.functional.sparse_delta_weight(pattern, 2.0, lam, gamma, 0.7, i, o)
+        dense = A[:, None].double(), B.view(M, n, r).double()
+        expected = randlora.functional.delta_weight(*dense, lam, gamma, 1.4, i, o)
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+        for a, b in zip(gradients(got, (lam, gamma)), gradients(expected, (lam, gamma)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@on_devices
+@pytest.mark.parametrize("form", ["lists", "planes"])
+@pytest.mark.parametrize("with_weight", [True, False])
+def test_op(form, with_weight, device):
+    x, weight, _, lam, gamma, bases = draw((24, 41, 5), form, device=device, num_bases=3)
+    found = bases.pattern(24, x.device)
+    if found is None:
+        pytest.skip("CUDA keeps bases of medium density dense")
+    arguments = (list(found[0]), lam, gamma, 41, 0.7, weight.t() if with_weight else None, torch.float64)
+    torch.library.opcheck(torch.ops.randlora.sparse_update, arguments)
+    rows = torch.ops.randlora.sparse_update(*arguments)
+    if not with_weight:
+        checked = (rows.detach(), list(found[0]), lam.detach(), gamma.detach(), 0.7, True, True)
+        torch.library.opcheck(torch.ops.randlora.sparse_update_backward, checked)
+    assert torch.autograd.gradcheck(
+        lambda a, b: torch.ops.randlora.sparse_update(list(found[0]), a, b, 41, 0.7, arguments[5], torch.float64),
+        (lam, gamma),
+    )
+    again = torch.ops.randlora.sparse_update(*arguments)
+    assert_same_bits(rows, again)
+
+
+def test_packed_expand_op():
+    bases = randlora.RandomBases(41, 24, 5, kind="sparse")
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.library.opcheck(torch.ops.randlora.packed_expand, (list(bases.pattern(24)[0]), 5, 24, 41, dtype))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("form", ["lists", "planes"])
+def test_results_do_not_depend_on_threads(form, threads):
+    _, _, _, lam, gamma, bases = draw((300, 341, 32), form, torch.float32)
+    (pattern, _), before = bases.pattern(300), torch.get_num_threads()
+    rows = torch.ops.randlora.sparse_update(pattern, lam, gamma, 341, 1.0, None, torch.float32)
+    expected = rows, *torch.ops.randlora.sparse_update_backward(rows, pattern, lam, gamma, 1.0, True, True)
+    try:
+        torch.set_num_threads(threads)
+        rows = torch.ops.randlora.sparse_update(pattern, lam, gamma, 341, 1.0, None, torch.float32)
+        got = rows, *torch.ops.randlora.sparse_update_backward(rows, pattern, lam, gamma, 1.0, True, True)
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(got, expected, strict=True):
+        assert_same_bits(a, b)
+
+
+# ---- layers ----------------------------------------------------------------------------------------------------------
+
+
+def layer_of(form, in_features=96, out_features=130, r=8, **arguments):
+    return make_layer(
+        in_features, out_features, r, bases=make_bases(in_features, out_features, r, **FORMS[form]), **arguments
+    )
+
+
+@forms
+@over("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_layer_keeps_its_input_and_never_expands_its_bases(form, dtype, dropout):
+    layer = layer_of(form, dtype=dtype, randlora_dropout=dropout)
+    x = normal(64, 96, dtype=dtype).requires_grad_()
+    bases = layer.bases["default"]
+    layer(x)  # makes the pattern
+    with SavedBytes([*layer.parameters(), *bases.pattern(96)[0]]) as saved:
+        y = layer(x)
+    y.sum().backward()
+    assert saved.bytes == x.nbytes
+    assert not bases._held and layer.get_delta_weight("default").shape == (130, 96) and not bases._held
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("sparse", 4.3), ("very_sparse", 0.8)])
+def test_bytes_of_the_bases(kind, limit):
+    """Dense bases of this size take 64 MiB in fp32; PEFT stores these the same way."""
+    bases = randlora.RandomBases(4096, 4096, 32, kind)
+    bases.pattern(4096)
+    assert 0.2 * limit < bases.nbytes / 2**20 <= limit
+
+
+@pytest.mark.parametrize("form", ["lists", "planes"])
+def test_layers_of_several_sizes_share_one_pattern(form):
+    bases = randlora.RandomBases(64, 48, 4, **FORMS[form])
+    layers = [make_layer(i, o, 4, bases=bases) for i, o in ((48, 64), (20, 33), (64, 16))]
+    x = [normal(5, layer.in_features) for layer in layers]
+    y = [layer(t) for layer, t in zip(layers, x, strict=True)]
+    nbytes = bases.nbytes
+    layers.append(make_layer(100, 80, 4, bases=bases))  # the store grows, and keeps its values
+    layers[-1](normal(3, 100))
+    assert bases.nbytes > nbytes
+    for layer, t, before in zip(layers, x, y, strict=False):
+        torch.testing.assert_close(layer(t), before, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("values", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", ["lists", "planes"])
+def test_pefts_ternary_bases_are_recognised(form, values):
+    """PEFT stores them dense in fp32 and divided by their standard deviation."""
+    drawn = randlora.RandomBases(130, 96, 8, **FORMS[form]).draw(torch.float32, torch.device("cpu"))
+    A, B = ((t / t.std()).to(values) for t in drawn)
+    layer = make_layer(96, 130, 8, randlora_A=A, randlora_B=B)
+    x = normal(7, 96)
+    exact = x.double() @ (
+        layer.weight.double()
+        + randlora.functional.delta_weight(
+            A.double(), B.double(), layer.randlora_lambda["default"].double(), layer.randlora_gamma["default"].double(),
+            layer.scaling["default"], 96, 130,
+        )
+    ).T + layer.bias.double()  # fmt: skip
+    torch.testing.assert_close(layer(x).double(), exact, rtol=2e-5, atol=2e-5)
+    pattern = layer.pattern("default")
+    assert len(pattern) == (5 if form == "lists" else 3)
+    assert make_layer(96, 130, 8).pattern("default") is None
+
+
+@pytest.mark.parametrize("form", ["lists", "planes"])
+def test_compile_autocast_inference_and_merge(form):
+    torch._dynamo.reset()
+    layer = layer_of(form)
+    x = normal(12, 96).requires_grad_()
+    expected = layer(x)
+    inputs = (x, *layer.randlora_lambda.values(), *layer.randlora_gamma.values())
+    wanted = gradients(expected, inputs)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    got = compiled(x)
+    torch.testing.assert_close(got, expected)
+    for a, b in zip(
+        gradients(got, (x, *layer.randlora_lambda.values(), *layer.randlora_gamma.values())), wanted, strict=True
+    ):
+        torch.testing.assert_close(a, b)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = layer(x)
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), expected, rtol=0.05, atol=0.3)
+    layer.eval()
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+        before = layer.weight.clone()
+        layer.merge()
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+        layer.unmerge()
+    assert_same_bits(layer.weight, before)
+
+
+def test_explain_knows_the_forms(capsys):
+    for form in ("lists", "planes"):
+        text = randlora.explain(layer_of(form, 512, 512, 32), 4096)
+        assert "<- chosen" in text and ("factored" in text) == (form == "planes")
+    assert capsys.readouterr().out
+
+
+BAD = {
+    "too few": (lambda p: p[:4], ValueError, "pattern must be"),
+    "dtype": (lambda p: [p[0].long(), *p[1:]], TypeError, "int32"),
+    "shape": (lambda p: [p[0][:, None], *p[1:]], ValueError, "vectors"),
+    "starts": (lambda p: [p[0], p[1][:-1], *p[2:]], ValueError, "a_starts must have"),
+    "bases": (lambda p: [*p[:3], p[3][:9], p[4]], ValueError, "b_starts must have"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_patterns(case):
+    change, error, message = BAD[case]
+    _, _, _, lam, gamma, bases = draw((24, 41, 5), "lists")
+    with pytest.raises(error, match=message):
+        torch.ops.randlora.sparse_update(change(list(bases.pattern(24)[0])), lam, gamma, 41, 1.0, None, torch.float32)
+
+
+BAD_PLANES = {
+    "starts": (lambda p: [p[0][:-1], *p[1:]], ValueError, "a_starts must have shape"),
+    "planes": (lambda p: [*p[:2], p[2][:3]], ValueError, "b_planes must have shape"),
+    "dtype": (lambda p: [*p[:2], p[2].int()], TypeError, "int16"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PLANES)
+def test_bad_planes(case):
+    change, error, message = BAD_PLANES[case]
+    _, _, _, lam, gamma, bases = draw((24, 41, 5), "planes")
+    with pytest.raises(error, match=message):
+        torch.ops.randlora.sparse_update(change(list(bases.pattern(24)[0])), lam, gamma, 41, 1.0, None, torch.float32)
+
+
+def test_pattern_takes_less_arithmetic_than_dense():
+    """The model counts what the kernels do: a third of the build for planes, only columns with a non-zero for lists."""
+    from randlora import planner
+
+    dense = planner.costs(1024, 1024, 1024, 32, 32)
+    planes = planner.costs(1024, 1024, 1024, 32, 32, planes=True)
+    lists = planner.sparse_costs(1024, 1024, 1024, 640)
+    for which, strategy in itertools.product((0, 1), ("materialized", "merged")):
+        costs = [found[strategy][which].multiply_adds for found in (dense, planes, lists)]
+        assert costs[0] > costs[1] > costs[2]
