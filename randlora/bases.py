@@ -158,6 +158,8 @@ class RandomBases:
         device = _canonical(device or self.device)
         if not self._may_have_lists or (self.prng == "philox" and not patterns.wanted(self.sparsity, device)):
             return None
+        if device.type == "meta":  # no values to look at
+            return None
         _make_sure_lists(self._handle, device, min_dim)
         held = self._lists.get(device)
         if held is None:
