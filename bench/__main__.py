@@ -10,7 +10,7 @@ import importlib
 
 from bench import ROOT
 
-QUESTIONS = ("bases", "unique_base", "linear", "model", "generate")
+QUESTIONS = ("bases", "unique_base", "linear", "kinds", "model", "generate")
 COMMANDS = (*QUESTIONS, "plots")
 
 

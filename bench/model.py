@@ -1,7 +1,7 @@
 """A training step of a whole model: what does RandLoRA add to it, next to LoRA and full fine-tuning?
 
-Forward, backward and AdamW on random tokens; the models have the sizes of known ones and random weights. Adapters sit on
-all linear layers of the encoder, r = 32, fp32.
+Forward, backward and AdamW on random tokens; the models have the sizes of known ones and random weights. Adapters sit
+on all linear layers of the encoder, r = 32, fp32.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ import itertools
 import math
 import threading
 import weakref
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -82,7 +81,7 @@ class RandomBases:
             )
         self.kind, self.prng = kind, prng
         self.seed = require_int("seed", seed, 0, 2**64 - 1)
-        self.sparsity = _sparsity(kind, self.min_dim, sparsity)
+        self.sparsity = sparsity_of(kind, self.min_dim, sparsity)
         self.dtype = require_dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
         self.device = _canonical(torch.device("cpu" if device is None else device))
         self.given: tuple[Tensor, Tensor] | None = None
@@ -265,7 +264,9 @@ class RandomBases:
         }
         if self.prng == "philox" and self.kind in ("sparse", "very_sparse"):
             arguments["sparsity"] = self.sparsity
-        return _rebuild, (arguments, _shared.get((self.r, self.seed, self.kind, self.sparsity)) is self)
+        from .store import is_shared, rebuild
+
+        return rebuild, (arguments, is_shared(self))
 
     def __repr__(self) -> str:
         return (
@@ -274,44 +275,9 @@ class RandomBases:
         )
 
 
-# ---- the process-wide store ----
-
-_shared_lock = threading.Lock()
 _handles = itertools.count()
 _by_handle: weakref.WeakValueDictionary[str, RandomBases] = weakref.WeakValueDictionary()
-# Bases live as long as some layer uses them.
-_shared: weakref.WeakValueDictionary[tuple, RandomBases] = weakref.WeakValueDictionary()
 _given_bases: weakref.WeakValueDictionary[tuple[int, int], RandomBases] = weakref.WeakValueDictionary()
-
-
-def shared_bases(r: int, seed: int = 0, kind: str = "dense", sparsity: float | None = None) -> RandomBases:
-    """The process-wide Philox store of this definition, which every layer without bases of its own uses.
-
-    It starts empty (one column) and grows with the layers that :meth:`RandomBases.require` it. ``very_sparse`` needs
-    its sparsity given, as there is no size yet to take it from.
-    """
-    if kind == "very_sparse" and sparsity is None:
-        raise ValueError("a shared very_sparse store needs its sparsity, got None")
-    key = r, seed, kind, _sparsity(kind, 1, sparsity)
-    return shared(key, lambda: RandomBases(1, 1, r, kind, seed, sparsity=sparsity))
-
-
-def shared(key: tuple, make: Callable[[], RandomBases]) -> RandomBases:
-    """The bases that this process keeps under `key`, made by `make` if there are none."""
-    with _shared_lock:
-        found = _shared.get(key)
-        if found is None:
-            found = _shared[key] = make()
-    return found
-
-
-def _rebuild(arguments: dict, shared: bool) -> RandomBases:
-    """Unpickles bases; those of the process-wide store join the one of this process."""
-    if not shared:
-        return RandomBases(**arguments)
-    bases = shared_bases(*(arguments.get(name) for name in ("r", "seed", "kind", "sparsity")))
-    bases.require(arguments["max_dim"], arguments["min_dim"], arguments["num_bases"])
-    return bases
 
 
 @torch.compiler.assume_constant_result
@@ -355,7 +321,7 @@ def _canonical(device: torch.device | str) -> torch.device:
     return device
 
 
-def _sparsity(kind: str, min_dim: int, sparsity: float | None) -> float | None:
+def sparsity_of(kind: str, min_dim: int, sparsity: float | None) -> float | None:
     if sparsity is None:
         return {"dense": None, "sign": 1.0, "sparse": 3.0, "very_sparse": math.sqrt(min_dim)}[kind]
     if kind not in ("sparse", "very_sparse"):

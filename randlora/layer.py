@@ -12,17 +12,18 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from . import quantized
-from .bases import RandomBases, shared_bases
-from .checks import require_dtype, require_float, require_int
+from .bases import RandomBases
+from .checks import require_float, require_int
 from .functional import delta_weight, flat_bases, sparse_delta_weight
+from .merging import Mergeable
 from .mixed import MixedBatch
 from .patterns import Pattern
+from .store import shared_bases
 
 BaseTensors = Tensor | Mapping[str, Tensor] | None
 
 
-class RandLoraLayer:
+class RandLoraLayer(Mergeable):
     """Mixin for a module that wraps ``base_layer`` and adds RandLoRA updates to it.
 
     Attributes (dicts are keyed by adapter name):
@@ -258,84 +259,6 @@ class RandLoraLayer:
             gamma.to(device, dtype),
             scaling * bases.scale,
         )
-
-    # ---- merging ----
-
-    @property
-    def merged(self) -> bool:
-        return bool(self.merged_adapters)
-
-    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
-        """Add the updates of `adapter_names` (default: the active adapters) to the base weight.
-
-        Computed in fp32 or fp64 and rounded once to the weight's dtype. The weight as it was is kept until
-        :meth:`unmerge`, at the price of its bytes. Active adapters that are not
-        merged go on acting beside it.
-
-        A quantised weight is dequantised and quantised again in its own kind, and a warning says what that costs. Each
-        merge starts from the weight as it was, with the present parameters of all merged adapters, so that several
-        merges round once.
-
-        Args:
-            safe_merge: raise ``ValueError``, with nothing changed, if the merged weight is not finite.
-
-        Raises:
-            TypeError: a weight of a dtype that updates cannot be added to.
-        """
-        if isinstance(adapter_names, str):
-            adapter_names = [adapter_names]
-        names = self.active_adapters if adapter_names is None else list(dict.fromkeys(adapter_names))
-        for name in names:
-            self._check_adapter(name)
-        if repeated := [name for name in names if name in self.merged_adapters]:
-            warnings.warn(f"already merged, left out: {', '.join(repeated)}", stacklevel=2)
-            names = [name for name in names if name not in repeated]
-        if not names:
-            return
-        base, kept = self.get_base_layer(), self._unmerged_weight
-        weight = base.weight
-        if isinstance(kept, tuple) or quantized.is_quantized(base):
-            self._merge_quantized(base, names, safe_merge)
-            return
-        require_dtype("the base weight's dtype", weight.dtype)
-        with torch.no_grad():
-            merged = sum((self.get_delta_weight(name).to(weight.device) for name in names), start=weight)
-            merged = merged.to(weight.dtype)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(f"merging {', '.join(names)} gives NaN or infinity in the weight; nothing was changed")
-            if kept is None:
-                self._unmerged_weight = weight.detach().clone()
-            weight.copy_(merged)
-        self.merged_adapters.extend(names)
-
-    def _merge_quantized(self, base: nn.Module, names: list[str], safe_merge: bool) -> None:
-        kept = self._unmerged_weight
-        original = base.weight if kept is None else kept[0]
-        with torch.no_grad():
-            update = sum(self.get_delta_weight(name).to(original.device) for name in (*self.merged_adapters, *names))
-            parameter, stands_for, loss = quantized.merged_parameter(base, update, original)
-            if safe_merge and not torch.isfinite(stands_for).all():
-                raise ValueError(f"merging {', '.join(names)} gives NaN or infinity in the weight; nothing was changed")
-        before = quantized.replace_weight(base, parameter)
-        if kept is None:
-            self._unmerged_weight = (before,)
-        self.merged_adapters.extend(names)
-        if loss is not None:
-            warnings.warn(loss, stacklevel=3)
-
-    def unmerge(self) -> None:
-        """Give the base weight back, bit for bit as it was before the first :meth:`merge`."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        base, kept = self.get_base_layer(), self._unmerged_weight
-        if isinstance(kept, tuple):
-            quantized.replace_weight(base, kept[0])
-        else:
-            with torch.no_grad():
-                base.weight.copy_(kept)
-        self._unmerged_weight = None
-        self.merged_adapters.clear()
 
     # ---- small things ----
 

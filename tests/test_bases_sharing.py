@@ -13,7 +13,7 @@ from common import KINDS, make_base, normal, randomize
 
 import randlora
 from randlora import RandomBases
-from randlora.bases import shared_bases
+from randlora.store import shared_bases
 
 
 def test_the_shared_store_lives_as_long_as_a_layer():
