@@ -160,6 +160,7 @@ class Linear(nn.Linear, RandLoraLayer):
             type(base) in (nn.Linear, *conv1d_types())
             and type(base.weight) in (Tensor, nn.Parameter)  # torchao's quantised weights are subclasses
             and not (base._forward_hooks or base._forward_pre_hooks)
+            and "forward" not in vars(base)  # accelerate's device map replaces it on the instance
         )
 
     def _cached_forward(self, x: Tensor, dtype: torch.dtype, adapters: list[str]) -> Tensor | None:

@@ -1,0 +1,187 @@
+"""PEFT's RandLoRA layer, computed by randlora: PEFT keeps the adapters, randlora does the arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from peft.tuners import randlora as peft_randlora
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from .. import quantized
+from ..cache import UpdateCache
+from ..functional import compute_dtype, linear
+from ..layer import RandLoraLayer
+from ..linear import Linear as OwnLinear
+from ..mixed import MixedBatch
+from ._peft_bases import RANK_AXIS, Bases, Pair
+
+
+class Linear(peft_randlora.Linear, OwnLinear):
+    """What a PEFT RandLoRA layer becomes, on float and on quantised base layers alike (see :func:`convert`).
+
+    PEFT's classes come first: what adapters there are, which act and what is trained is theirs. The methods below let
+    randlora's arithmetic through. Attributes of PEFT's layer keep their meaning, but ``num_bases`` is a dict, as
+    adapters may differ in it.
+    """
+
+    other_param_names = (*peft_randlora.RandLoraLayer.other_param_names, "num_bases")
+
+    strategy, workspace = "auto", 0
+    mixed_batch: MixedBatch | None = None
+    _unmerged_weight = None
+
+    # ---- the arithmetic ----
+
+    get_scaled_bases = RandLoraLayer.get_scaled_bases
+    get_delta_weight = RandLoraLayer.get_delta_weight
+    unmerge = RandLoraLayer.unmerge
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """``x [..., in_features]`` to ``[..., out_features]``; in x's dtype, as PEFT gives it."""
+        if args or kwargs:  # for a base layer of the user's own
+            if self.disable_adapters and self.merged:
+                self.unmerge()
+            result = self.base_layer(x, *args, **kwargs)
+            for name in [] if self.disable_adapters else self._active_adapters:
+                if name not in self.merged_adapters:
+                    result = result + self._update(x, compute_dtype(x), name, None, None).to(result.dtype)
+        else:
+            result = OwnLinear.forward(self, x)
+        return result.to(x.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """PEFT's ``merge``, in fp32, rounded once; the weight as it was is kept for :meth:`unmerge`."""
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.randlora_lambda]
+        if names:
+            RandLoraLayer.merge(self, safe_merge, names)
+
+    def _update(
+        self, x: Tensor, dtype: torch.dtype, adapter: str, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        A, B, factor = self._pair(adapter).tensors(dtype, x.device)
+        dropout = self.randlora_dropout[adapter]
+        return linear(
+            x, weight, bias, A, B, self.randlora_lambda[adapter], self.randlora_gamma[adapter],
+            self.scaling[adapter] * factor, dropout.p if isinstance(dropout, nn.Dropout) else 0.0, self.training,
+            strategy="auto" if self.strategy == "merged" and weight is None else self.strategy,
+            out_features=self.out_features, weight_is_transposed=self.fan_in_fan_out, workspace=self.workspace,
+        )  # fmt: skip
+
+    def _update_arguments(self, adapter: str, scaling: float, device: torch.device | None = None) -> tuple:
+        lam, gamma = self.randlora_lambda[adapter], self.randlora_gamma[adapter]
+        device = lam.device if device is None else torch.device(device)
+        dtype = torch.float64 if lam.dtype == torch.float64 else torch.float32
+        pair = self._pair(adapter)
+        # In the dtype they are held in: a matrix is built once in a while, and an fp32 copy of them would stay.
+        A, B = pair.bases.tensors(pair.A.dtype, device)
+        return A, B, lam.to(device, dtype), gamma.to(device, dtype), scaling
+
+    def _pair(self, adapter: str) -> Pair:
+        return self.randlora_A.pair(adapter)
+
+    def _base_is_plain(self) -> bool:
+        # accelerate's hooks, which move weights between devices, replace the module's forward.
+        return OwnLinear._base_is_plain(self) and "forward" not in vars(self.base_layer)
+
+    @property
+    def bases(self) -> dict:
+        return {adapter: self._pair(adapter).bases for adapter in self.randlora_lambda}
+
+    @property
+    def _active_adapters(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.randlora_lambda]
+
+    @property
+    def _cache(self) -> UpdateCache:
+        return self.__dict__.setdefault("_update_cache", UpdateCache())
+
+    def __repr__(self) -> str:
+        return nn.Module.__repr__(self)
+
+    def extra_repr(self) -> str:
+        adapters = ", ".join(f"{name}: r={self.r[name]}" for name in self.randlora_lambda)
+        return f"in_features={self.in_features}, out_features={self.out_features}, {adapters}"
+
+    # ---- the bases, which belong to the model ----
+
+    @property
+    def randlora_A(self) -> Bases:
+        return self._container("randlora_A")
+
+    @property
+    def randlora_B(self) -> Bases:
+        return self._container("randlora_B")
+
+    def _container(self, kind: str) -> Bases:
+        # PEFT's update_layer makes it a child; _refer() undoes that.
+        return self._modules[kind] if kind in self._modules else self.__dict__["_containers"][kind]
+
+    def update_layer(self, adapter_name: str, *args, **kwargs) -> None:
+        """PEFT's ``update_layer``."""
+        super().update_layer(adapter_name, *args, **kwargs)
+        self._refer()
+
+    def _refer(self) -> None:
+        """Keep the containers of bases without being their parent, and ``num_bases`` per adapter."""
+        for kind in RANK_AXIS:
+            if kind in self._modules:
+                self.__dict__.setdefault("_containers", {})[kind] = self._modules.pop(kind)
+        self.num_bases = {adapter: lam.shape[1] for adapter, lam in self.randlora_lambda.items()}
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT casts a new adapter's bases here, from update_layer, and that decides their values. Later it must not.
+        if "randlora_A" not in self._modules:
+            self.other_param_names = tuple(name for name in type(self).other_param_names if name not in RANK_AXIS)
+        try:
+            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        finally:
+            self.__dict__.pop("other_param_names", None)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        """Takes the copies of the bases that PEFT writes for every layer."""
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        for kind in RANK_AXIS:
+            for adapter in self.randlora_lambda:
+                if f"{prefix}randlora_lambda.{adapter}" not in state_dict:
+                    continue
+                for key in (f"{prefix}{kind}.{adapter}", prefix + kind):  # PEFT leaves the name out where it has no use
+                    tensor = state_dict.pop(key, None)
+                    if tensor is not None and not getattr(self, kind).take(adapter, tensor, assign):
+                        errors.append(
+                            f"size mismatch for {key}: copying a base of shape {list(tensor.shape)} from checkpoint, "
+                            f"needed is {list(getattr(self, kind)[adapter].shape)} or a larger one of the same rank."
+                        )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+    def _orphans(self) -> Iterator[tuple[str, Bases]]:
+        """Containers that no tuner saves, moves or shows: then the layers do, as in PEFT."""
+        for kind, store in self.__dict__.get("_containers", {}).items():
+            if not store.is_owned():
+                yield kind, store
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        yield from super().named_children()
+        yield from self._orphans()
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for kind, store in self._orphans():
+            for adapter, tensor in store.items():
+                name = f"{kind}.{adapter}"
+                persistent = adapter not in store._non_persistent_buffers_set
+                if persistent and not any(key.endswith(name) for key in destination):  # the first layer will do
+                    destination[prefix + name] = tensor if keep_vars else tensor.detach()
+
+
+def convert(layer: nn.Module) -> Linear:
+    """Turn a RandLoRA layer of PEFT, whatever its base layer, into a :class:`Linear` in place.
+
+    Its containers of bases must be :class:`Bases`. Its parameters stay the objects they are.
+    """
+    layer.__class__ = Linear
+    layer.__dict__.setdefault("is_target_conv_1d_layer", False)
+    layer._refer()
+    quantized.prepare(layer.get_base_layer())
+    return layer

@@ -1,0 +1,157 @@
+"""PEFT's RandLoRA tuner with bases of its own for every adapter, held once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft.tuners import randlora as peft_randlora
+from peft.tuners.randlora.model import RandLoraModel as PeftRandLoraModel
+from torch import nn
+
+from .. import peft_prng
+from ..checks import require_int
+from ..fast_path import disable_fast_path, restore_fast_path
+from ..mixed import mixed_batch
+from ._peft_bases import Bases
+from ._peft_layer import Linear, convert
+
+HALF = {"peft": torch.bfloat16, "peft-fp16": torch.float16}
+
+
+class RandLoraModel(PeftRandLoraModel):
+    """What PEFT builds for a ``RandLoraConfig`` while randlora is enabled."""
+
+    half = torch.bfloat16  # the dtype in which dense bases are drawn
+
+    # ---- bases ----
+
+    def _pre_injection_hook(self, model: nn.Module, config, adapter_name: str) -> None:
+        self.randlora_A, self.randlora_B = Bases.make_pair()
+        self._own_bases()
+
+    def _own_bases(self) -> None:
+        for store in (self.randlora_A, self.randlora_B):
+            store.own(self)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._own_bases()
+
+    def _draw(self, config, adapter_name: str) -> None:
+        """The numbers that PEFT draws for this adapter if it is a model's first."""
+        require_int("r", config.r, 1)
+        dims = self._find_dim(config)
+        sparsity = math.sqrt(min(dims)) if config.very_sparse else 3.0 if config.sparse else None
+        with torch.device("cpu"):  # PEFT's generator is there, whatever the default device is
+            num_bases = -(-min(dims) // config.r)
+            seed = config.projection_prng_key
+            drawn = peft_prng.draw(max(dims), min(dims), num_bases, config.r, seed, sparsity, self.half)
+        for store, tensor in zip((self.randlora_A, self.randlora_B), drawn, strict=True):
+            store.persistent = config.save_projection
+            store[adapter_name] = tensor
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        """PEFT's ``inject_adapter``; not only the first adapter, but every one gets bases after its own config."""
+        if adapter_name in self.randlora_A:  # PEFT refuses it from 0.21 on
+            raise ValueError(f"this model has an adapter named {adapter_name!r} already: delete it first")
+        self._draw(self.peft_config[adapter_name], adapter_name)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            for store in (self.randlora_A, self.randlora_B):
+                del store[adapter_name]
+            raise
+        for store in (self.randlora_A, self.randlora_B):
+            store.share(adapter_name)
+        disable_fast_path(model)
+
+    def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        restore_fast_path(model)
+        return model
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """PEFT's ``delete_adapter``; a merged adapter is refused, as PEFT does from 0.21 on."""
+        if any(adapter_name in module.merged_adapters for module in self.modules() if isinstance(module, Linear)):
+            raise ValueError(f"adapter {adapter_name!r} is merged into the base weights: call unmerge_adapter() first")
+        super().delete_adapter(adapter_name)
+
+    def _check_new_adapter_config(self, config) -> None:
+        # PEFT's RandLoRA demands equal seeds and equal save_projection of all adapters, as they share their bases.
+        super(PeftRandLoraModel, self)._check_new_adapter_config(config)
+        if sum(other.bias != "none" for other in self.peft_config.values()) > 1:  # PEFT checks it elsewhere by version
+            raise ValueError("only one adapter can train biases: set bias='none' for all others")
+
+    # ---- layers ----
+
+    @staticmethod
+    def _create_new_module(*args, **kwargs) -> Linear:
+        return convert(PeftRandLoraModel._create_new_module(*args, **kwargs))
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
+        """PEFT calls this around every call of the model: here the names of a mixed batch come in."""
+        layers = [module for module in self.model.modules() if isinstance(module, Linear)]
+        with mixed_batch(self.model, layers, kwargs.get("adapter_names")):
+            yield
+
+
+def accelerate(model: nn.Module) -> nn.Module:
+    """Convert PEFT's RandLoRA layers in `model`, and their tuner if it is there; see ``integrations.peft``."""
+    own = (Linear, RandLoraModel)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, peft_randlora.RandLoraLayer)}
+    tuners = {n: m for n, m in model.named_modules() if isinstance(m, PeftRandLoraModel)}
+    if not layers:
+        raise ValueError(f"this {type(model).__name__} has no RandLoRA layers of PEFT")
+    for name, module in (layers | tuners).items():
+        _check(name, module)
+    stores = {id(layer.randlora_A): (layer.randlora_A, layer.randlora_B) for layer in layers.values()}
+    for A, B in stores.values():
+        if not isinstance(A, Bases):
+            Bases.make_pair(A, B)
+    for tuner in tuners.values():
+        tuner.__class__ = RandLoraModel
+        tuner._own_bases()
+    for layer in layers.values():
+        if not isinstance(layer, own):
+            convert(layer)
+    for A, B in stores.values():
+        _narrow(A, B, [layer for layer in layers.values() if layer.randlora_A is A])
+    disable_fast_path(model)
+    return model
+
+
+def _check(name: str, module: nn.Module) -> None:
+    known = {Linear, RandLoraModel, peft_randlora.Linear, PeftRandLoraModel}
+    # PEFT's classes for quantised layers exist only where bitsandbytes does.
+    if type(module) not in known and not type(module).__module__.startswith("peft."):
+        raise TypeError(f"{name!r} is of a class of its own, {type(module).__qualname__}, which cannot be converted")
+    if isinstance(module, Linear) or not isinstance(module, peft_randlora.RandLoraLayer):
+        return
+    if module.merged:
+        raise ValueError(f"{name!r} has merged adapters: call unmerge_adapter() first")
+    if isinstance(module.base_layer, peft_randlora.RandLoraLayer):
+        raise ValueError(
+            f"{name!r} is a RandLoRA layer around another one, as PEFT builds for a second adapter on a quantised "
+            "layer: save the adapters and load them with randlora enabled"
+        )
+    for adapter, rank in module.r.items():
+        if adapter in module.randlora_lambda and module.randlora_A[adapter].shape[0] != rank:
+            raise ValueError(
+                f"adapter {adapter!r} has r = {rank}, but PEFT gave it the bases of the model's first adapter, with "
+                f"r = {module.randlora_A[adapter].shape[0]}: it cannot be computed"
+            )
+
+
+def _narrow(A: Bases, B: Bases, layers: list[Linear]) -> None:
+    """Undo PEFT's cast of the bases to fp32 where the layers are 16-bit and no value changes."""
+    dtypes = {layer.get_base_layer().weight.dtype for layer in layers}
+    if len(dtypes) != 1 or not (dtype := dtypes.pop()).is_floating_point or dtype.itemsize != 2:
+        return
+    for adapter in list(A):
+        narrowed = [store[adapter].to(dtype) for store in (A, B)]
+        if all(torch.equal(t.to(s[adapter].dtype), s[adapter]) for t, s in zip(narrowed, (A, B), strict=True)):
+            A[adapter], B[adapter] = narrowed

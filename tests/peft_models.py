@@ -1,0 +1,94 @@
+"""Small models that PEFT adapts, as PEFT leaves them and accelerated, with equal and random parameters."""
+
+import copy
+
+import peft
+import torch
+from common import make_base, normal
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+import randlora.integrations.peft as integration
+
+version = tuple(int(part) for part in peft.__version__.split(".")[:2])
+KINDS = {"dense": {}, "sparse": {"sparse": True}, "very_sparse": {"very_sparse": True}}
+
+
+def config(*targets, **arguments):
+    arguments = {"r": 5, "randlora_alpha": 7, **arguments}
+    return peft.RandLoraConfig(target_modules=list(targets), **arguments)
+
+
+def randomize(model, seed=0):
+    """Random lambda and gamma for every adapter of a PEFT model; the same in each model of the same architecture."""
+    with torch.no_grad():
+        for i, (name, parameter) in enumerate(model.named_parameters()):
+            if "randlora_lambda" in name:
+                parameter.copy_(normal(*parameter.shape, seed=seed + i))
+            if "randlora_gamma" in name:
+                parameter.copy_(normal(*parameter.shape, seed=seed + i) / parameter.shape[1] ** 0.5 / 5)
+    return model
+
+
+def adapt(model, config, accelerated=True, **arguments):
+    """PEFT's model around a copy of `model`, with random parameters."""
+    model, config = copy.deepcopy((model, config))
+    if not accelerated:
+        return randomize(peft.get_peft_model(model, config, **arguments))
+    with integration.enable():
+        return randomize(peft.get_peft_model(model, config, **arguments))
+
+
+def both(model, config, **arguments):
+    """PEFT's own model and the accelerated one."""
+    return adapt(model, config, False, **arguments), adapt(model, config, **arguments)
+
+
+class Layers(nn.Module):
+    """Linear layers by name, called one after the other."""
+
+    def __init__(self, **layers):
+        super().__init__()
+        self.names = list(layers)
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x):
+        for name in self.names:
+            x = getattr(self, name)(x)
+        return x
+
+
+def layers(dtype=torch.float32, **shapes):
+    return Layers(**{name: make_base(*shape, dtype=dtype) for name, shape in shapes.items()})
+
+
+def conv1d(in_features, out_features, dtype=torch.float32):
+    layer = Conv1D(out_features, in_features).to(dtype)
+    with torch.no_grad():
+        layer.weight.copy_(normal(in_features, out_features, seed=4))
+        layer.bias.copy_(normal(out_features, seed=5))
+    return Layers(layer=layer)
+
+
+def llama(dtype=torch.float32, layers=2):
+    """Of the size of a toy, with grouped keys, so that no two kinds of its linear layers have one shape."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 24, "intermediate_size": 41, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape["initializer_range"] = 0.2  # so that adapting its layers changes what it says
+    return LlamaForCausalLM(LlamaConfig(vocab_size=50, num_hidden_layers=layers, **shape)).to(dtype)
+
+
+def tokens(batch=3, length=7, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 50, (batch, length), generator=generator)
+
+
+def logits(model, ids=None, **arguments):
+    with torch.no_grad():
+        return model(input_ids=tokens() if ids is None else ids, **arguments).logits
+
+
+def bases(model, adapter="default"):
+    return model.base_model.randlora_A[adapter], model.base_model.randlora_B[adapter]
