@@ -1,4 +1,4 @@
-"""PEFT's own random bases, number for number (peft 0.15 to 0.21, ``tuners/randlora/model.py``).
+"""PEFT's own random bases, number for number (peft 0.16 to 0.21, ``tuners/randlora/model.py``).
 
 They come from torch's CPU generator, A before B, and their values depend on the sizes drawn: the number of elements
 sets what is drawn when, and every base is divided by its own sample standard deviation.
