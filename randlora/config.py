@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,11 @@ from .planner import STRATEGIES
 
 CONFIG_NAME = "adapter_config.json"
 PEFT_TYPE = "RANDLORA"
+ALL_LINEAR = "all-linear"
 # What PEFT would misread carries another type, so that PEFT refuses it (randlora.checkpoint).
 OWN_PEFT_TYPE = "RANDLORA_PHILOX"
 BIASES = ("none", "all", "randlora_only")
+TASKS = ("CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
 
 
 @dataclass
@@ -38,7 +42,7 @@ class RandLoraConfig:
         bias: which biases are trained: ``"none"``, ``"all"``, or ``"randlora_only"`` (those of adapted layers).
         modules_to_save: names of further modules to train in full and to save with the adapter.
         init_weights: True: the update starts at zero. False: lambda random, gamma ``1 / max_dim``.
-        layers_to_transform: indices of the layers to adapt, with `target_modules` a list.
+        layers_to_transform: indices of the layers to adapt, with `target_modules` a list or ``"all-linear"``.
         layers_pattern: name or names of the module list that these indices count in.
         exclude_modules: names or a regular expression of what to leave out.
         num_bases: number n of bases, default ``ceil(min_dim / r)`` per layer, which makes the update full-rank.
@@ -93,23 +97,30 @@ class RandLoraConfig:
         for name, known in (("bias", BIASES), ("prng", PRNGS), ("strategy", ("auto", *STRATEGIES))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        self.peft_type = str(getattr(self.peft_type, "value", self.peft_type))
-        if self.peft_type not in (PEFT_TYPE, OWN_PEFT_TYPE):
-            raise ValueError(f"peft_type must be {PEFT_TYPE}, got {self.peft_type!r}: this is another method's adapter")
-        self.peft_type = PEFT_TYPE
+        self.peft_type = _own_type(self.peft_type)
         self.task_type = getattr(self.task_type, "value", self.task_type)
+        if self.task_type is not None and self.task_type not in TASKS:
+            raise ValueError(f"task_type must be None or one of {', '.join(TASKS)}, got {self.task_type!r}")
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
             setattr(self, name, _names(name, getattr(self, name), name == "modules_to_save"))
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            _check_patterns(name, getattr(self, name))
         self._check_layers()
         self._check_kind()
 
     def _check_layers(self) -> None:
-        if isinstance(self.layers_to_transform, int):
-            self.layers_to_transform = [self.layers_to_transform]
-        if self.layers_to_transform is not None:
-            self.layers_to_transform = [require_int("layers_to_transform", i, 0) for i in self.layers_to_transform]
-            if isinstance(self.target_modules, str):
-                raise ValueError("layers_to_transform goes with target_modules as a list, got a string")
+        layers = self.layers_to_transform
+        if isinstance(layers, str) or not isinstance(layers, (int, Iterable, type(None))):
+            raise TypeError(f"layers_to_transform must be an integer or a list of integers, got {layers!r}")
+        layers = [layers] if isinstance(layers, int) else list(layers or ())
+        # PEFT takes an empty list for all layers.
+        self.layers_to_transform = [require_int("layers_to_transform", i, 0) for i in layers] or None
+        if self.layers_to_transform:
+            if isinstance(self.target_modules, str) and self.target_modules.lower() != ALL_LINEAR:
+                raise ValueError(
+                    f"layers_to_transform goes with target_modules as a list or {ALL_LINEAR!r}, got the regular "
+                    f"expression {self.target_modules!r}: say it there"
+                )
         elif self.layers_pattern:
             raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform, got None")
 
@@ -136,7 +147,7 @@ class RandLoraConfig:
     # ---- JSON ----
 
     def to_dict(self) -> dict[str, Any]:
-        """PEFT's keys, and of ours those that differ from their default, so that PEFT reads it without a complaint."""
+        """PEFT's keys, prng, and of ours those others that differ from their default."""
         values = asdict(self)
         if values["kind"] != "sign":
             values["kind"] = None  # the flags say it
@@ -150,12 +161,15 @@ class RandLoraConfig:
         """From PEFT's or our JSON; keys that are not known here are named in a ``ValueError`` unless they are empty."""
         known = {field.name for field in fields(cls)}
         values = dict(values)
+        _own_type(values.get("peft_type", PEFT_TYPE))  # before the keys, which are another method's then
         if values.get("layers_to_transform") is None:
             values.pop("layers_pattern", None)  # PEFT ignores it then
         unknown = {name: value for name, value in values.items() if name not in known}
         if extra := sorted(name for name, value in unknown.items() if value not in (None, False, [], {}, "")):
+            meant = [close for name in extra for close in difflib.get_close_matches(name, known, 1)]
             raise ValueError(
-                f"{', '.join(extra)}: not known to this version of randlora ({', '.join(sorted(known))} are)"
+                f"{', '.join(extra)}: not known to this version of randlora"
+                + (f"; did you mean {' and '.join(meant)}?" if meant else "")
             )
         return cls(**{name: value for name, value in values.items() if name in known})
 
@@ -184,14 +198,31 @@ class RandLoraConfig:
         """Read ``adapter_config.json`` from `folder`. Raises ``ValueError`` that names the file and what is wrong."""
         from .checkpoint import read_config
 
-        return read_config(Path(folder))
+        return read_config(folder)
 
 
-_OWN = ("num_bases", "prng", "strategy", "kind", "sparsity", "exclude_modules")
+# Not prng: a file without it is PEFT's, and means PEFT's bases.
+_OWN = ("num_bases", "strategy", "kind", "sparsity", "exclude_modules")
 
 
 def _default(field) -> Any:
     return None if field.default is MISSING else field.default
+
+
+def _own_type(peft_type: Any) -> str:
+    got = str(getattr(peft_type, "value", peft_type))
+    if got not in (PEFT_TYPE, OWN_PEFT_TYPE):
+        raise ValueError(f"peft_type must be {PEFT_TYPE}, got {got!r}: this is another method's adapter")
+    return PEFT_TYPE
+
+
+def _check_patterns(name: str, value: list[str] | str | None) -> None:
+    # Of these only layers_pattern takes regular expressions in a list.
+    for pattern in [value] if isinstance(value, str) else value if value and name == "layers_pattern" else ():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{name}={pattern!r} is not a regular expression: {error}") from error
 
 
 def _names(name: str, value: Any, only_list: bool) -> list[str] | str | None:

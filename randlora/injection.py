@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 from torch import nn
 
 from .attention import MultiheadAttention, check_base, disable_fast_path, restore_fast_path
-from .bases import RandomBases, shared, shared_bases
+from .bases import RandomBases
 from .config import RandLoraConfig
 from .layer import RandLoraLayer
 from .linear import Linear
 from .mixed import BASE
 from .modules_to_save import ModuleToSave
+from .store import shared, shared_bases
 from .targets import find_targets, layer_sizes, peft_dims
 
 # What PEFT trains and saves beside the adapter for these tasks, where the model has it.
@@ -47,19 +50,17 @@ class Plan:
 def plan(model: nn.Module, config: RandLoraConfig, bases: RandomBases | None = None) -> Plan:
     """Find the targets of `config` and the bases for them (or take `bases`, made for another model part or file).
 
+    The plan has a copy of `config`, in which what was left open is filled in.
+
     Raises:
         ValueError: no or unsupported targets, modules to save that are not there, bases that are too small.
     """
+    config = copy.deepcopy(config)
     saved = _find_saved(model, config)
     targets = find_targets(model, config)
     slots = _slots(model, targets)
-    for name, module in targets.items():
-        parent = model.get_submodule(name.rpartition(".")[0])
-        for attention in (module, parent):
-            if isinstance(attention, nn.MultiheadAttention) and not isinstance(attention, MultiheadAttention):
-                check_base(attention)
-        if isinstance(module, RandLoraLayer) and module.merged:
-            raise ValueError(f"layer {name!r} has merged adapters: call unmerge_adapter() first")
+    for name in targets:
+        _check_target(model, name)
     dims = peft_dims(model, config, targets)
     need = required(config, slots)
     bases = make_bases(config, need, dims) if bases is None else bases
@@ -104,6 +105,7 @@ def apply(model: nn.Module, plan: Plan, adapter_name: str) -> None:
         "bases": plan.bases,
         "num_bases": config.num_bases,
     }
+    places = Places(model)
     for name, module in plan.targets.items():
         parent, _, leaf = name.rpartition(".")
         attention = model.get_submodule(parent)
@@ -117,15 +119,15 @@ def apply(model: nn.Module, plan: Plan, adapter_name: str) -> None:
             wrapped = MultiheadAttention(
                 attention, adapter_name, projections=(leaf,), strategy=config.strategy, **settings
             )
-            replace(model, parent, wrapped)
+            places.put(attention, wrapped)
         elif isinstance(module, nn.MultiheadAttention):
-            replace(model, name, MultiheadAttention(module, adapter_name, strategy=config.strategy, **settings))
+            places.put(module, MultiheadAttention(module, adapter_name, strategy=config.strategy, **settings))
         else:
-            replace(model, name, Linear(module, adapter_name, strategy=config.strategy, **settings))
+            places.put(module, Linear(module, adapter_name, strategy=config.strategy, **settings))
     for name in plan.saved:
         module = model.get_submodule(name)
         if not isinstance(module, ModuleToSave):
-            replace(model, name, ModuleToSave(module))
+            places.put(module, ModuleToSave(module))
         model.get_submodule(name).add(adapter_name)
     for module in model.modules():
         if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)) and adapted_layers(module):
@@ -133,8 +135,9 @@ def apply(model: nn.Module, plan: Plan, adapter_name: str) -> None:
 
 
 def unload(model: nn.Module, merged: Iterable[str], progressbar: bool) -> nn.Module:
-    """Merge the adapters `merged` and put the plain modules back; returns the model (or its one layer)."""
+    """Merge the adapters `merged` and put the plain modules back; returns the model."""
     layers = adapted_layers(model)
+    untie(model, merged)
     bar = layers.values()
     if progressbar:
         from tqdm import tqdm
@@ -145,18 +148,42 @@ def unload(model: nn.Module, merged: Iterable[str], progressbar: bool) -> nn.Mod
         layer.merge(adapter_names=wanted)
         layer._unmerged_weight = None  # one layer at a time: no second copy of the model's weights
     attentions = {n: m for n, m in model.named_modules() if isinstance(m, MultiheadAttention)}
+    places = Places(model)
     for name, layer in layers.items():
         if name.rpartition(".")[0] not in attentions:
-            replace(model, name, layer.get_base_layer())
-    for name, attention in attentions.items():
-        replace(model, name, attention.unwrap())
-    for name, module in saved_modules(model).items():
+            places.put(layer, layer.get_base_layer())
+    for attention in attentions.values():
+        places.put(attention, attention.unwrap())
+    for module in saved_modules(model).values():
         chosen = next((n for n in merged if n in module.modules_to_save), None)
-        replace(model, name, module.original_module if chosen is None else module.modules_to_save[chosen])
+        places.put(module, module.original_module if chosen is None else module.modules_to_save[chosen])
     for module in model.modules():
         if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
             restore_fast_path(module)
     return model
+
+
+def untie(model: nn.Module, merged: Iterable[str]) -> None:
+    """Give layers that `merged` is about to change a weight of their own where another module has the same one."""
+    merged = set(merged)
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    for name, layer in adapted_layers(model).items():
+        base = layer.get_base_layer()
+        shared = [n for n in owners.get(id(base.weight), ()) if n not in (name, f"{name}.base_layer")]
+        if not shared or type(base.weight) is not nn.Parameter or not merged & set(layer.randlora_lambda):
+            continue
+        owners[id(base.weight)] = shared
+        base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=base.weight.requires_grad)
+        if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+            model.config.tie_word_embeddings = False  # else the merged weight would be lost in saving and loading
+        others = " and ".join(n.removesuffix(".base_layer") for n in shared)
+        warnings.warn(
+            f"{name!r} shares its weight with {others}: merging gives it one of its own, they are no longer tied",
+            stacklevel=3,
+        )
 
 
 # ---- looking at a model ----
@@ -178,13 +205,20 @@ def train_biases(model: nn.Module, modes: set[str]) -> None:
             parameter.requires_grad_("all" in modes or ("randlora_only" in modes and id(parameter) in own))
 
 
-def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` at `name`, and wherever else the module that was there is used (tied modules)."""
-    old = model.get_submodule(name)
-    for alias in [n for n, m in model.named_modules(remove_duplicate=False) if m is old]:
-        parent, _, leaf = alias.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, module)
-    module.train(old.training)
+class Places:
+    """Where each module of a model is used: a module may be in several places (tied modules)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._found: dict[int, tuple[nn.Module | None, list[tuple[nn.Module, str]]]] = {}
+        for parent in model.modules():
+            for leaf, module in parent._modules.items():  # named_children() leaves repetitions out
+                self._found.setdefault(id(module), (module, []))[1].append((parent, leaf))
+
+    def put(self, old: nn.Module, new: nn.Module) -> None:
+        """`new` in all places of `old`."""
+        for parent, leaf in self._found[id(old)][1]:
+            setattr(parent, leaf, new)
+        new.train(old.training)
 
 
 def check_name(adapter_name: str, taken: Container[str]) -> None:
@@ -202,6 +236,18 @@ def check_name(adapter_name: str, taken: Container[str]) -> None:
 # ---- parts of a plan ----
 
 
+def _check_target(model: nn.Module, name: str) -> None:
+    module, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    if isinstance(module, RandLoraLayer) and module.merged:
+        raise ValueError(f"layer {name!r} has merged adapters: call unmerge_adapter() first")
+    attention = next((m for m in (module, parent) if isinstance(m, nn.MultiheadAttention)), None)
+    if attention is not None and not isinstance(attention, MultiheadAttention):
+        try:
+            check_base(attention)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"target_modules matches {name!r}, which cannot be adapted: {error}") from error
+
+
 def _slots(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, tuple[int, int]]:
     found: dict[str, tuple[int, int]] = {}
     for name, module in targets.items():
@@ -213,7 +259,7 @@ def _slots(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, tuple[i
             found[name] = layer_sizes(module)
     for name in targets:
         parent = name.rpartition(".")[0]
-        if parent in targets:
+        if parent and parent in targets:
             raise ValueError(f"target_modules matches {name!r} and {parent!r}, which contains it: choose one of them")
     return found
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from . import combine, injection
+from . import combine, injection, specialise
+from .active import ActiveAdapters, restore
 from .config import RandLoraConfig
 from .injection import adapted_layers, saved_modules
-from .layer import RandLoraLayer
 from .mixed import mixed_batch
 
 
@@ -33,12 +34,18 @@ def get_peft_model(model: nn.Module, config: Any, adapter_name: str = "default")
     return RandLoraModel(model, config, adapter_name)
 
 
-class RandLoraModel(nn.Module):
+class RandLoraModel(ActiveAdapters):
     """A model with RandLoRA adapters on its layers; attributes that it lacks are those of the wrapped ``model``.
 
     Everything but the adapters (and what their configs train beside them) is frozen. ``peft_config`` maps adapter names
     to configs. A call takes ``adapter_names=[...]``, one name per sample, ``"__base__"`` for none.
+
+    Instances are of a subclass ``RandLoraModel[<class of model>]``, whose ``forward`` has the wrapped model's
+    signature: transformers' ``Trainer`` finds the columns, labels and loss arguments of a model by it.
     """
+
+    # transformers asks a quantised model for it before training.
+    _hf_peft_config_loaded = True
 
     def __init__(self, model: nn.Module, config: Any, adapter_name: str = "default") -> None:
         super().__init__()
@@ -51,25 +58,44 @@ class RandLoraModel(nn.Module):
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self.model = model
-        self.peft_config: dict[str, RandLoraConfig] = {}
-        self._active: list[str] = []
+        self.__class__ = specialise.class_for(type(self), type(model))
+        self._init_adapters()
         self._add(adapter_name, plan)
-        if getattr(model, "is_gradient_checkpointing", False):
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             self._require_input_gradients()
 
     # ---- adding and removing adapters ----
 
     def add_adapter(self, adapter_name: str, config: Any) -> None:
-        """Add an adapter, initialised as `config` says. It acts once :meth:`set_adapter` names it."""
+        """Add an adapter, initialised as `config` says. It acts once :meth:`set_adapter` names it.
+
+        Raises:
+            TypeError, ValueError: as :func:`get_peft_model`, and for a second adapter with ``bias`` other than
+                ``"none"``; nothing has been changed then.
+        """
         injection.check_name(adapter_name, self.peft_config)
         self._add(adapter_name, injection.plan(self.model, RandLoraConfig.of(config)))
 
     def _add(self, adapter_name: str, plan: injection.Plan) -> None:
+        config = plan.config
+        with_bias = [name for name, other in self.peft_config.items() if other.bias != "none"]
+        if with_bias and config.bias != "none":
+            raise ValueError(
+                f"bias={config.bias!r}: the biases are the base model's, and adapter {with_bias[0]!r} trains them "
+                "already"
+            )
+        flags = self._flags() if self.peft_config else []
         injection.apply(self.model, plan, adapter_name)
-        if plan.config.base_model_name_or_path is None:
-            plan.config.base_model_name_or_path = getattr(self.model, "name_or_path", None) or None
-        self.peft_config[adapter_name] = plan.config
-        self.set_adapter(self._active or adapter_name)
+        if config.base_model_name_or_path is None:
+            config.base_model_name_or_path = getattr(self.model, "name_or_path", None) or None
+        self.peft_config[adapter_name] = config
+        if self._active:
+            self._set_active(self._active, self._inference_mode)
+        else:
+            self._set_active([adapter_name], config.inference_mode)
+        restore(flags)  # what was there before keeps its trainability
+        if not self._enabled:
+            self._enable(False)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was the only active one, the first of the others becomes active."""
@@ -78,13 +104,17 @@ class RandLoraModel(nn.Module):
             raise ValueError(f"adapter {adapter_name!r} is merged: call unmerge_adapter() first")
         left = [name for name in self._active if name != adapter_name]
         others = [name for name in self.peft_config if name != adapter_name]
-        self.set_adapter(left or others[:1])
+        flags, orphaned = self._flags(), self._active == [adapter_name]
+        self._set_active(others[:1] if orphaned else left, self._inference_mode)
         for layer in adapted_layers(self.model).values():
             if adapter_name in layer.randlora_lambda:
                 layer.delete_adapter(adapter_name)
         for module in saved_modules(self.model).values():
-            module.modules_to_save.pop(adapter_name) if adapter_name in module.modules_to_save else None
+            if adapter_name in module.modules_to_save:
+                del module.modules_to_save[adapter_name]
         del self.peft_config[adapter_name]
+        if not orphaned:
+            restore(flags)
 
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
         """Add an adapter whose update is exactly ``sum_i weights[i] * dW_i``.
@@ -99,106 +129,18 @@ class RandLoraModel(nn.Module):
         injection.check_name(adapter_name, self.peft_config)
         for name in adapters:
             self._check(name)
+        flags = self._flags()
         self.peft_config[adapter_name] = combine.add(self, list(adapters), list(weights), adapter_name)
-        self.set_adapter(self._active)
-
-    # ---- which adapters act ----
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return list(self._active)
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        """The active adapter's name, or the list of them if there are several (as in PEFT)."""
-        return self._active[0] if len(self._active) == 1 else self.active_adapters
-
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Activate these adapters, which add up; they become trainable (not with `inference_mode`), others frozen."""
-        names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
-        for name in names:
-            self._check(name)
-        saved = saved_modules(self.model)
-        for path, module in saved.items():
-            if len(several := [name for name in names if name in module.modules_to_save]) > 1:
-                raise ValueError(f"{' and '.join(several)} cannot act together: both have a copy of {path!r} to save")
-        self._active = names
-        for layer in adapted_layers(self.model).values():
-            layer.set_adapter([name for name in names if name in layer.randlora_lambda], inference_mode)
-        for module in saved.values():
-            module.set_adapter(next((name for name in names if name in module.modules_to_save), None), inference_mode)
-        if any(config.bias != "none" for config in self.peft_config.values()):
-            modes = set() if inference_mode else {self.peft_config[name].bias for name in names}
-            injection.train_biases(self.model, modes)
-
-    @contextlib.contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """While this lasts, the model computes as without adapters (trained biases stay); merged ones are unmerged."""
-        flags = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
-        try:
-            self._enable(False)
-            yield
-        finally:
-            self._enable(True)
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-
-    def enable_adapter_layers(self) -> None:
-        self._enable(True)
-
-    def disable_adapter_layers(self) -> None:
-        self._enable(False)
-
-    def _enable(self, enabled: bool) -> None:
-        for layer in adapted_layers(self.model).values():
-            layer.enable_adapters(enabled)
-        for module in saved_modules(self.model).values():
-            module.enabled = enabled
-            module.set_adapter(module.active_adapter)
+        self._set_active(self._active, self._inference_mode)
+        restore(flags)
 
     # ---- merging ----
-
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
-        """Add updates (default: of the active adapters) to the base weights. :meth:`unmerge_adapter` takes them back.
-
-        Raises:
-            ValueError: an unknown name; with `safe_merge` a merged weight that is not finite. Nothing is changed then.
-        """
-        names = (
-            self._active
-            if adapter_names is None
-            else [adapter_names]
-            if isinstance(adapter_names, str)
-            else adapter_names
-        )
-        for name in names:
-            self._check(name)
-        done: list[RandLoraLayer] = []
-        try:
-            for layer in adapted_layers(self.model).values():
-                wanted = [n for n in names if n in layer.randlora_lambda and n not in layer.merged_adapters]
-                fresh = not layer.merged
-                layer.merge(safe_merge=safe_merge, adapter_names=wanted)
-                if fresh and layer.merged:
-                    done.append(layer)
-        except ValueError:
-            for layer in done:
-                layer.unmerge()
-            raise
-
-    def unmerge_adapter(self) -> None:
-        """Give the base weights back, bit for bit."""
-        for layer in adapted_layers(self.model).values():
-            if layer.merged:
-                layer.unmerge()
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
     ) -> nn.Module:
         """Merge and return the plain model, without adapters; this object is of no use afterwards."""
-        names = self._active if adapter_names is None else list(adapter_names)
-        for name in names:
-            self._check(name)
+        names = self._names(adapter_names)
         if safe_merge:
             self.merge_adapter(names, safe_merge=True)
         return injection.unload(self.model, names, progressbar)
@@ -213,25 +155,26 @@ class RandLoraModel(nn.Module):
     # ---- calls ----
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        with self._batch(adapter_names):
+        with self._batch(adapter_names, exact=True):
             return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The wrapped model's ``generate``, with `adapter_names` as in a call (beams follow their sample)."""
-        with self._batch(adapter_names):
+        with self._batch(adapter_names, exact=False):
             return self.model.generate(*args, **kwargs)
 
-    def _batch(self, adapter_names: Sequence[str] | None):
+    def _batch(self, adapter_names: Sequence[str] | None, exact: bool):
         if adapter_names is None:
             return contextlib.nullcontext()
         layers = [*adapted_layers(self.model).values(), *saved_modules(self.model).values()]
-        return mixed_batch(self.model, layers, adapter_names)
+        return mixed_batch(self.model, layers, adapter_names, exact)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model":  # not there yet: copying, unpickling
+            # "model" is not there yet while copying; special methods are those of this class.
+            if name == "model" or name.startswith("__"):
                 raise
             return getattr(self.model, name)
 
@@ -243,10 +186,25 @@ class RandLoraModel(nn.Module):
     def get_base_model(self) -> nn.Module:
         return self.model
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return specialise.new, (type(self).__bases__[0], type(self.model)), self.__dict__
+
+    # ---- gradient checkpointing ----
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
         """The wrapped model's, and its inputs require gradients, which reentrant checkpointing needs."""
-        self.model.gradient_checkpointing_enable(*args, **kwargs)
+        # transformers' new name first: the old one warns there.
+        enable = (
+            getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
+        )
+        enable(gradient_checkpointing_kwargs, **kwargs)
         self._require_input_gradients()
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, **kwargs: Any
+    ) -> None:
+        """transformers' new name for :meth:`gradient_checkpointing_enable`."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
 
     def _require_input_gradients(self) -> None:
         if hasattr(self.model, "enable_input_require_grads"):
@@ -288,6 +246,19 @@ class RandLoraModel(nn.Module):
             self._check(name)
         checkpoint.save(self, save_directory, names, for_peft)
 
+    def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> None:
+        """Write the adapters as :meth:`save_pretrained` does and upload them to a repository of the Hugging Face hub.
+
+        Needs ``huggingface_hub`` (ImportError).
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload RandLoRA adapters")
+
     @classmethod
     def from_pretrained(
         cls, model: nn.Module, path: str | os.PathLike, adapter_name: str = "default", is_trainable: bool = False
@@ -303,21 +274,20 @@ class RandLoraModel(nn.Module):
         if isinstance(model, RandLoraModel) or adapted_layers(model):
             raise ValueError("this model is adapted already: call its load_adapter()")
         loaded = checkpoint.read(model, path)
+        loaded.plan.config.inference_mode = not is_trainable
         self = cls(model, loaded.plan, adapter_name)
         loaded.copy_into(self.model, adapter_name)
-        self.set_adapter(adapter_name, inference_mode=not is_trainable)
-        return self
+        return self if is_trainable else self.eval()
 
     def load_adapter(self, path: str | os.PathLike, adapter_name: str, is_trainable: bool = False) -> None:
-        """Add the adapter in the folder `path`. It acts once :meth:`set_adapter` names it. Errors as above."""
+        """Add the adapter in the folder `path`. It acts once :meth:`set_adapter` names it. Errors as above.
+
+        `is_trainable` is for a model without active adapters, where it acts at once; else :meth:`set_adapter` decides.
+        """
         from . import checkpoint
 
         injection.check_name(adapter_name, self.peft_config)
         loaded = checkpoint.read(self.model, path)
+        loaded.plan.config.inference_mode = not is_trainable
         self._add(adapter_name, loaded.plan)
         loaded.copy_into(self.model, adapter_name)
-
-    def _check(self, adapter_name: str) -> None:
-        if adapter_name not in self.peft_config:
-            known = ", ".join(self.peft_config) or "none"
-            raise ValueError(f"this model has no adapter named {adapter_name!r}; it has: {known}")

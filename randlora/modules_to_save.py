@@ -21,9 +21,14 @@ class ModuleToSave(nn.Module):
         self.original_module = module
         self.modules_to_save = nn.ModuleDict()
         self.active_adapter: str | None = None
-        self.enabled = True
+        self.enabled, self.inference_mode = True, False
         self.mixed_batch: MixedBatch | None = None
-        self.randlora_lambda, self.merged_adapters = self.modules_to_save, ()  # as mixed_batch() asks of a layer
+        self.merged_adapters = ()  # as mixed_batch() asks of a layer
+
+    @property
+    def randlora_lambda(self) -> nn.ModuleDict:
+        """Which adapters it has, as mixed_batch() asks of a layer; an attribute would be in the state dict twice."""
+        return self.modules_to_save
 
     def add(self, adapter_name: str) -> None:
         fresh = copy.deepcopy(self.original_module)
@@ -33,23 +38,34 @@ class ModuleToSave(nn.Module):
 
     def set_adapter(self, adapter_name: str | None, inference_mode: bool = False) -> None:
         self.active_adapter = adapter_name if adapter_name in self.modules_to_save else None
+        self.inference_mode = inference_mode
         for name, module in self.modules_to_save.items():
             for parameter in module.parameters():
                 trained = name == self.active_adapter and not inference_mode and self.enabled
                 parameter.requires_grad_(trained and parameter.is_floating_point())
+
+    def enable_adapters(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self.set_adapter(self.active_adapter, self.inference_mode)
 
     def active_module(self) -> nn.Module:
         if self.active_adapter is None or not self.enabled:
             return self.original_module
         return self.modules_to_save[self.active_adapter]
 
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.mixed_batch is None or not self.enabled:
-            return self.active_module()(x, *args, **kwargs)
+            return self.active_module()(*args, **kwargs)
+        x, others = args[0] if args else None, (*args[1:], *kwargs.values())
+        if not isinstance(x, Tensor) or any(isinstance(other, Tensor) for other in others):
+            raise TypeError(
+                f"adapter_names: {type(self.original_module).__name__} of modules_to_save must be called with its "
+                "input as the first argument and no other tensors"
+            )
         result = None
         for name, rows in self.mixed_batch.rows(x).items():
             module = dict(self.modules_to_save.items()).get(name, self.original_module)
-            part = module(x.index_select(0, rows), *args, **kwargs)
+            part = module(x.index_select(0, rows), *args[1:], **kwargs)
             if not isinstance(part, Tensor):
                 raise TypeError(
                     f"adapter_names: {type(module).__name__} of modules_to_save must return a tensor, got "

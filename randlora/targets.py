@@ -4,57 +4,84 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
-from .config import RandLoraConfig
+from .attention import MultiheadAttention
+from .config import ALL_LINEAR, RandLoraConfig
 from .layer import RandLoraLayer
 from .linear import conv1d_types
-
-ALL_LINEAR = "all-linear"
 
 
 def find_targets(model: nn.Module, config: RandLoraConfig) -> dict[str, nn.Module]:
     """Name -> module for every layer that `config` targets, in the model's order.
 
     Adapted layers stand for themselves. ``nn.MultiheadAttention`` counts as one layer; its ``out_proj`` alone can be
-    targeted too.
+    targeted too. A module that a model uses under several names is meant by each of them, and found under the first.
 
     Raises:
         ValueError: nothing matches (with the nearest names), or something that is not supported does.
     """
+    if is_supported(model):
+        raise ValueError(
+            f"this model is itself one layer, a {type(model).__name__}, with nothing to put an adapted layer into: "
+            "take randlora.Linear(model, ...), or adapt torch.nn.Sequential(model)"
+        )
     config.target_modules = wanted = _wanted(model, config)
     modules = dict(_modules(model))
-    skipped = [*(config.modules_to_save or ())]
-    names = [name for name in modules if not _inside(name, skipped) and not _matches(name, config.exclude_modules)]
-    if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
-        head = _output_head(model)
+    names: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        names.setdefault(id(module), []).append(name)
+    excluded = {id(module) for name, module in modules.items() if _matches(name, config.exclude_modules)}
+    if config.exclude_modules and not excluded:
+        warnings.warn(f"exclude_modules={config.exclude_modules!r} matches nothing in this model", stacklevel=2)
+    saved = list(config.modules_to_save or ())
+    allowed = {
+        key: [n for n in known if n and not _inside(n, saved) and _index_matches(n, config)]
+        for key, known in names.items()
+        if key not in excluded
+    }
+    if _is_all_linear(wanted):
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         # The parts of an attention are adapted with it.
-        attentions = tuple(f"{name}." for name in names if is_attention(modules[name]))
-        return _some(
-            {n: modules[n] for n in names if is_supported(modules[n]) and modules[n] is not head
-             and not (attentions and n.startswith(attentions))},
-            model, config,
-        )  # fmt: skip
-    found = {name: modules[name] for name in names if _matches(name, wanted) and _index_matches(name, config)}
-    if unsupported := {name: m for name, m in found.items() if not is_supported(m)}:
-        name, module = next(iter(unsupported.items()))
-        inside = [f"{name}.{n}" for n, m in module.named_modules() if n and is_supported(m)][:3]
-        raise ValueError(
-            f"target_modules={wanted!r} matches {name!r}, a {type(module).__name__}, which cannot be adapted: "
-            f"torch.nn.Linear, transformers' Conv1D, torch.nn.MultiheadAttention and quantised linear layers can"
-            + (f"; inside it: {', '.join(inside)}" if inside else "")
-        )
+        inner = tuple(f"{name}." for name, module in modules.items() if is_attention(module))
+        found = {n[0]: modules[n[0]] for n in (names[key] for key, left in allowed.items() if left)}
+        linear = {name: m for name, m in found.items() if is_supported(m) and not name.startswith(inner)}
+        return _some({name: m for name, m in linear.items() if m is not head}, model, config)
+    meant = [names[key][0] for key, left in allowed.items() if any(_matches(name, wanted) for name in left)]
+    hits = {name: modules[name] for name in meant}
+    _check_supported(hits, wanted)
     if isinstance(wanted, list):
         for target in wanted:
             if not any(_matches(name, [target]) for name in modules):
-                raise ValueError(f"target_modules: {target!r} matches no layer of this model{_meant(target, model)}")
-    return _some(found, model, config)
+                raise ValueError(f"target_modules: {target!r} matches no layer of this model{_meant([target], model)}")
+    return _some(hits, model, config)
+
+
+def _is_all_linear(wanted: list[str] | str) -> bool:
+    return isinstance(wanted, str) and wanted.lower() == ALL_LINEAR
+
+
+def _check_supported(found: dict[str, nn.Module], wanted: list[str] | str) -> None:
+    for name, module in found.items():
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+            raise ValueError(f"{name!r} is a lazy layer that has no size yet: call the model once before adapting it")
+        if getattr(module, "is_modules_to_save", False):
+            raise ValueError(
+                f"target_modules={wanted!r} matches {name!r}, which another adapter has among its modules_to_save"
+            )
+        if not is_supported(module):
+            inside = [f"{name}.{n}" for n, m in module.named_modules() if n and is_supported(m)][:3]
+            raise ValueError(
+                f"target_modules={wanted!r} matches {name!r}, a {type(module).__name__}, which cannot be adapted: "
+                "torch.nn.Linear, transformers' Conv1D, torch.nn.MultiheadAttention and quantised linear layers can"
+                + (f"; inside it: {', '.join(inside)}" if inside else "; exclude_modules leaves it out")
+            )
 
 
 def is_attention(module: nn.Module) -> bool:
-    from .attention import MultiheadAttention
-
     return isinstance(module, (nn.MultiheadAttention, MultiheadAttention))
 
 
@@ -63,11 +90,9 @@ def is_supported(module: nn.Module) -> bool:
 
 
 def _modules(model: nn.Module):
-    """All modules under the names that they have in the unadapted model."""
-    from .attention import MultiheadAttention
-
+    """All modules under all the names that they have in the unadapted model."""
     inner: list[str] = []
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         if name.startswith(tuple(inner)):
             continue
         if isinstance(module, RandLoraLayer) or getattr(module, "is_modules_to_save", False):
@@ -114,21 +139,12 @@ def _index_matches(name: str, config: RandLoraConfig) -> bool:
     """Whether the first number in the name (after `layers_pattern`, if given) is among ``layers_to_transform``."""
     if config.layers_to_transform is None:
         return True
-    patterns = config.layers_pattern or r"[^.]*"
+    patterns = config.layers_pattern or [None]
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name):
+        before = r"(?:^|.*?\.)" + ("" if pattern is None else rf"(?:{pattern})\.")
+        if found := re.match(rf"{before}(\d+)(?:\.|$)", name):
             return int(found.group(1)) in config.layers_to_transform
     return False
-
-
-def _output_head(model: nn.Module) -> nn.Module | None:
-    """What ``"all-linear"`` leaves out: the head of a transformers model."""
-    head = None
-    if hasattr(model, "get_output_embeddings"):
-        head = model.get_output_embeddings()
-    if head is None and "SequenceClassification" in type(model).__name__:
-        head = next((getattr(model, n) for n in ("score", "classifier") if hasattr(model, n)), None)
-    return head
 
 
 def _some(found: dict[str, nn.Module], model: nn.Module, config: RandLoraConfig) -> dict[str, nn.Module]:
@@ -139,17 +155,21 @@ def _some(found: dict[str, nn.Module], model: nn.Module, config: RandLoraConfig)
         for name in ("target_modules", "layers_to_transform", "layers_pattern", "exclude_modules", "modules_to_save")
         if (value := getattr(config, name)) is not None
     )
-    target = config.target_modules if isinstance(config.target_modules, str) else config.target_modules[0]
-    raise ValueError(f"{rules} matches no layer of this model{_meant(target, model)}")
+    raise ValueError(f"{rules} matches no layer of this model{_meant(config.target_modules, model)}")
 
 
-def _meant(target: str, model: nn.Module) -> str:
+def _meant(wanted: list[str] | str, model: nn.Module) -> str:
     names = [name for name, module in _modules(model) if is_supported(module) and name]
     short = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
     if not short:
         return ", which has no layer that could be adapted"
-    close = difflib.get_close_matches(target.rsplit(".", 1)[-1], short, 3, 0.5)
     listing = ", ".join(short[:20]) + (", ..." if len(short) > 20 else "")
+    if isinstance(wanted, str) and wanted in short:
+        return f": a string is a regular expression for whole names; did you mean the list [{wanted!r}]?"
+    leaf = "" if isinstance(wanted, str) else wanted[0].rsplit(".", 1)[-1]
+    close = [name for name in short if leaf and leaf in name] or difflib.get_close_matches(leaf, short, 3, 0.5)
+    if leaf in short:
+        close = []  # the name is right, another rule leaves it out
     return (f"; did you mean {' or '.join(map(repr, close))}?" if close else "") + f" (its linear layers: {listing})"
 
 
