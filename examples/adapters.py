@@ -1,24 +1,21 @@
 """Adapters on a model: put them on, merge them, write them to a folder and read them back.
 
-The folder is PEFT's: adapter_config.json and adapter_model.safetensors with PEFT's names and keys. The random bases
-are not in it: they are made again from the seed, and a fingerprint proves that they are the same ones.
+RandLoRA by randlora, LoRA by PEFT; both write PEFT's folder, adapter_config.json and adapter_model.safetensors. The
+random bases are not in it: they are made again from the seed, and a fingerprint proves that they are the same ones.
 """
 
 import json
-import os
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from text_data import UserError
 from torch import nn
 
 import randlora
 
-FORMAT = "1"
-PREFIX = "base_model.model."
 HEAD = "classifier"
-WEIGHTS, CONFIG, TASK = "adapter_model.safetensors", "adapter_config.json", "task.json"
+WEIGHTS, TASK = "adapter_model.safetensors", "task.json"
 
 
 def find_layers(model, targets):
@@ -45,21 +42,17 @@ def freeze_all_but_head(model):
 
 
 def add_randlora(model, targets, kind, rank, alpha, dropout, seed):
-    """Wrap the layers in place. All of them share one store of random bases, made for the largest."""
-    names = find_layers(model, targets)
-    layers = [model.get_submodule(name) for name in names]
-    freeze_all_but_head(model)
-    bases = randlora.RandomBases(
-        max_dim=max(max(layer.weight.shape) for layer in layers),
-        min_dim=max(min(layer.weight.shape) for layer in layers),
+    config = randlora.RandLoraConfig(
         r=rank,
+        randlora_alpha=alpha,
+        randlora_dropout=dropout,
         kind=kind,
-        seed=seed,
+        projection_prng_key=seed,
+        save_projection=False,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        modules_to_save=[HEAD],
     )
-    for name, layer in zip(names, layers, strict=True):
-        adapted = randlora.Linear(layer, r=rank, randlora_alpha=alpha, randlora_dropout=dropout, bases=bases)
-        model.set_submodule(name, adapted)
-    return model
+    return randlora.get_peft_model(model, config)
 
 
 def add_lora(model, targets, rank, alpha, dropout):
@@ -86,16 +79,7 @@ def _import_peft():
 
 def merge(model):
     """Fold the updates into the weights: a plain model, without adapters, as fast as the original."""
-    if hasattr(model, "merge_and_unload"):  # PEFT's
-        return model.merge_and_unload()
-    for name, layer in _adapted(model):
-        layer.merge(safe_merge=True)
-        model.set_submodule(name, layer.get_base_layer())
-    return model
-
-
-def _adapted(model):
-    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, randlora.Linear)]
+    return model.merge_and_unload(safe_merge=True)
 
 
 def save(model, folder, task):
@@ -108,115 +92,35 @@ def save(model, folder, task):
     if task["method"] == "lora":
         model.save_pretrained(folder, save_embedding_layers=False)  # "auto" would ask the network
     elif task["method"] == "randlora":
-        _save_randlora(model, folder, task)
+        model.peft_config["default"].base_model_name_or_path = task["model"]
+        model.save_pretrained(folder)
     else:
         trained = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-        _write(folder / WEIGHTS, lambda path: save_file(trained, path, {"format": "pt"}))
-    _write(folder / TASK, lambda path: Path(path).write_text(json.dumps(task, indent=2) + "\n", encoding="utf-8"))
+        save_file(trained, folder / WEIGHTS, {"format": "pt"})
+    (folder / TASK).write_text(json.dumps(task, indent=2) + "\n", encoding="utf-8")
     return (folder / WEIGHTS).stat().st_size
 
 
-def _save_randlora(model, folder, task):
-    layers = _adapted(model)
-    tensors = {f"{PREFIX}{HEAD}.{name}": p for name, p in model.get_submodule(HEAD).named_parameters()}
-    for name, layer in layers:
-        tensors[f"{PREFIX}{name}.randlora_lambda"] = layer.randlora_lambda["default"]
-        tensors[f"{PREFIX}{name}.randlora_gamma"] = layer.randlora_gamma["default"]
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    names, layer = [name for name, _ in layers], layers[0][1]
-    bases = layer.bases["default"]
-    config = {
-        "peft_type": "RANDLORA",
-        "task_type": None,
-        "base_model_name_or_path": task["model"],
-        "inference_mode": True,
-        "r": layer.r["default"],
-        "randlora_alpha": layer.randlora_alpha["default"],
-        "randlora_dropout": getattr(layer.randlora_dropout["default"], "p", 0.0),
-        "target_modules": _short_names(model, names),
-        "modules_to_save": [HEAD],
-        "projection_prng_key": bases.seed,
-        "save_projection": False,
-        "sparse": bases.kind == "sparse",
-        "very_sparse": bases.kind == "very_sparse",
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_weights": True,
-    }
-    metadata = {
-        "format": "pt",
-        "randlora_format": FORMAT,
-        "prng": bases.prng,
-        "kind": bases.kind,
-        "sparsity": json.dumps(bases.sparsity),
-        "seed": str(bases.seed),
-        "fingerprint": bases.fingerprint(),
-    }
-    _write(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata))
-    _write(folder / CONFIG, lambda path: Path(path).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"))
-
-
-def _short_names(model, names):
-    """The last components where they pick exactly these layers, else the full names."""
-    short = sorted({name.rsplit(".", 1)[-1] for name in names})
-    # an adapted layer holds its own nn.Linear, so the names are compared, not searched in the model again
-    layers = [n for n, layer in model.named_modules() if isinstance(layer, nn.Linear) and not n.endswith("base_layer")]
-    picked = [name for name in layers if name != HEAD and any(_matches(name, target) for target in short)]
-    return short if picked == names else names
-
-
-def _write(path, write):
-    """`write(temporary file)`, then rename: a crash leaves the old file or the new one, never half of one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def read_task(folder):
-    return json.loads(_read(Path(folder) / TASK))
-
-
-def _read(path):
+    path = Path(folder) / TASK
     try:
-        return path.read_text(encoding="utf-8")
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
 def load(model, folder):
     """Put the adapter in `folder` on a fresh `model`; returns the adapted model."""
-    folder = Path(folder)
     method = read_task(folder)["method"]
     if method == "lora":
         return _import_peft().PeftModel.from_pretrained(model, str(folder))
-    metadata, tensors = _read_tensors(folder / WEIGHTS)
-    if method == "randlora":
-        config = json.loads(_read(folder / CONFIG))
-        if metadata.get("randlora_format") != FORMAT:
-            raise UserError(f"{folder}: format {metadata.get('randlora_format')} is not known here (known: {FORMAT})")
-        add_randlora(
-            model,
-            config["target_modules"],
-            metadata["kind"],
-            config["r"],
-            config["randlora_alpha"],
-            config["randlora_dropout"],
-            int(metadata["seed"]),
-        )
-        made = _adapted(model)[0][1].bases["default"].fingerprint()
-        if made != metadata["fingerprint"]:
-            raise UserError(
-                f"{folder}: the random bases made here are not those it was trained with (fingerprint {made[:12]}..., "
-                f"expected {metadata['fingerprint'][:12]}...): is this the same base model?"
-            )
-        tensors = {_state_dict_key(key): tensor for key, tensor in tensors.items()}
-    expected = {name for name, p in model.named_parameters() if method == "full" or name.startswith(HEAD)}
-    expected |= {name for name, p in model.named_parameters() if ".randlora_" in name}
+    try:
+        if method == "randlora":
+            return randlora.RandLoraModel.from_pretrained(model, folder)
+        tensors = load_file(Path(folder) / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"cannot load the adapter: {error}") from error
+    expected = {name for name, _ in model.named_parameters() if method == "full" or name.startswith(HEAD)}
     if set(tensors) != expected:
         odd = sorted(set(tensors) ^ expected)
         raise UserError(f"{folder} does not fit this model: {len(odd)} tensors differ, the first is {odd[0]}")
@@ -225,19 +129,6 @@ def load(model, folder):
     except RuntimeError as error:
         raise UserError(f"{folder} does not fit this model: {str(error).splitlines()[-1].strip()}") from error
     return model
-
-
-def _state_dict_key(key):
-    key = key.removeprefix(PREFIX)
-    return key + ".default" if key.endswith((".randlora_lambda", ".randlora_gamma")) else key
-
-
-def _read_tensors(path):
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
 
 
 def count_trainable(model):

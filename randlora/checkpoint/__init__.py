@@ -1,13 +1,15 @@
 """Adapters in files: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``, as in PEFT.
 
 Keys are PEFT's: ``base_model.model.<module>.randlora_lambda`` and ``..._gamma``; bases, if they are written at all,
-once, as ``base_model.randlora_A`` and ``base_model.randlora_B``. The safetensors metadata says how the bases are made
-again and carries their fingerprint. What PEFT would misread (bases that it cannot make, without projections) is written
-with a ``peft_type`` that it refuses. Writing is atomic; reading checks everything before a model is changed.
+once, as ``base_model.randlora_A`` and ``base_model.randlora_B``. The safetensors metadata repeats the config, says how
+the bases are made again, and carries their fingerprint and a SHA-256 of everything else, so that damage is found. What
+PEFT would misread (bases that it cannot make, without projections) is written with a ``peft_type`` that it refuses.
+Writing replaces whole files; reading checks everything before a model is changed.
 """
 
-from .layout import read_config, write_text
+from .layout import read_config
 from .reading import Loaded, read
+from .replace import write_text
 from .writing import save
 
 __all__ = ["Loaded", "read", "read_config", "save", "write_text"]

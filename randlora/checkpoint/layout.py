@@ -1,105 +1,164 @@
-"""What both directions share: names, our part of the metadata, and writing a file as a whole."""
+"""What both directions share: names, our part of the metadata, the config in its two places."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from ..config import CONFIG_NAME, RandLoraConfig
+from ..config import CONFIG_NAME, OWN_PEFT_TYPE, RandLoraConfig
+from .hub import find_folder
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+# The only key of the metadata: safetensors writes several in random order, and equal adapters should be equal files.
+METADATA_KEY = "randlora"
 FORMAT = 1
 PREFIX = "base_model.model."
 PROJECTIONS = ("randlora_A", "randlora_B")
 PARAMETERS = ("randlora_lambda", "randlora_gamma")
-# Settings that PEFT does not know and would complain about in the JSON: they travel in the metadata.
+# Settings that PEFT does not know and would complain about in the JSON: they are in the metadata only.
 OWN_SETTINGS = ("num_bases", "prng", "strategy", "kind", "sparsity")
+# What the numbers depend on: where both files say it, they must say the same.
+NUMBERS = (
+    "r",
+    "randlora_alpha",
+    "projection_prng_key",
+    "sparse",
+    "very_sparse",
+    "num_bases",
+    "prng",
+    "kind",
+    "sparsity",
+)
+# What a damaged file makes of the libraries that read it.
+DAMAGE = (SafetensorError, OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError, RuntimeError)
 
 
-def read_config(folder: Path) -> RandLoraConfig:
+def read_config(folder: str | os.PathLike) -> RandLoraConfig:
+    """The config of the adapter in `folder`. Raises ``ValueError`` that names the file and what is wrong."""
+    folder = find_folder(folder)
+    path = folder / WEIGHTS_NAME
+    return make_config(folder, read_description(path) if os.path.lexists(path) else None)
+
+
+def make_config(folder: Path, described: dict[str, Any] | None) -> RandLoraConfig:
+    """From ``adapter_config.json`` and, where randlora wrote it, what the weights' metadata says."""
     path = folder / CONFIG_NAME
+    if described is not None and not os.path.lexists(path):
+        # Saving was interrupted, or the file is not wanted: the metadata is complete.
+        values = described["config"]
+    else:
+        given = _read_json(path)
+        if described is None:
+            if given.get("peft_type") == OWN_PEFT_TYPE and os.path.lexists(folder / WEIGHTS_NAME):
+                raise ValueError(
+                    f"{folder / WEIGHTS_NAME} has lost the metadata that its bases are made from (was it written anew "
+                    "by another program?)"
+                )
+            values = {"prng": "peft"} | given  # PEFT wrote it, and drew the bases
+        else:
+            own = described["config"]
+            for name in NUMBERS:
+                if name in given and given[name] != own[name]:
+                    raise ValueError(
+                        f"{path} says {name}={given[name]!r}, but {WEIGHTS_NAME} beside it was saved with "
+                        f"{name}={own[name]!r}: they do not belong together (without {CONFIG_NAME} the latter is taken)"
+                    )
+            values = own | given
+    try:
+        return RandLoraConfig.from_dict(values)
+    except DAMAGE as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError(f"a JSON object was expected, got {type(values).__name__}")
+        return values
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: no valid JSON: {error}") from error
-    weights = folder / WEIGHTS_NAME
-    if weights.exists():
-        described = describe(weights, read_metadata(weights))
-        # Without metadata PEFT wrote it, and drew the bases.
-        settings = {"prng": "peft"} if described is None else dict(described["settings"])
-        if settings.get("prng") == "none":  # bases that came from a file, and are in this one
-            settings["prng"] = "philox"
-        values = {**values, **settings}
-    try:
-        return RandLoraConfig.from_dict(values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: no readable safetensors file: {error}") from error
+# ---- our part of the metadata ----
 
 
-def describe(path: Path, metadata: dict[str, str]) -> dict[str, Any] | None:
-    """Our part of the metadata; None if there is none, as in PEFT's files."""
-    if "randlora" not in metadata:
+@contextlib.contextmanager
+def open_weights(path: Path) -> Iterator[tuple[Any, dict[str, Any] | None]]:
+    """The open file and our part of its metadata, or ``ValueError``."""
+    with contextlib.ExitStack() as stack:
+        try:
+            path.open("rb").close()  # safetensors calls every failure of this "No such file"
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+        try:
+            file = stack.enter_context(safe_open(path, framework="pt"))
+            metadata = file.metadata()
+        except DAMAGE as error:
+            raise ValueError(f"{path}: no readable safetensors file: {error}") from error
+        yield file, describe(path, metadata)
+
+
+def read_description(path: Path) -> dict[str, Any] | None:
+    with open_weights(path) as (_, described):
+        return described
+
+
+def describe(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any] | None:
+    """Our part of `metadata`, checked; None if there is none, as in PEFT's files."""
+    if METADATA_KEY not in (metadata or {}):
         return None
     try:
-        found = json.loads(metadata["randlora"])
+        found = json.loads(metadata[METADATA_KEY])
         version = found["format"]
-        if isinstance(version, int) and version > FORMAT:
+        if type(version) is int and version > FORMAT:
             raise ValueError(f"format {version}, of a newer randlora; this one reads up to {FORMAT}: update it")
+        dims, config = found["dims"], found["config"]
         valid = (
-            version == FORMAT
-            and isinstance(found["settings"], dict)
-            and set(found["settings"]) == set(OWN_SETTINGS)
-            and isinstance(found["fingerprint"], str)
-            and all(isinstance(v, int) for v in (found["r"], found["seed"], *found["dims"]))
-            and len(found["dims"]) == 3
+            type(version) is int
+            and version == FORMAT
+            and set(found) == {"format", "config", "prng", "dims", "fingerprint", "sha256"}
+            and isinstance(config, dict)
+            and config.keys() >= set(NUMBERS)
+            and all(isinstance(found[key], str) for key in ("prng", "fingerprint", "sha256"))
+            and len(dims) == 3
+            and all(type(size) is int and size > 0 for size in dims)
         )
-    except (KeyError, TypeError, json.JSONDecodeError):
+    except (KeyError, TypeError, RecursionError, json.JSONDecodeError):
         valid = False
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if not valid:
-        raise ValueError(f"{path}: its metadata is damaged: {metadata['randlora'][:200]!r}")
+        raise ValueError(f"{path}: its metadata is damaged: {metadata[METADATA_KEY][:200]!r}")
     return found
 
 
-def write_text(path: Path, text: str) -> None:
-    write_whole(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+def checksum(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) of the description and of all tensors but the bases, which have their fingerprint."""
+    said = {key: value for key, value in description.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    for key, tensor in sorted(tensors.items()):
+        if not is_projection(key):
+            digest.update(json.dumps([key, str(tensor.dtype), list(tensor.shape)]).encode())
+            digest.update(as_bytes(tensor))
+    return digest.hexdigest()
 
 
-def write_whole(path: Path, write: Callable[[str], Any]) -> None:
-    """``write(temporary file)``, then rename: a crash leaves the old file or the new one, never half of one."""
-    for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed here
-        with contextlib.suppress(OSError):
-            stale.unlink()
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(descriptor)
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0o600 is for secrets
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+def as_bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def is_projection(key: str) -> bool:
+    """PEFT writes the projections once for the model and once more per layer: gigabytes that all say the same."""
+    return key.startswith("base_model.") and key.rpartition(".")[2] in PROJECTIONS

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
+import dataclasses
+import hashlib
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from .. import injection
 from ..bases import RandomBases
-from ..config import CONFIG_NAME, RandLoraConfig
+from ..checks import FLOATS
 from ..injection import Plan, adapted_layers
-from .layout import PARAMETERS, PREFIX, PROJECTIONS, WEIGHTS_NAME, describe, read_config, read_metadata
+from ..store import shared
+from . import biases
+from .hub import find_folder
+from .layout import (
+    DAMAGE,
+    PARAMETERS,
+    PREFIX,
+    PROJECTIONS,
+    WEIGHTS_NAME,
+    as_bytes,
+    checksum,
+    is_projection,
+    make_config,
+    open_weights,
+)
 
 
 @dataclass(frozen=True)
@@ -35,101 +51,137 @@ class Loaded:
             for slot, parts in self.parameters.items():
                 for part, tensor in parts.items():
                     getattr(layers[slot], part)[adapter_name].copy_(tensor)
-            for path, tensor in self.biases.items():
-                modules[_adapted_path(path, modules)].bias.copy_(tensor)
         for name, state in self.saved.items():
             modules[name].modules_to_save[adapter_name].load_state_dict(state)
+        biases.set_biases(model, self.biases)
 
 
 def read(model: nn.Module, folder: str | os.PathLike) -> Loaded:
     """Read the adapter in `folder` and check that it fits `model`, which is not changed.
 
+    `folder` may be ``"user/repository"`` of the Hugging Face Hub.
+
     Raises:
         ValueError: a file that is missing, damaged, not safe to load, of a newer format, or of another model, rank or
             kind; the message names the file and what is wrong with it.
     """
-    folder = Path(folder)
-    config = read_config(folder)
+    folder = find_folder(folder)
     path = folder / WEIGHTS_NAME
-    described, tensors = _read_tensors(path)
-    if described is not None and described["r"] != config.r:
-        raise ValueError(
-            f"{path} was written with r = {described['r']}, but {CONFIG_NAME} beside it says r = {config.r}: the two "
-            "do not belong together"
-        )
-    config = copy.deepcopy(config)
-    try:
-        # First without bases of its own, to see which layers there are.
-        drawn = injection.plan(model, copy.deepcopy(config), RandomBases(1, 1, config.r))
-        bases = _bases(path, config, described, tensors, drawn)
-        plan = injection.plan(model, config, bases)
-    except ValueError as error:
-        raise ValueError(f"{folder} does not fit this model: {error}") from error
-    return _assign(path, model, plan, tensors)
+    with _Weights.open(path) as file:
+        config = make_config(folder, file.described)
+        tensors = file.tensors()
+        if file.described is not None and checksum(file.described, tensors) != file.described["sha256"]:
+            raise ValueError(f"{path} is damaged, or was changed since it was written: its checksum does not match")
+        try:
+            # The first bases only stand in, until it is known that the file has the layers of this model.
+            plan = injection.plan(model, config, RandomBases(1, 1, config.r))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{folder} does not fit this model: {error}") from error
+        loaded = _assign(path, model, plan, tensors, file.described is not None)
+        bases = _bases(file, plan)
+    return dataclasses.replace(loaded, plan=dataclasses.replace(plan, bases=bases))
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
-    if not path.exists():
-        pickles = [p.name for p in path.parent.glob("adapter_model.*") if p.suffix in (".bin", ".pt", ".pth")]
-        if pickles:
+@dataclass(frozen=True)
+class _Weights:
+    """An open ``adapter_model.safetensors``; what it cannot read, or what is no number, raises ``ValueError``."""
+
+    path: Path
+    file: Any
+    described: dict[str, Any] | None
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, path: Path) -> Iterator[_Weights]:
+        pickles = sorted(p.name for p in path.parent.glob("adapter_model.*") if p.suffix in (".bin", ".pt", ".pth"))
+        if pickles and not os.path.lexists(path):
             raise ValueError(
                 f"{path.parent / pickles[0]} is a pickle, which can run any code when it is loaded: load it with PEFT, "
                 "if you trust it, and save it anew with safe_serialization=True"
             )
-        raise ValueError(f"{path}: not found")
-    described = describe(path, read_metadata(path))
-    tensors = {}
-    with safe_open(path, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118
-            # PEFT up to 0.21 writes the projections once per layer: gigabytes that all say the same.
-            copied = key.endswith(PROJECTIONS) and key.startswith(PREFIX)
-            if not copied or f"base_model.{key.rpartition('.')[2]}" not in tensors:
-                tensors[f"base_model.{key.rpartition('.')[2]}" if copied else key] = file.get_tensor(key)
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"{path}: {key} holds NaN or infinity")
-    return described, tensors
+        with open_weights(path) as (file, described):
+            yield cls(path, file, described)
+
+    def get(self, key: str) -> Tensor:
+        """The tensor, which may be a view of the file itself."""
+        try:
+            return self.file.get_tensor(key)
+        except DAMAGE as error:
+            raise ValueError(f"{self.path}: {key} cannot be read: {error}") from error
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All but the projections."""
+        return {key: self.get(key) for key in self.file.keys() if not is_projection(key)}  # noqa: SIM118
+
+    def projections(self) -> tuple[Tensor, Tensor] | None:
+        keys = sorted(filter(is_projection, self.file.keys()))
+        first = [min((k for k in keys if k.endswith(name)), key=len, default=None) for name in PROJECTIONS]
+        if first == [None, None]:
+            return None
+        if None in first:
+            raise ValueError(f"{self.path} holds only one of randlora_A and randlora_B")
+        A, B = (self.get(key) for key in first)
+        for key, tensor in zip(first, (A, B), strict=True):
+            _check_floats(self.path, key, tensor, tensor.dtype)
+        return A, B
 
 
-def _no_bases(r: int) -> RandomBases:
-    return RandomBases(1, 1, r)
-
-
-def _bases(
-    path: Path, config: RandLoraConfig, described: dict[str, Any] | None, tensors: dict[str, Tensor], plan: Plan
-) -> RandomBases | None:
-    """The bases of a file: its projections, or made again, and then proven by the fingerprint."""
-    given = [tensors.pop(f"base_model.{name}", None) for name in PROJECTIONS]
-    if (given[0] is None) != (given[1] is None):
-        raise ValueError(f"{path} holds only one of randlora_A and randlora_B")
-    if given[0] is not None and (described is None or described["settings"]["prng"] == "none"):
-        return RandomBases.from_tensors(*given)
-    if described is None:
+def _bases(file: _Weights, plan: Plan) -> RandomBases:
+    """The bases of a file: made again and proven by the fingerprint, or its projections."""
+    config, need = plan.config, injection.required(plan.config, plan.slots)
+    if file.described is None:
+        projections = file.projections()
+        if projections is not None:
+            return _given(file.path, plan, projections)
         warnings.warn(
-            f"{path} holds no projections, and nothing by which the bases made here could be checked: they are drawn "
-            "as PEFT draws them on machines with bfloat16",
+            f"{file.path} holds no projections, and nothing by which the bases made here could be checked: they are "
+            'drawn as PEFT draws them on machines with bfloat16 ("prng": "peft-fp16" in its config: on those without)',
             stacklevel=4,
         )
-        return None
-    if described["settings"]["prng"] == "none":
-        raise ValueError(f"{path} lacks its projections, which cannot be made again")
-    need = injection.required(config, plan.slots)
-    if tuple(described["dims"]) != need:
+        return injection.make_bases(config, need, plan.peft_dims)
+    expected = file.described["fingerprint"]
+    if tuple(file.described["dims"]) != need:
         raise ValueError(
-            f"its bases are for layers up to (max_dim, min_dim, num_bases) = {tuple(described['dims'])}, not {need}"
+            f"{file.path}: its bases are for layers up to (max_dim, min_dim, num_bases) = "
+            f"{tuple(file.described['dims'])}, not {need}: it is of another model"
         )
-    bases = injection.make_bases(config, need, plan.peft_dims)
-    bases.require(*need)
-    made = bases.fingerprint(*need)
-    if made != described["fingerprint"]:
-        raise ValueError(
-            f"the random bases made here are not those that it was trained with (fingerprint {made[:16]}..., expected "
-            f"{described['fingerprint'][:16]}...)"
+    if file.described["prng"] != "none":
+        bases = injection.make_bases(config, need, plan.peft_dims)
+        bases.require(*need)
+        if (made := bases.fingerprint(*need)) == expected:
+            return bases
+    if file.described["prng"] != "philox" and (projections := file.projections()) is not None:
+        bases = _given(file.path, plan, projections)
+        # A fingerprint covers how bases are made, which nobody knows of given ones.
+        if file.described["prng"] != "none" or (made := bases.fingerprint(*need)) == expected:
+            return bases
+    elif file.described["prng"] == "none":
+        raise ValueError(f"{file.path} lacks its projections, which cannot be made again")
+    raise ValueError(
+        f"{file.path}: the random bases made here are not those that it was trained with (fingerprint {made[:16]}..., "
+        f"expected {expected[:16]}...)"
+    )
+
+
+def _given(path: Path, plan: Plan, projections: tuple[Tensor, Tensor]) -> RandomBases:
+    """Bases of these values, the same object for equal ones, with memory apart from the file."""
+    digest = hashlib.sha256()
+    for tensor in projections:
+        digest.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
+        digest.update(as_bytes(tensor))
+    try:
+        bases = shared(
+            ("given", digest.digest()), lambda: RandomBases.from_tensors(*(tensor.clone() for tensor in projections))
         )
+        if bases.r != plan.config.r:
+            raise ValueError(f"the config says r = {plan.config.r}, but these bases have r = {bases.r}")
+        bases.require(*injection.required(plan.config, plan.slots))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its projections do not fit: {error}") from error
     return bases
 
 
-def _assign(path: Path, model: nn.Module, plan: Plan, tensors: dict[str, Tensor]) -> Loaded:
+def _assign(path: Path, model: nn.Module, plan: Plan, tensors: dict[str, Tensor], complete: bool) -> Loaded:
     """Every tensor of the file to where it belongs, or ``ValueError``."""
     tensors = dict(tensors)
     parameters: dict[str, dict[str, Tensor]] = {}
@@ -137,27 +189,47 @@ def _assign(path: Path, model: nn.Module, plan: Plan, tensors: dict[str, Tensor]
         n = plan.num_bases(slot)
         for part, shape in zip(PARAMETERS, ((plan.config.r, n), (n, min(sizes))), strict=True):
             key = f"{PREFIX}{slot}.{part}"
-            parameters.setdefault(slot, {})[part] = _take(path, tensors, key, shape)
+            parameters.setdefault(slot, {})[part] = _take(path, tensors, key, shape, torch.float32)
     saved: dict[str, dict[str, Tensor]] = {}
     modules = dict(model.named_modules())
     for name in plan.saved:
         module = modules[name]
         state = (module.original_module if hasattr(module, "modules_to_save") else module).state_dict()
-        saved[name] = {k: _take(path, tensors, f"{PREFIX}{name}.{k}", v.shape) for k, v in state.items()}
-    biases = {}
-    if plan.config.bias != "none":
-        for key in [k for k in tensors if k.endswith("bias")]:
-            name = key.removeprefix(PREFIX).removesuffix("bias").removesuffix(".").removesuffix(".base_layer")
-            bias = getattr(modules.get(name), "bias", None)
-            if not isinstance(bias, Tensor):
-                raise ValueError(f"{path} has {key}, but this model has no such bias")
-            biases[name] = _take(path, tensors, key, bias.shape)
+        saved[name] = {k: _take(path, tensors, f"{PREFIX}{name}.{k}", v.shape, v.dtype) for k, v in state.items()}
+        for copied in ("original_module", "modules_to_save"):  # PEFT 0.21 writes their biases once more
+            tensors.pop(f"{PREFIX}{name}.{copied}.bias", None)
+    found = _assign_biases(path, model, plan, tensors, complete)
     if tensors:
         raise ValueError(f"{path} holds what this adapter has no place for: {', '.join(sorted(tensors)[:3])}")
-    return Loaded(plan, parameters, saved, biases)
+    return Loaded(plan, parameters, saved, found)
 
 
-def _take(path: Path, tensors: dict[str, Tensor], key: str, shape: tuple[int, ...]) -> Tensor:
+def _assign_biases(
+    path: Path, model: nn.Module, plan: Plan, tensors: dict[str, Tensor], complete: bool
+) -> dict[str, Tensor]:
+    if plan.config.bias == "none":
+        return {}
+    present, found = biases.biases_of(model, plan.slots), {}
+    for key in filter(biases.is_bias, list(tensors)):
+        name = biases.plain(key.removeprefix(PREFIX))
+        if name in present:
+            found[name] = _take(path, tensors, key, present[name].shape, present[name].dtype)
+    missing = set(biases.trained(model, plan.config.bias, plan.slots, plan.saved)) - set(found)
+    if missing and complete and plan.config.bias == "randlora_only":  # other adapters' layers need not be in it
+        missing = {name for name in missing if name.rpartition(".")[0] in plan.slots}
+    if missing and complete:
+        raise ValueError(f"{path} lacks the trained biases of this model, such as {min(missing)}")
+    if missing and not found:
+        warnings.warn(
+            f"{path} was saved with bias={plan.config.bias!r} but holds no biases (PEFT up to 0.20 writes none): those "
+            "of the model are kept",
+            stacklevel=5,
+        )
+    return found
+
+
+def _take(path: Path, tensors: dict[str, Tensor], key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Remove `key`, a tensor of this shape that can be copied into one of this dtype, or ``ValueError``."""
     tensor = tensors.pop(key, None)
     if tensor is None:
         raise ValueError(f"{path} has no {key}: it is not an adapter of this model")
@@ -165,8 +237,15 @@ def _take(path: Path, tensors: dict[str, Tensor], key: str, shape: tuple[int, ..
         raise ValueError(
             f"{path}: {key} must have shape {list(shape)}, got {list(tensor.shape)}: it is of another model or rank"
         )
+    if dtype.is_floating_point:
+        _check_floats(path, key, tensor, dtype)
+    elif tensor.dtype != dtype:
+        raise ValueError(f"{path}: {key} must be {dtype}, got {tensor.dtype}")
     return tensor
 
 
-def _adapted_path(path: str, modules: dict[str, nn.Module]) -> str:
-    return f"{path}.base_layer" if f"{path}.base_layer" in modules else path
+def _check_floats(path: Path, key: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    if tensor.dtype not in FLOATS:
+        raise ValueError(f"{path}: {key} must be floating-point numbers, got {tensor.dtype}")
+    if not torch.isfinite(tensor.to(dtype)).all():
+        raise ValueError(f"{path}: {key} holds NaN, infinity or numbers too large for {dtype}")

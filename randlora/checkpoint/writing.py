@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import injection
 from ..bases import RandomBases
-from ..config import CONFIG_NAME, OWN_PEFT_TYPE, RandLoraConfig
+from ..config import ALL_LINEAR, CONFIG_NAME, OWN_PEFT_TYPE, RandLoraConfig
 from ..injection import adapted_layers, saved_modules
-from ..targets import peft_dims
-from .layout import FORMAT, OWN_SETTINGS, PARAMETERS, PREFIX, WEIGHTS_NAME, write_text, write_whole
+from ..layer import RandLoraLayer
+from . import biases
+from .for_peft import drawn_dims, exact_targets, misread
+from .layout import FORMAT, METADATA_KEY, OWN_SETTINGS, PARAMETERS, PREFIX, WEIGHTS_NAME, checksum
+from .replace import replace_files
 
 if TYPE_CHECKING:
     from ..model import RandLoraModel
@@ -26,116 +32,148 @@ def save(model: RandLoraModel, folder: str | os.PathLike, names: list[str], for_
     """Write the adapters `names`: ``"default"`` into `folder`, others into ``folder/<name>``.
 
     With ``save_projection=False`` a file holds the trained numbers and nothing else. Bases that came from a file, and
-    so cannot be made again, are always written.
+    so cannot be made again, are always written. The same adapter always gives the same bytes.
 
     Args:
         for_peft: True: raise ``ValueError``, with nothing written, where PEFT could not compute the same. None: write
             it so that PEFT refuses to load it. False: write no projections, whatever the config says.
 
     Raises:
-        ValueError: see above; merged adapters are no reason. OSError: the folder cannot be written.
+        ValueError: see above, or an adapter whose layers differ in what its one config says. OSError: the folder cannot
+            be written.
     """
     prepared = [(name, *_contents(model, name, for_peft)) for name in names]
-    for name, config, tensors, metadata in prepared:
+    for name, config, tensors, projections, metadata in prepared:
         target = Path(folder) if name == "default" else Path(folder) / name
         target.mkdir(parents=True, exist_ok=True)
-        # Metadata and parameters go together in one file; the config repeats what users look up.
-        write_whole(target / WEIGHTS_NAME, lambda path, t=tensors, m=metadata: save_file(t, path, m))
-        write_text(target / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        complete = _apart(tensors | projections())
+        writers = {
+            WEIGHTS_NAME: lambda path, t=complete, m=metadata: save_file(t, path, m),
+            CONFIG_NAME: lambda path, text=text: path.write_text(text, encoding="utf-8"),
+        }
+        replace_files(target, writers, described_by=CONFIG_NAME)
 
 
-def _contents(model: RandLoraModel, name: str, for_peft: bool | None) -> tuple[dict, dict[str, Tensor], dict[str, str]]:
+def _contents(
+    model: RandLoraModel, name: str, for_peft: bool | None
+) -> tuple[dict, dict[str, Tensor], Callable[[], dict[str, Tensor]], dict[str, str]]:
+    """The config, the trained numbers, what makes the projections (none are held before they are written), metadata."""
     config = model.peft_config[name]
     layers = {path: layer for path, layer in adapted_layers(model.model).items() if name in layer.randlora_lambda}
-    tensors = {
-        f"{PREFIX}{path}.{part}": getattr(layer, part)[name] for path, layer in layers.items() for part in PARAMETERS
-    }
-    for path, module in saved_modules(model.model).items():
-        if name in module.modules_to_save:
-            state = module.modules_to_save[name].state_dict()
-            tensors |= {f"{PREFIX}{path}.{key}": value for key, value in state.items()}
-    tensors |= {f"{PREFIX}{key}": value for key, value in _biases(model.model, config.bias).items()}
-
-    bases = next(iter(layers.values())).bases[name]
+    bases = _same_everywhere(name, config, layers)
     slots = {path: (layer.in_features, layer.out_features) for path, layer in layers.items()}
     dims = injection.required(config, slots)
-    peft = peft_dims(model.model, config, layers)
-    peft_bases = -(-peft[1] // config.r)
+    for_all = drawn_dims(model.model, config, layers)
     given = bases.prng == "none"
     with_bases = given or (config.save_projection and for_peft is not False)
-    reason = _misread(model, config, layers, bases, (*peft, peft_bases), with_bases)
+    reason = misread(model.model, config, layers, bases, for_all, with_bases)
     if for_peft and reason:
         raise ValueError(f"adapter {name!r} cannot be written for PEFT: {reason}")
-    if with_bases:
-        A, B = _projections(bases, (*peft, peft_bases) if not reason else dims)
-        tensors |= {"base_model.randlora_A": A, "base_model.randlora_B": B}
-    # A parameter on several modules (tied) is stored once; safetensors wants separate, contiguous memory.
-    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    if reason:
+        with_bases = given  # only PEFT has a use for others
 
-    values = config.to_dict()
-    settings = {key: getattr(config, key) for key in OWN_SETTINGS} | {"prng": bases.prng}
-    for key in OWN_SETTINGS:
-        if not reason:
+    tensors = _trained(model, name, config, layers)
+
+    def projections() -> dict[str, Tensor]:
+        made = _projections(bases, dims if reason else for_all) if with_bases else ()
+        return dict(zip(("base_model.randlora_A", "base_model.randlora_B"), made, strict=False))
+
+    free = bases.prng == "philox" and bases.kind in ("sparse", "very_sparse")
+    chosen: dict[str, Any] = {
+        "inference_mode": True,
+        "save_projection": with_bases,
+        "sparsity": bases.sparsity if free else None,
+    }
+    if config.exclude_modules is not None or str(config.target_modules).lower() == ALL_LINEAR:
+        # PEFT has no exclude_modules, and another idea of all layers for models that are not of transformers.
+        chosen |= exact_targets(model.model, layers)
+    values = config.to_dict() | chosen
+    for key in ("exclude_modules", "peft_version", "sparsity"):  # older PEFT does not know the first two
+        if values.get(key) is None:
             values.pop(key, None)
-    if values.pop("exclude_modules", None) is not None:
-        values["target_modules"] = list(layers)  # PEFT has no exclude_modules
-    values |= {"inference_mode": True, "save_projection": with_bases}
     if reason:
         values["peft_type"] = OWN_PEFT_TYPE
-    described = {
+    else:
+        values = {key: value for key, value in values.items() if key not in OWN_SETTINGS}
+    description = {
         "format": FORMAT,
-        "settings": settings,
-        "seed": bases.seed,
-        "r": config.r,
+        "config": asdict(config) | chosen,
+        "prng": bases.prng,
         "dims": dims,
         "fingerprint": bases.fingerprint(*dims),
     }
-    return values, tensors, {"format": "pt", "randlora": json.dumps(described, sort_keys=True)}
+    description["sha256"] = checksum(description, tensors)
+    return values, tensors, projections, {METADATA_KEY: json.dumps(description, sort_keys=True)}
 
 
-def _misread(
-    model: RandLoraModel,
-    config: RandLoraConfig,
-    layers: dict[str, Any],
-    bases: RandomBases,
-    peft: tuple[int, int, int],
-    with_bases: bool,
-) -> str:
-    """Why PEFT would compute something else with this adapter, or an empty string."""
-    for path in layers:
-        if type(model.model.get_submodule(path.rpartition(".")[0])).__name__ == "MultiheadAttention":
-            return f"{path} belongs to a torch.nn.MultiheadAttention, which PEFT's RandLoRA does not support"
+def _same_everywhere(name: str, config: RandLoraConfig, layers: dict[str, RandLoraLayer]) -> RandomBases:
+    """The bases of an adapter whose layers are all as `config` says, or ``ValueError``."""
+    bases = next(iter(layers.values())).bases[name]
+    if bases.prng != "none":
+        own = (config.r, config.kind, config.projection_prng_key, config.prng)
+        if own != (bases.r, bases.kind, bases.seed, bases.prng):
+            raise ValueError(
+                f"adapter {name!r} cannot be saved: its config says (r, kind, seed, prng) = {own}, but its bases are "
+                f"{bases}"
+            )
     for path, layer in layers.items():
-        n = -(-min(layer.in_features, layer.out_features) // config.r)
-        if layer.randlora_lambda.keys() and config.num_bases not in (None, n):
-            return f"num_bases={config.num_bases}, where PEFT always takes {n} at {path}"
-    if not with_bases and (bases.prng == "philox" or (bases.max_dim, bases.min_dim, bases.num_bases) != peft):
-        return (
-            f"its bases (prng={bases.prng!r}) are not those that PEFT draws: it needs save_projection=True"
-        )
-    if with_bases and bases.prng != "philox" and (bases.max_dim, bases.min_dim, bases.num_bases) != peft:
-        return f"its bases are of another size than PEFT's for these layers, {peft}"
-    return ""
+        if layer.bases[name] is not bases:
+            raise ValueError(f"adapter {name!r} cannot be saved as one: it has other bases at {path!r}")
+        expected = config.num_bases or -(-min(layer.in_features, layer.out_features) // config.r)
+        for what, here, said in (
+            ("r", layer.r[name], config.r),
+            ("scaling", layer.scaling[name], config.randlora_alpha / config.r),
+            ("num_bases", layer.num_bases[name], expected),
+        ):
+            if here != said:
+                raise ValueError(
+                    f"adapter {name!r} cannot be saved as one: at {path!r} its {what} is {here}, not the {said} of its "
+                    "config"
+                )
+    return bases
+
+
+def _trained(
+    model: RandLoraModel, name: str, config: RandLoraConfig, layers: dict[str, RandLoraLayer]
+) -> dict[str, Tensor]:
+    tensors = {
+        f"{PREFIX}{slot}.{part}": getattr(layer, part)[name] for slot, layer in layers.items() for part in PARAMETERS
+    }
+    saved = {path: m for path, m in saved_modules(model.model).items() if name in m.modules_to_save}
+    for path, module in saved.items():
+        state = module.modules_to_save[name].state_dict()
+        tensors |= {f"{PREFIX}{path}.{key}": value for key, value in state.items()}
+    for path, bias in biases.trained(model.model, config.bias, layers, saved).items():
+        owner = path.rpartition(".")[0]
+        # As in a model that has this adapter only.
+        tensors[f"{PREFIX}{owner}.base_layer.bias" if owner in layers else f"{PREFIX}{path}"] = bias
+    return tensors
 
 
 def _projections(bases: RandomBases, dims: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """A and B of unit variance in float32, in the size that PEFT allocates."""
+    """The leading part of unit-variance A and B with these dimensions; in float32, or as they were given."""
+    max_dim, min_dim, num_bases = dims
     if bases.prng == "philox":
-        bases = RandomBases(*dims[:2], bases.r, bases.kind, bases.seed, dims[2], sparsity=_free(bases))
-    bases = bases.to(torch.float32) if bases.dtype != torch.float32 else bases
-    return bases.A, bases.B
+        bases = RandomBases(
+            max_dim, min_dim, bases.r, bases.kind, bases.seed, num_bases,
+            sparsity=bases.sparsity if bases.kind in ("sparse", "very_sparse") else None,
+        )  # fmt: skip
+    A, B = bases.given or bases.draw(torch.float32, torch.device("cpu"))
+    if bases.scale != 1.0:
+        A, B = A * math.sqrt(bases.scale), B * math.sqrt(bases.scale)
+    return A[:, :, :min_dim], B[:max_dim, :num_bases]
 
 
-def _free(bases: RandomBases) -> float | None:
-    return bases.sparsity if bases.kind in ("sparse", "very_sparse") else None
-
-
-def _biases(model: nn.Module, mode: str) -> dict[str, Tensor]:
-    if mode == "none":
-        return {}
-    if mode == "randlora_only":
-        paths = [f"{path}.base_layer.bias" for path in adapted_layers(model)]
-    else:
-        paths = [n for n, _ in model.named_parameters() if n.endswith("bias") and ".modules_to_save." not in n]
-    parameters = dict(model.named_parameters())
-    return {path: parameters[path] for path in paths if path in parameters}
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, contiguous, each with memory of its own: safetensors writes no tied or partial tensors."""
+    seen: set[int] = set()
+    result = {}
+    for key, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        result[key] = tensor
+    return result

@@ -1,0 +1,61 @@
+"""Trained biases: which ones a file holds, under which names, and where they go.
+
+Names are those of the unadapted model; wrappers put ``base_layer`` and ``original_module`` in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import MultiheadAttention
+from ..injection import adapted_layers
+
+_WRAPPERS = ("base_layer", "original_module")
+_BIASES = ("bias", "bias_k", "bias_v")
+
+
+def plain(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def is_bias(name: str) -> bool:
+    return name.rpartition(".")[2] in _BIASES
+
+
+def biases_of(model: nn.Module, slots: Collection[str] = ()) -> dict[str, Tensor]:
+    """Plain name -> bias, also of the layers that an attention at one of `slots` will be taken apart into."""
+    found = {
+        plain(name): parameter
+        for name, parameter in model.named_parameters()
+        if is_bias(name) and "modules_to_save" not in name.split(".")
+    }
+    for parent in {slot.rpartition(".")[0] for slot in slots}:
+        attention = model.get_submodule(parent)
+        packed = isinstance(attention, nn.MultiheadAttention) and not isinstance(attention, MultiheadAttention)
+        if packed and attention.in_proj_bias is not None:
+            parts = attention.in_proj_bias.chunk(3)
+            found |= {f"{parent}.{n}_proj.bias": part for n, part in zip("qkv", parts, strict=True)}
+    return found
+
+
+def trained(model: nn.Module, mode: str, slots: Collection[str], saved: Collection[str]) -> dict[str, Tensor]:
+    """What an adapter with ``bias=mode`` trains: plain name -> bias; those of `saved` modules are saved with them."""
+    if mode == "none":
+        return {}
+    adapted = {*slots, *adapted_layers(model)}
+    inside = tuple(f"{name}." for name in saved)
+    return {
+        name: bias
+        for name, bias in biases_of(model, slots).items()
+        if (mode == "all" or name.rpartition(".")[0] in adapted) and not name.startswith(inside)
+    }
+
+
+def set_biases(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    present = biases_of(model)
+    with torch.no_grad():
+        for name, value in values.items():
+            present[name].copy_(value)

@@ -1,0 +1,92 @@
+"""Replacing files of a folder as a whole: whatever interrupts it, each is the old one or the new one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+_TEMPORARY = ".randlora-", ".tmp"
+
+
+def write_text(path: Path, text: str) -> None:
+    replace_files(path.parent, {path.name: lambda temporary: temporary.write_text(text, encoding="utf-8")})
+
+
+def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], Any]], described_by: str | None = None) -> None:
+    """``writers[name](path)`` writes each file aside; when all are complete, they take the places of the old ones.
+
+    Files that go together cannot be renamed together, so the one named `described_by`, if it changes, is removed before
+    and put in place last: a crash in between leaves none, never one that describes other files. Saving waits while
+    another process saves into the same folder.
+    """
+    with _alone_in(folder) as alone:
+        if alone:  # then what is there was left by a process that was killed
+            for stale in folder.glob("*".join(_TEMPORARY)):
+                shutil.rmtree(stale, ignore_errors=True)
+        temporary = Path(tempfile.mkdtemp(*reversed(_TEMPORARY), folder))
+        try:
+            mode = _default_mode(temporary / ".mode")
+            for name, write in writers.items():
+                write(temporary / name)
+                os.chmod(temporary / name, mode)  # safetensors makes its files private
+                _sync(temporary / name)
+            if described_by is not None and not _same(temporary / described_by, folder / described_by):
+                with contextlib.suppress(FileNotFoundError):
+                    (folder / described_by).unlink()
+                    _sync(folder)
+            for name in sorted(writers, key=lambda name: name == described_by):
+                os.replace(temporary / name, folder / name)
+                _sync(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[bool]:
+    """Keeps other savers out of `folder`; False where its file system has no locks."""
+    try:
+        import fcntl
+    except ImportError:
+        yield False
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            alone = True
+        except OSError:
+            alone = False
+        try:
+            yield alone
+        finally:
+            if alone:  # closing is not enough where a forked child has the descriptor too
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+    finally:
+        os.close(descriptor)
+
+
+def _default_mode(probe: Path) -> int:
+    """What the umask leaves of a new file's permissions; asking for the umask would set it for all threads."""
+    probe.touch()
+    return stat.S_IMODE(probe.stat().st_mode)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _same(a: Path, b: Path) -> bool:
+    try:
+        return a.read_bytes() == b.read_bytes()
+    except OSError:
+        return False
