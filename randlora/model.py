@@ -263,7 +263,9 @@ class RandLoraModel(ActiveAdapters):
     def from_pretrained(
         cls, model: nn.Module, path: str | os.PathLike, adapter_name: str = "default", is_trainable: bool = False
     ) -> RandLoraModel:
-        """`model` with the adapter in the folder `path`, written by randlora or by PEFT (0.15 to 0.21).
+        """`model` with the adapter in the folder `path`, written by randlora or by PEFT (0.16 to 0.21).
+
+        A `path` like ``"user/repository"`` that is no folder is fetched from the Hugging Face Hub.
 
         Raises:
             ValueError: a file that cannot be read or does not fit; the model is left as it was.

@@ -116,7 +116,7 @@ def test_multihead_attention(tmp_path, targets, bias):
     with torch.no_grad():
         for i, (name, p) in enumerate(model.named_parameters()):
             if name.rpartition(".")[2].startswith("bias") and p.requires_grad:
-                p.add_(0.1 * torch.arange(p.numel(), dtype=p.dtype).reshape(p.shape) + i)
+                p.add_(0.2 * torch.cos(torch.arange(p.numel(), dtype=p.dtype).reshape(p.shape) + i))
     model.eval().save_pretrained(tmp_path)
     again = load(tmp_path, numbered(Attention().double()))
     torch.testing.assert_close(again(x), model(x), rtol=1e-12, atol=1e-12)
@@ -160,8 +160,8 @@ class Tied(nn.Module):
         self.second = self.first
         self.third = nn.Linear(9, 9)
         self.third.weight = self.first.weight
-        self.head = nn.Linear(9, 9)
-        self.head.bias = self.norm.bias
+        self.head = nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9))
+        self.head[1].weight = self.head[0].weight
 
     def forward(self, x):
         return self.head(self.norm(self.third(self.second(self.first(x)))))
