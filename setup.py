@@ -148,7 +148,8 @@ def extension_with_torch():
     # any flag with "arch" in it, such as a path, for a choice of architectures.
     system = [flag for folder in extension.include_dirs for flag in ("-isystem", folder)]
     extension.extra_compile_args = {
-        "cxx": ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", *system],
+        # -fopenmp for at::parallel_for, which is a serial loop without it. Not for the linker: the runtime is torch's own.
+        "cxx": ["-O3", "-fopenmp", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", *system],
         "nvcc": ["-O3", "-lineinfo", "-Xcompiler", "-fvisibility=hidden"],
     }
     extension.include_dirs.insert(0, str(ROOT / "csrc"))

@@ -1,9 +1,9 @@
 """Ternary bases in the forms that are stored and multiplied: index lists, or two bits per element.
 
 Lists (csrc/sparse_update.h): at density 1/z an entry of 16 bits per non-zero takes less room than two bits per element
-from z = 8 on, and the update is then built by walking the lists, with some thousand times fewer additions than the
-dense product has. Planes (csrc/packed_update.h): below that, A as lists of its rows and B at two bits per element.
-Both are generated from the seed in blocks of int8, never through a dense float tensor.
+from z = 8 on, and from about 10 on the update is built faster by walking the lists: at z = 45 with some thousand times
+fewer additions than the dense product has. Planes (csrc/packed_update.h): below that, A as lists of its rows and B at
+two bits per element. Both are generated from the seed in blocks of int8, never through a dense float tensor.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .bases import RandomBases
 
-LISTS_FROM = 8.0  # sparsity
+# By sparsity: below the first, dense products win; from the second on, lists are built from faster than bits.
+PLANES_FROM, LISTS_FROM = 2.5, 10.0
 _BLOCK = 1 << 22  # elements of B generated at a time
 
 # What the ops take. Lists: columns, a_starts, a_entries, b_starts, b_indices. Planes: a_starts, a_entries, b_planes.
@@ -30,7 +31,7 @@ def wanted(sparsity: float | None, device: torch.device) -> bool:
 
     ``sign`` bases have no zeros to leave out. CUDA keeps those of medium density dense, for its tensor cores.
     """
-    return sparsity is not None and (sparsity >= LISTS_FROM or (sparsity > 1 and device.type == "cpu"))
+    return sparsity is not None and (sparsity >= LISTS_FROM or (sparsity >= PLANES_FROM and device.type == "cpu"))
 
 
 class Lists:

@@ -12,11 +12,11 @@ import randlora
 from randlora.functional import linear
 from randlora.patterns import Lists, Planes
 
-# name -> arguments of RandomBases: lists from sparsity 8 on, planes below.
+# name -> arguments of RandomBases: lists from sparsity 10 on, planes from 2.5 on.
 FORMS = {
-    "lists": {"kind": "very_sparse", "sparsity": 9.0},
+    "lists": {"kind": "very_sparse", "sparsity": 10.0},
     "planes": {"kind": "sparse"},
-    "dense planes": {"kind": "sparse", "sparsity": 1.2},
+    "dense planes": {"kind": "sparse", "sparsity": 2.5},
 }
 SHAPES = [(41, 64, 5), (64, 41, 5), (3, 1, 4), (1, 1, 1), (33, 33, 40), (130, 341, 32), (341, 130, 32), (600, 520, 7)]
 STRATEGIES = ("factored", "materialized", "merged")

@@ -5,6 +5,10 @@
 // too, because only what is inlined into run_avx512() / run_avx2() is compiled for that instruction set.
 #pragma once
 
+#if !defined(_OPENMP)
+#error "compile with -fopenmp: at::parallel_for is a serial loop without it"
+#endif
+
 #define RANDLORA_INLINE inline __attribute__((always_inline))
 
 #if defined(__x86_64__)
