@@ -148,7 +148,7 @@ def extension_with_torch():
     # any flag with "arch" in it, such as a path, for a choice of architectures.
     system = [flag for folder in extension.include_dirs for flag in ("-isystem", folder)]
     extension.extra_compile_args = {
-        # -fopenmp for at::parallel_for, which is a serial loop without it. Not for the linker: the runtime is torch's own.
+        # at::parallel_for is a serial loop without -fopenmp. Not for the linker: the runtime is torch's own.
         "cxx": ["-O3", "-fopenmp", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", *system],
         "nvcc": ["-O3", "-lineinfo", "-Xcompiler", "-fvisibility=hidden"],
     }

@@ -113,9 +113,7 @@ def sparse_delta_weight(
     """:func:`delta_weight` of ternary bases, from what :meth:`randlora.RandomBases.pattern` gives. Differentiable."""
     m, M = min(in_features, out_features), max(in_features, out_features)
     dtype = torch.promote_types(randlora_lambda.dtype, randlora_gamma.dtype)
-    rows = torch.ops.randlora.sparse_update(
-        pattern, randlora_lambda, randlora_gamma, M, scaling * scale, None, dtype
-    )
+    rows = torch.ops.randlora.sparse_update(pattern, randlora_lambda, randlora_gamma, M, scaling * scale, None, dtype)
     update = rows if len(pattern) == 3 else rows.new_zeros(m, M).index_copy(0, pattern[0].long(), rows)
     return update.T if in_features <= out_features else update
 
