@@ -92,7 +92,7 @@ def test_without_peft(monkeypatch):
     ids=["basic", "sparse", "very_sparse"],
 )
 def test_usage_examples(arguments, capsys):
-    """PEFT's own three examples, on a small Llama."""
+    """PEFT's own three examples, on a small Llama: with PEFT's import, plain and accelerated, and with randlora's."""
     outputs, printed = [], []
     for accelerated in (False, True):
         with integration.enable() if accelerated else torch.no_grad():
@@ -104,7 +104,10 @@ def test_usage_examples(arguments, capsys):
         outputs.append(logits(randomize(model)))
         assert isinstance(model.base_model.model.model.layers[0].self_attn.q_proj, _peft_layer.Linear) == accelerated
     torch.testing.assert_close(*outputs)
-    assert printed[0] == printed[1] and printed[0].startswith("trainable params")
+    model = randlora.get_peft_model(llama(), randlora.RandLoraConfig(**arguments))
+    model.print_trainable_parameters()
+    printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] == printed[2] and printed[0].startswith("trainable params")
 
 
 def test_classes_are_still_pefts():
