@@ -297,19 +297,18 @@ def _make_sure(handle: str, dtype: torch.dtype, device: torch.device) -> bool:
 def _make_sure_lists(handle: str, device: torch.device, min_dim: int) -> bool:
     """As :func:`_make_sure`, for the lists."""
     bases = _by_handle[handle]
-    with torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad():
-        if device not in bases._lists:
-            with bases._lock:
-                if bases.prng == "philox":
-                    bases._lists[device] = patterns.make(bases, device), bases.scale
-                else:
-                    values = bases.draw(torch.float32, device) if bases.given is None else bases.given
-                    found = patterns.of_tensors(*(t.to(device) for t in values))
-                    if found is None:
-                        bases._may_have_lists = False
-                        return True
-                    bases._lists[device] = found
-        bases._lists[device][0].of(min_dim)
+    with torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad(), bases._lock:
+        found = bases._lists.get(device)
+        if found is None and bases.prng == "philox":
+            found = patterns.make(bases, device), bases.scale
+        elif found is None:
+            values = bases.draw(torch.float32, device) if bases.given is None else bases.given
+            found = patterns.of_tensors(*(t.to(device) for t in values))
+        if found is None:
+            bases._may_have_lists = False
+            return True
+        bases._lists[device] = found
+        found[0].of(min_dim)  # sliced here, so that no graph does it
     return True
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import planner
 from .linear_op import Linear as LinearOp
 from .ops import UniqueBaseGrad
+from .patterns import is_planes
 
 
 def unique_base(
@@ -114,7 +115,7 @@ def sparse_delta_weight(
     m, M = min(in_features, out_features), max(in_features, out_features)
     dtype = torch.promote_types(randlora_lambda.dtype, randlora_gamma.dtype)
     rows = torch.ops.randlora.sparse_update(pattern, randlora_lambda, randlora_gamma, M, scaling * scale, None, dtype)
-    update = rows if len(pattern) == 3 else rows.new_zeros(m, M).index_copy(0, pattern[0].long(), rows)
+    update = rows if is_planes(pattern) else rows.new_zeros(m, M).index_copy(0, pattern[0].long(), rows)
     return update.T if in_features <= out_features else update
 
 

@@ -14,6 +14,7 @@ from .cache import UpdateCache
 from .functional import compute_dtype, linear
 from .layer import BaseTensors, RandLoraLayer
 from .mixed import add_updates
+from .patterns import is_planes
 from .planner import STRATEGIES
 
 
@@ -142,7 +143,7 @@ class Linear(nn.Linear, RandLoraLayer):
         bases, dropout = self.bases[adapter], self.randlora_dropout[adapter]
         strategy = "auto" if self.strategy == "merged" and weight is None else self.strategy
         found = bases.pattern(min(self.in_features, self.out_features), x.device)
-        if found is not None and strategy == "factored" and len(found[0]) == 5:
+        if found is not None and strategy == "factored" and not is_planes(found[0]):
             found = None  # lists know no factored form
         pattern, scale = found or (None, bases.scale)
         tensors = bases.tensors(dtype, x.device) if pattern is None else (None, None)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from .patterns import is_planes
+
 _ops = torch.ops.randlora
 
 
@@ -33,7 +35,7 @@ def _(grad, x, weight, A, B, randlora_lambda, randlora_gamma, scale, dtype, stra
 def _(pattern, randlora_lambda, randlora_gamma, max_dim, scale, weight, dtype):
     if weight is not None:
         return torch.empty_like(weight)
-    rows = randlora_gamma.shape[1] if len(pattern) == 3 else pattern[0].numel()
+    rows = randlora_gamma.shape[1] if is_planes(pattern) else pattern[0].numel()
     return randlora_gamma.new_empty((rows, max_dim), dtype=dtype)
 
 
@@ -58,7 +60,7 @@ def _keep_sparse(ctx, inputs, output):
 
 def _sparse_gradients(ctx, grad):
     lam, gamma, *pattern = ctx.saved_tensors
-    rows = grad.index_select(0, pattern[0]) if ctx.with_weight and len(pattern) == 5 else grad
+    rows = grad.index_select(0, pattern[0]) if ctx.with_weight and not is_planes(pattern) else grad
     rows = rows if rows.dtype == torch.float64 else rows.float()
     d_lam, d_gamma = _ops.sparse_update_backward(rows, pattern, lam, gamma, ctx.scale, True, True)
     return [None] * len(pattern), d_lam, d_gamma, None, None, grad if ctx.with_weight else None, None

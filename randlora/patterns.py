@@ -9,7 +9,7 @@ two bits per element. Both are generated from the seed in blocks of int8, never 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +24,11 @@ _BLOCK = 1 << 22  # elements of B generated at a time
 
 # What the ops take. Lists: columns, a_starts, a_entries, b_starts, b_indices. Planes: a_starts, a_entries, b_planes.
 Pattern = tuple[Tensor, ...]
+
+
+def is_planes(pattern: Sequence[Tensor]) -> bool:
+    """Whether a pattern is one of planes, not of lists (csrc/packed_update.h: ``is_packed``)."""
+    return len(pattern) == 3
 
 
 def wanted(sparsity: float | None, device: torch.device) -> bool:
@@ -58,14 +63,10 @@ class Lists:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.columns, self.a_starts, self.a_entries, self.b_starts, self.b_indices))
 
-    def count(self, min_dim: int) -> int:
-        """How many of the first `min_dim` columns of A have a non-zero."""
-        return bisect.bisect_left(self._sorted_columns, min_dim)
-
     def of(self, min_dim: int) -> Pattern:
         part = self._parts.get(min_dim)
         if part is None:
-            count = self.count(min_dim)
+            count = bisect.bisect_left(self._sorted_columns, min_dim)  # columns of A with a non-zero
             part = self._parts[min_dim] = (
                 self.columns[:count], self.a_starts[: count + 1], self.a_entries, self.b_starts, self.b_indices
             )  # fmt: skip
@@ -84,9 +85,6 @@ class Planes:
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.a_starts, self.a_entries, self.b_planes))
-
-    def count(self, min_dim: int) -> int:
-        return min_dim
 
     def of(self, min_dim: int) -> Pattern:
         return self.a_starts, self.a_entries, self.b_planes

@@ -34,6 +34,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .patterns import is_planes
+
 STRATEGIES = ("factored", "materialized", "merged")
 
 # Multiply-adds per byte of memory traffic, (device type, bytes per element): CPU cores reach about 35 G/s of them in
@@ -189,7 +191,7 @@ def choose(
 
 def form(pattern) -> int | str | None:
     """What the costs depend on: the columns of very sparse bases, ``"planes"``, or None for dense ones."""
-    return None if pattern is None else "planes" if len(pattern) == 3 else pattern[0].numel()
+    return None if pattern is None else "planes" if is_planes(pattern) else pattern[0].numel()
 
 
 def _options(T, in_features, out_features, n, r, element_bytes, form, **needs) -> dict[str, tuple[Cost, Cost]]:
