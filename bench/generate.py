@@ -1,11 +1,13 @@
-"""One token through a layer, as in decoding: what does an adapter cost that is unmerged, cached or merged?
+"""Decoding: how many tokens per second with an adapter that is unmerged, cached or merged?
 
-A d -> d layer under ``no_grad`` in eval mode, one token at a time.
+A turn is a prompt and greedy decoding with a KV cache after it, in whole language models of random weights (on the CPU
+with fewer layers and words, as every title says). With --layers instead one token through one d -> d layer at a time.
+Lambda and gamma (LoRA: A and B) are random; r = 32.
 """
 
 from __future__ import annotations
 
-import copy
+import argparse
 import functools
 import sys
 from collections.abc import Callable
@@ -17,90 +19,162 @@ if not __package__:  # run as a file: python bench/generate.py
 import torch
 from torch import Tensor, nn
 
-from bench import measure, plots, records
+from bench import measure, methods, model, one_token, plots, records, reference
 from bench.measure import Provider
+from bench.shapes import SHAPES
 
-RANK = 32
-BASELINE = "frozen layer"
-CASES = ((1024, "float32"), (2048, "float32"), (4096, "float32"), (2048, "bfloat16"))
+BASELINE = "PEFT LoRA"
+KEY = ("model", "depth", "vocab", "batch", "tokens", "dtype", "targets", "r", "new_tokens")
+MODELS = tuple(name for name, shape in SHAPES.items() if shape.causal)
+BATCHES = (1, 8)
+PROMPT, NEW = 16, 16
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # relative error of all logits of a turn
 
 
-class Case:
-    def __init__(self, d: int, dtype: torch.dtype, device: str) -> None:
+class Decoding:
+    """One model, prompt and number of tokens."""
+
+    def __init__(self, shape, size, setting, device: str, new: int) -> None:
         import randlora
 
-        torch.manual_seed(0)
-        self.x = torch.randn(1, 1, d, dtype=dtype, device=device)
-        self.base = nn.Linear(d, d, dtype=dtype, device=device).requires_grad_(False)
-        self.layer = randlora.Linear(copy.deepcopy(self.base), r=RANK).eval()
-        with torch.no_grad():
-            self.layer.randlora_lambda["default"].normal_(0, 0.02)
-        randlora.inference_cache(limit=1 << 30)
+        self.shape, self.size, self.setting, self.new = shape, size, setting, new
+        self.model = shape.build(size.depth, size.vocab, dtype=size.dtype, device=device).eval()
+        self.prompt = shape.inputs(size, device)["input_ids"]
+        self._reference: tuple[str, nn.Module] | None = None  # of one kind at a time: it is a model in fp32
+        randlora.inference_cache(limit=16 << 30)
 
-    def provider(self, module: Callable[[Tensor], Tensor]) -> Provider:
-        @torch.no_grad()
-        def run() -> Tensor:
-            return module(self.x)
+    def provider(self, name: str) -> Provider:
+        method, change = PROVIDERS[name]
+        adapted = methods.adapt(method, self.model, self.setting, own_weights=change is merge).eval()
+        if method in methods.FAMILY and method.startswith("PEFT"):
+            methods.set_bases(adapted)
+        methods.set_random(adapted)
+        set_random_lora(adapted)
+        kind = reference.kind_of(method)
+        if self._reference is None or self._reference[0] != kind:
+            self._reference = None  # freed before the next one is made
+            self._reference = kind, reference.merged(self.model, adapted, kind)[0].eval()
+        change(adapted)
+        run = functools.partial(greedy, adapted, self.prompt, self.new)
+        run()  # what a cache keeps, it keeps after the second call of a layer
+        error = self._check(*run())
+        return Provider(lambda: (*run(), error))
 
-        for _ in range(3):  # what a cache keeps, it keeps after the second call
-            run()
-        return Provider(run)
-
-    def check(self, y: Tensor) -> float:
-        expected = nn.functional.linear(
-            self.x.double(), self.base.weight.double() + self.layer.get_delta_weight("default").double(),
-            self.base.bias.double(),
-        )  # fmt: skip
-        error = ((y - expected).norm() / expected.norm()).item()
-        assert error < (1e-4 if self.x.dtype == torch.float32 else 0.05), f"relative error {error}"
+    @torch.no_grad()
+    def _check(self, tokens: Tensor, logits: Tensor) -> float:
+        """All logits at once, for the tokens that were chosen; and each choice is the reference's, or a tie."""
+        expected = self._reference[1](tokens, use_cache=False).logits[:, -self.new - 1 : -1]
+        error = ((logits.float() - expected).norm() / expected.norm()).item()
+        allowed = TOLERANCE[self.size.dtype]
+        assert error < allowed, f"relative error of the logits {error:.1e}"
+        chosen = expected.gather(2, tokens[:, -self.new :, None])[:, :, 0]
+        short = ((expected.amax(2) - chosen) / expected.abs().amax(2)).max().item()
+        assert short < allowed, f"a token was chosen whose logit is {short:.1e} below the largest"
         return error
 
 
-def frozen(case: Case) -> Provider:
-    return Provider(case.provider(case.base).run, checked=False)
+@torch.no_grad()
+def greedy(module: nn.Module, prompt: Tensor, new: int) -> tuple[Tensor, Tensor]:
+    """Prompt and new tokens ``[batch, prompt + new]``, and the logits ``[batch, new, words]`` these were chosen by."""
+    tokens, logits, cache, step = [prompt], [], None, prompt
+    for _ in range(new):
+        output = module(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+        logits.append(output.logits[:, -1])
+        step = logits[-1].argmax(-1, keepdim=True)
+        tokens.append(step)
+    return torch.cat(tokens, 1), torch.stack(logits, 1)
 
 
-def cached(case: Case) -> Provider:
-    return case.provider(case.layer)
+@torch.no_grad()
+def set_random_lora(adapted: nn.Module, size: float = 0.5) -> None:
+    """An update as large as RandLoRA's here; LoRA's B is zero at first."""
+    for i, module in enumerate(m for m in adapted.modules() if hasattr(m, "lora_B")):
+        A, B = module.lora_A["default"].weight, module.lora_B["default"].weight
+        generator = torch.Generator().manual_seed(i)
+        for factor in (A, B):
+            factor.copy_(torch.randn(factor.shape, generator=generator))
+        update = module.scaling["default"] * B.float() @ A.float()
+        weight = module.get_base_layer().weight.float()
+        B.mul_(size * weight.square().mean().sqrt() / update.square().mean().sqrt())
 
 
-def uncached(case: Case) -> Provider:
-    layer = copy.deepcopy(case.layer)
-    layer._cache.get = lambda *_: None
-    return case.provider(layer)
+# ---- what is done to an adapted model before it decodes ----
 
 
-def merged(case: Case) -> Provider:
-    layer = copy.deepcopy(case.layer)
-    layer.merge()
-    return case.provider(layer)
+def as_it_is(adapted: nn.Module) -> None:
+    pass
 
 
-def providers() -> dict[str, Callable[[Case], Provider]]:
-    return {BASELINE: frozen, "randlora cached": cached, "randlora merged": merged, "randlora, no cache": uncached}
+def merge(adapted: nn.Module) -> None:
+    adapted.merge_adapter()
+
+
+def switch_cache_off(adapted: nn.Module) -> None:
+    """For this model alone: randlora.inference_cache(enabled=False) is for all of the process."""
+    for pair in methods.pairs(adapted):
+        pair.layer._cache.get = lambda *_: None
+
+
+# name -> method of bench/methods.py, and what is done to the model then
+PROVIDERS: dict[str, tuple[str, Callable[[nn.Module], None]]] = {
+    "frozen": (methods.FROZEN, as_it_is),
+    BASELINE: ("PEFT LoRA", as_it_is),
+    "PEFT LoRA, merged": ("PEFT LoRA", merge),
+    "PEFT RandLoRA": ("PEFT RandLoRA", as_it_is),
+    "PEFT RandLoRA, accelerated": ("PEFT RandLoRA, accelerated", as_it_is),
+    "randlora, not cached": ("randlora", switch_cache_off),
+    "randlora, cached": ("randlora", as_it_is),
+    "randlora, merged": ("randlora", merge),
+    "randlora very_sparse, not cached": ("randlora very_sparse", switch_cache_off),
+    "randlora very_sparse, cached": ("randlora very_sparse", as_it_is),
+}
+
+
+def whole_models(options: argparse.Namespace) -> Path:
+    book = records.Book("generate", KEY, options)
+    on_cpu = torch.device(options.device).type == "cpu"
+    default = MODELS[:1] if on_cpu or options.quick else MODELS
+    names = model.chosen(options.methods, PROVIDERS, PROVIDERS, ";", "method")
+    batches = (options.batch,) if options.batch else BATCHES[:1] if options.quick else BATCHES
+    for batch in batches:
+        for shape, size, setting, _ in model.models(options, default, batch=batch, tokens=options.tokens or PROMPT):
+            if not shape.causal:
+                raise SystemExit(f"{shape.name} is no language model; there are: {', '.join(MODELS)}")
+            title = f"{shape.title(size, training=False)}, then {options.new} new ones, r = {options.rank}"
+            if options.only and options.only not in title:
+                continue
+            print(title)
+            case = Decoding(shape, size, setting, options.device, options.new)
+            result = measure.compare(
+                title,
+                {name: functools.partial(case.provider, name) for name in names},
+                baseline=BASELINE if BASELINE in names else names[0],
+                check=lambda result: result[-1],  # done when it was set up
+                options=options,
+            )
+            print(measure.table(result))
+            speed = {
+                name: round(size.batch * options.new / t.median, 1) for name, t in result.timings.items() if t.samples
+            }
+            for name, value in speed.items():
+                print(f"  {name}: {value:,} tokens/s")
+            extra = {name: {"tokens_per_second": value} for name, value in speed.items()}
+            book.add(model.columns(shape, size, setting) | {"new_tokens": options.new}, result, extra)
+            if result.interrupted:
+                return book.path
+    return book.path
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    model.add_options(parser, PROVIDERS, MODELS)
+    parser.add_argument("--new", type=int, default=NEW, help=f"new tokens of a turn (default: {NEW})")
+    parser.add_argument("--layers", action="store_true", help="single layers instead of whole models")
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = measure.parse("generate", __doc__, argv)
-    book = records.Book("generate", ("dtype", "d", "r"), options)
-    for d, dtype in CASES:
-        title = f"one token, {dtype}, d = {d}"
-        if options.only and options.only not in title:
-            continue
-        print(f"{title}, r = {RANK}")
-        case = Case(d, getattr(torch, dtype), options.device)
-        result = measure.compare(
-            title,
-            {name: functools.partial(make, case) for name, make in providers().items()},
-            baseline=BASELINE,
-            check=case.check,
-            options=options,
-        )
-        print(measure.table(result))
-        book.add({"dtype": dtype, "d": d, "r": RANK}, result, {})
-        if result.interrupted:
-            break
-    plots.draw(book.path)
+    options = measure.parse("generate", __doc__, argv, add=add_options)
+    plots.draw(one_token.layers(options) if options.layers else whole_models(options))
     return 0
 
 

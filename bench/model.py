@@ -1,126 +1,138 @@
-"""A training step of a whole model: what does RandLoRA add to it, next to LoRA and full fine-tuning?
+"""A training step of a whole model: what does every method add to it, in time and in memory?
 
-Forward, backward and AdamW on random tokens; the models have the sizes of known ones and random weights. Adapters sit
-on all linear layers of the encoder, r = 32, fp32.
+Forward, backward and AdamW on random inputs, r = 32. The models have the sizes of known ones and random weights; on the
+CPU they have fewer layers and words, and smaller batches, as every title says (``bench/shapes.py``). The output of the
+embeddings requires a gradient, as inside a deep model; "frozen" is forward and backward without anything to train.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a file: python bench/model.py
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-from torch import nn
+from tqdm import tqdm
 
-from bench import measure, plots, records
-from bench.measure import Provider
+from bench import measure, methods, plots, records
+from bench.methods import METHODS
+from bench.shapes import SHAPES
+from bench.training import Training
 
-RANK = 32
 BASELINE = "PEFT LoRA"
-# model, batch, tokens per sample
-CASES = (("MiniLM-L6", 32, 128),)
-TARGETS = {"MiniLM-L6": ["query", "key", "value", "dense"]}
+KEY = ("model", "depth", "vocab", "batch", "tokens", "dtype", "targets", "r")
+QUICK_MODELS = ("MiniLM-L6", "Llama-3.2-3B")
+QUICK_METHODS = ("frozen", BASELINE, "PEFT RandLoRA", "PyTorch", "randlora", "randlora very_sparse")
 
 
-def build(name: str) -> nn.Module:
-    """The model with random weights, in training mode."""
-    import transformers
-
-    if name == "MiniLM-L6":
-        config = transformers.BertConfig(
-            hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
-        )
-        return transformers.BertModel(config, add_pooling_layer=False).train()
-    raise ValueError(f"unknown model {name}")
-
-
-class Case:
-    def __init__(self, name: str, batch: int, tokens: int, device: str) -> None:
-        self.name, self.device = name, device
-        torch.manual_seed(0)
-        self.ids = torch.randint(0, 30000, (batch, tokens), device=device)
-
-    def model(self) -> nn.Module:
-        torch.manual_seed(0)
-        return build(self.name).to(self.device)
-
-    def step(self, model: nn.Module) -> Provider:
-        """A provider that takes a training step of what is trainable in `model`."""
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-
-        def run() -> torch.Tensor:
-            loss = model(input_ids=self.ids).last_hidden_state.square().mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            return loss.detach()
-
-        return Provider(run)
-
-    def check(self, loss: torch.Tensor) -> None:
-        assert torch.isfinite(loss), f"loss {loss}"
+def add_options(parser: argparse.ArgumentParser, known_methods=METHODS, known_models=SHAPES) -> None:
+    """Which model, how much of it, and which methods; ``memory.py`` and ``generate.py`` have them too."""
+    add = parser.add_argument
+    add("--model", metavar="NAME,...", help=f"of {', '.join(known_models)} (default: all; --quick: some)")
+    add("--methods", metavar="NAME;...", help=f"of {'; '.join(known_methods)} (default: all; --quick: some)")
+    add("--depth", type=int, help="layers")
+    add("--vocab", type=int, help="words")
+    add("--batch", type=int, help="samples")
+    add("--tokens", type=int, help="tokens of a sample, of a language model")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the model")
+    add("--targets", metavar="NAME,...", help="layers that get adapters, by the ends of their names, or all-linear")
+    add("--rank", type=int, default=32, help="default: 32")
 
 
-def frozen_forward(case: Case) -> Provider:
-    model = case.model().requires_grad_(False)
-    return Provider(lambda: model(input_ids=case.ids).last_hidden_state.mean())
-
-
-def full(case: Case) -> Provider:
-    return case.step(case.model())
-
-
-def peft(case: Case, config_name: str) -> Provider:
-    import peft
-
-    config = getattr(peft, config_name)(r=RANK, target_modules=TARGETS[case.name])
-    return case.step(peft.get_peft_model(case.model(), config))
-
-
-def ours(case: Case, **settings) -> Provider:
-    import randlora
-
-    model = case.model().requires_grad_(False)
-    names = [n for n, m in model.named_modules() if n.rsplit(".", 1)[-1] in TARGETS[case.name]]
+def chosen(text: str | None, known: Any, default: Any, separator: str, what: str) -> list[str]:
+    """The names in `text`, checked."""
+    names = list(default) if text is None else [name.strip() for name in text.split(separator)]
     for name in names:
-        model.set_submodule(name, randlora.Linear(model.get_submodule(name), r=RANK, **settings))
-    return case.step(model)
+        if name not in known:
+            raise SystemExit(f"no {what} is named {name!r}; there are: {f'{separator} '.join(known)}")
+    return names
 
 
-def providers() -> dict[str, Callable[[Case], Provider]]:
-    return {
-        "randlora": ours,
-        BASELINE: functools.partial(peft, config_name="LoraConfig"),
-        "PEFT RandLoRA": functools.partial(peft, config_name="RandLoraConfig"),
-        "full fine-tuning": full,
-        "floor: frozen, forward only": frozen_forward,
-    }
+def models(options: argparse.Namespace, default: Any, **sizes: int) -> Iterator[tuple]:
+    """Shape, size, setting and title of each model that the options ask for; `sizes` come before the options'."""
+    for name in chosen(options.model, SHAPES, default, ",", "model"):
+        shape = SHAPES[name]
+        changes = {field: getattr(options, field) for field in ("depth", "vocab", "batch", "tokens")} | sizes
+        if options.dtype:
+            changes["dtype"] = getattr(torch, options.dtype)
+        if shape.image:
+            changes["tokens"] = changes["vocab"] = None
+        size = shape.size(options.device, **changes)
+        if options.quick and torch.device(options.device).type == "cpu":
+            size = dataclasses.replace(size, batch=changes["batch"] or min(size.batch, 4))
+        targets = shape.targets
+        if options.targets:
+            targets = options.targets if options.targets == "all-linear" else options.targets.split(",")
+        setting = shape.setting(size, targets=targets, rank=options.rank)
+        yield shape, size, setting, f"{shape.title(size)}, r = {options.rank}"
+
+
+def columns(shape, size, setting) -> dict[str, Any]:
+    targets = setting.targets if isinstance(setting.targets, str) else " ".join(setting.targets)
+    return shape.columns(size) | {"targets": targets, "r": setting.rank}
+
+
+def extra(training: Training, result: measure.Comparison, with_peak: bool) -> tuple[dict[str, dict[str, Any]], bool]:
+    """Trainable parameters, bytes and tokens per second of what has been timed; and whether this was interrupted."""
+    done = [name for name, timing in result.timings.items() if timing.samples]
+    frozen = {"multiply_adds": training.multiply_adds()} if done else {}
+    found = {name: training.found[name] | frozen for name in done}
+    for name in done:
+        found[name]["tokens_per_second"] = round(
+            training.size.batch * training.size.tokens / result.timings[name].median
+        )
+    if with_peak and not result.interrupted:
+        for name in tqdm(done, desc="memory", leave=False, disable=None):
+            try:
+                found[name]["peak_bytes"] = training.peak_bytes(name)
+            except KeyboardInterrupt:
+                tqdm.write("  stopped; what has been measured is kept")
+                return found, True
+            except Exception as problem:  # the times are worth keeping
+                tqdm.write(f"  the memory of {name} is not known: {type(problem).__name__}: {problem}")
+    return found, result.interrupted
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    width = max(map(len, found), default=0)
+    lines = [f"  {'':{width}}  {'trained':>12}  {'peak MiB':>9}  {'kept MiB':>9}  {'tokens/s':>9}"]
+    for name, row in found.items():
+        peak, saved = (f"{row[key] / 2**20:.1f}" if key in row else "-" for key in ("peak_bytes", "saved_bytes"))
+        tokens = row["tokens_per_second"]
+        lines.append(f"  {name:{width}}  {row['trainable_parameters']:12,}  {peak:>9}  {saved:>9}  {tokens:9,}")
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = measure.parse("model", __doc__, argv)
-    book = records.Book("model", ("model", "batch", "tokens", "r"), options)
-    for name, batch, tokens in CASES:
-        title = f"{name}, {batch} x {tokens} tokens"
+    options = measure.parse("model", __doc__, argv, add=add_options)
+    book = records.Book("model", KEY, options)
+    for shape, size, setting, title in models(options, QUICK_MODELS if options.quick else SHAPES):
         if options.only and options.only not in title:
             continue
-        print(f"{title}, r = {RANK}")
-        case = Case(name, batch, tokens, options.device)
+        print(title)
+        torch.compiler.reset()
+        training = Training(shape, size, setting, options.device)
+        usual = [name for name in methods.suitable(size.dtype) if not options.quick or name in QUICK_METHODS]
+        names = chosen(options.methods, METHODS, usual, ";", "method")
         result = measure.compare(
             title,
-            {provider: functools.partial(make, case) for provider, make in providers().items()},
-            baseline=BASELINE,
-            check=case.check,
+            {name: functools.partial(training.provider, name) for name in names},
+            baseline=BASELINE if BASELINE in names else names[0],
+            check=training.check,
             options=options,
         )
         print(measure.table(result))
-        book.add({"model": name, "batch": batch, "tokens": tokens, "r": RANK}, result, {})
-        if result.interrupted:
+        found, interrupted = extra(training, result, with_peak=not options.quick)
+        print(table(found))
+        book.add(columns(shape, size, setting), result, found)
+        if interrupted:
             break
     plots.draw(book.path)
     return 0

@@ -1,0 +1,99 @@
+"""One token through a layer, as in decoding: what does an adapter cost that is unmerged, cached or merged?
+
+A d -> d layer under ``no_grad`` in eval mode, one token at a time; ``python -m bench generate --layers``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bench import measure, records
+from bench.measure import Provider
+
+RANK = 32
+BASELINE = "frozen layer"
+CASES = ((1024, "float32"), (2048, "float32"), (4096, "float32"), (2048, "bfloat16"))
+
+
+class Case:
+    def __init__(self, d: int, dtype: torch.dtype, device: str) -> None:
+        import randlora
+
+        torch.manual_seed(0)
+        self.x = torch.randn(1, 1, d, dtype=dtype, device=device)
+        self.base = nn.Linear(d, d, dtype=dtype, device=device).requires_grad_(False)
+        self.layer = randlora.Linear(copy.deepcopy(self.base), r=RANK).eval()
+        with torch.no_grad():
+            self.layer.randlora_lambda["default"].normal_(0, 0.02)
+        randlora.inference_cache(limit=1 << 30)
+
+    def provider(self, module: Callable[[Tensor], Tensor]) -> Provider:
+        @torch.no_grad()
+        def run() -> Tensor:
+            return module(self.x)
+
+        for _ in range(3):  # what a cache keeps, it keeps after the second call
+            run()
+        return Provider(run)
+
+    def check(self, y: Tensor) -> float:
+        expected = nn.functional.linear(
+            self.x.double(), self.base.weight.double() + self.layer.get_delta_weight("default").double(),
+            self.base.bias.double(),
+        )  # fmt: skip
+        error = ((y - expected).norm() / expected.norm()).item()
+        assert error < (1e-4 if self.x.dtype == torch.float32 else 0.05), f"relative error {error}"
+        return error
+
+
+def frozen(case: Case) -> Provider:
+    return Provider(case.provider(case.base).run, checked=False)
+
+
+def cached(case: Case) -> Provider:
+    return case.provider(case.layer)
+
+
+def uncached(case: Case) -> Provider:
+    layer = copy.deepcopy(case.layer)
+    layer._cache.get = lambda *_: None
+    return case.provider(layer)
+
+
+def merged(case: Case) -> Provider:
+    layer = copy.deepcopy(case.layer)
+    layer.merge()
+    return case.provider(layer)
+
+
+def providers() -> dict[str, Callable[[Case], Provider]]:
+    return {BASELINE: frozen, "randlora cached": cached, "randlora merged": merged, "randlora, no cache": uncached}
+
+
+def layers(options: argparse.Namespace) -> Path:
+    book = records.Book("generate-layer", ("dtype", "d", "r"), options)
+    for d, dtype in CASES:
+        title = f"one token, {dtype}, d = {d}"
+        if options.only and options.only not in title:
+            continue
+        print(f"{title}, r = {RANK}")
+        case = Case(d, getattr(torch, dtype), options.device)
+        result = measure.compare(
+            title,
+            {name: functools.partial(make, case) for name, make in providers().items()},
+            baseline=BASELINE,
+            check=case.check,
+            options=options,
+        )
+        print(measure.table(result))
+        book.add({"dtype": dtype, "d": d, "r": RANK}, result, {})
+        if result.interrupted:
+            break
+    return book.path

@@ -1,0 +1,223 @@
+"""A training step of a whole model under one method: made, checked, and what it keeps and takes in memory.
+
+Checked is that adapters leave the model as it is at the start, and of every RandLoRA that with random parameters it
+gives the loss and the gradients that the formula gives, on bases that all of the same kind share.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench import measure, methods, reference, shapes
+from bench.measure import Provider
+from bench.methods import Setting
+from bench.shapes import Inputs, Shape, Size
+
+LEARNING_RATE = 1e-4
+# Relative errors of a loss and of all gradients of lambda and gamma, against the same model in fp32.
+TOLERANCE = {torch.float32: (1e-4, 2e-3), torch.bfloat16: (0.01, 0.05)}
+
+
+class Training:
+    """One model at one size. :meth:`provider` gives the calls to be timed.
+
+    Attributes:
+        found: method -> further columns of its row, known after its provider was set up.
+    """
+
+    def __init__(self, shape: Shape, size: Size, setting: Setting, device: str) -> None:
+        self.shape, self.size, self.setting, self.device = shape, size, setting, device
+        self.model = shape.build(size.depth, size.vocab, dtype=size.dtype, device=device).requires_grad_(False)
+        self.inputs = shape.inputs(size, device)
+        with torch.no_grad():
+            self.loss = shape.loss(self.model, self.inputs).item()
+        self.found: dict[str, dict[str, Any]] = {}
+        self._expected: dict[str, tuple[float, list[Tensor]]] = {}  # by kind of bases
+
+    def provider(self, name: str) -> Provider:
+        adapted = methods.adapt(name, self.model, self.setting)
+        saved, loss = saved_bytes(adapted, lambda: self.shape.loss(adapted, self.inputs))
+        trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        self.found[name] = {"trainable_parameters": trained, "saved_bytes": saved}
+        error = abs(loss.item() - self.loss) / self.loss
+        del loss
+        assert error < self.tolerance[0], f"the loss is off by {error:.1e} before anything is trained"
+        if methods.pairs(adapted):
+            error = max(error, self._error_with_random_parameters(name, adapted))
+        run = step(self.shape, adapted, self.inputs)
+        return Provider(lambda: (run(), error))
+
+    @staticmethod
+    def check(result: tuple[Tensor, float]) -> float:
+        loss, error = result
+        assert torch.isfinite(loss), f"loss {loss.item()}"
+        return error
+
+    @property
+    def tolerance(self) -> tuple[float, float]:
+        return TOLERANCE[self.size.dtype]
+
+    def _error_with_random_parameters(self, name: str, adapted: nn.Module) -> float:
+        if name.startswith("PEFT"):
+            methods.set_bases(adapted)
+        kind = reference.kind_of(name)
+        if kind not in self._expected:
+            self._expected[kind] = self._by_hand(adapted, kind)
+        with methods.random_parameters(adapted):
+            loss = self.shape.loss(adapted, self.inputs)
+            parameters = [p for pair in methods.pairs(adapted) for p in (pair.lam, pair.gamma)]
+            gradients = torch.autograd.grad(loss, parameters)
+        expected, expected_gradients = self._expected[kind]
+        of_loss = abs(loss.item() - expected) / expected
+        of_gradients = max(
+            ((a.float() - b).norm() / b.norm()).item() for a, b in zip(gradients, expected_gradients, strict=True)
+        )
+        assert of_loss < self.tolerance[0], f"with random parameters the loss is off by {of_loss:.1e}"
+        assert of_gradients < self.tolerance[1], f"the gradients are off by {of_gradients:.1e}"
+        return max(of_loss, of_gradients)
+
+    def _by_hand(self, adapted: nn.Module, kind: str) -> tuple[float, list[Tensor]]:
+        """Loss and gradients of all lambda and gamma, through the merged weights' gradients."""
+        with methods.random_parameters(adapted):
+            plain, updates = reference.merged(self.model, adapted, kind)
+        weights = [update.weight.requires_grad_() for update in updates]
+        inputs = {k: t.float() if t.is_floating_point() else t for k, t in self.inputs.items()}
+        loss = self.shape.loss(plain, inputs)
+        gradients = torch.autograd.grad(loss, weights)
+        found: list[Tensor] = []
+        for update, gradient in zip(updates, gradients, strict=True):
+            found += torch.autograd.grad(update.value, update.sources, gradient)
+        return loss.item(), found
+
+    def multiply_adds(self) -> int:
+        """Of the frozen model, forward and backward to its embeddings: what no method can do without."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        # The mathematical form of attention, as the counter does not know the CPU's fused one.
+        counter = FlopCounterMode(display=False)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), counter:
+            self.shape.loss(self.model, self.inputs).backward()
+        return counter.get_total_flops() // 2
+
+    def peak_bytes(self, name: str) -> int:
+        """Above the frozen model's weights at the peak of a training step, optimizer state and bases included."""
+        arguments = self.shape.name, self.size, self.setting, self.device, name
+        if torch.device(self.device).type == "cuda":
+            return _peak_cuda(self.model, *arguments)
+        return _in_a_process(_peak_cpu, torch.get_num_threads(), *arguments)
+
+
+def step(shape: Shape, adapted: nn.Module, inputs: Inputs) -> Callable[[], Tensor]:
+    """A training step of what is trainable, if anything is; returns the loss."""
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE) if trained else None
+
+    def run() -> Tensor:
+        loss = shape.loss(adapted, inputs)
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.detach()
+
+    run.state = lambda: [] if optimizer is None else _tensors(optimizer.state.values())
+    return run
+
+
+def _tensors(states: Iterable[dict[str, Any]]) -> list[Tensor]:
+    return [value for state in states for value in state.values() if isinstance(value, Tensor)]
+
+
+# ---- memory ----
+
+
+def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Address -> bytes of the distinct storages behind `tensors`."""
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+def saved_bytes(adapted: nn.Module, forward: Callable[[], Tensor]) -> tuple[int, Tensor]:
+    """What `forward` keeps for backward beside parameters, buffers and bases; and what it returns."""
+    kept: list[Tensor] = []  # held, so that no address comes twice
+
+    def pack(t: Tensor) -> Tensor:
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = forward()
+    known = storages([*adapted.parameters(), *adapted.buffers(), *methods.bases(adapted)])
+    return sum(size for address, size in storages(kept).items() if address not in known), result
+
+
+def _in_a_process(function: Callable[..., int], *arguments: Any) -> int:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers", "peft"])  # imported once for all
+    ours, its = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(its, function, *arguments))
+    process.start()
+    its.close()
+    try:
+        result = ours.recv()
+    except EOFError:
+        process.join()
+        raise MemoryError(f"its process ended with exit code {process.exitcode}") from None
+    process.join()
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _send(pipe: Any, function: Callable[..., int], *arguments: Any) -> None:
+    try:
+        pipe.send(function(*arguments))
+    except Exception as problem:
+        pipe.send(RuntimeError(f"{type(problem).__name__}: {problem}"))
+
+
+def _peak_cuda(model: nn.Module, shape: str, size: Size, setting: Setting, device: str, name: str) -> int:
+    torch.compiler.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+    shape = shapes.SHAPES[shape]
+    inputs = shape.inputs(size, device)
+    before = torch.cuda.memory_allocated(device)
+    if name == methods.FULL:  # trains a copy of the weights
+        before += sum(storages(model.parameters()).values())
+    run = step(shape, methods.adapt(name, model, setting), inputs)
+    run()
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _peak_cpu(threads: int, shape: str, size: Size, setting: Setting, device: str, name: str) -> int:
+    """What lasts from step to step, by its tensors, and what a second step takes beyond, by the process's own count.
+
+    The first step has imported, compiled and allocated what is needed once; none of it is counted.
+    """
+    torch.set_num_threads(threads)
+    shape = shapes.SHAPES[shape]
+    model = shape.build(size.depth, size.vocab, dtype=size.dtype, device=device)
+    weights = storages(model.parameters())
+    inputs = shape.inputs(size, device)
+    adapted = methods.METHODS[name](model, setting)
+    run = step(shape, adapted, inputs)
+    run()
+    lasting = storages([*(p for p in adapted.parameters() if p.requires_grad), *run.state(), *methods.bases(adapted)])
+    gc.collect()
+    if hasattr(trim := ctypes.CDLL(None), "malloc_trim"):
+        trim.malloc_trim(0)  # what was freed, so that the step has to take it again
+    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is in use now
+    before = measure._status_bytes("VmRSS")
+    run()
+    above = measure._status_bytes("VmHWM") - before
+    return above + sum(bytes_ for address, bytes_ in lasting.items() if address not in weights)
