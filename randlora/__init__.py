@@ -9,6 +9,7 @@ from .attention import MultiheadAttention  # noqa: E402
 from .bases import RandomBases  # noqa: E402
 from .cache import inference_cache  # noqa: E402
 from .config import RandLoraConfig  # noqa: E402
+from .estimate import Estimate, estimate  # noqa: E402
 from .layer import RandLoraLayer  # noqa: E402
 from .linear import Linear  # noqa: E402
 from .model import RandLoraModel, get_peft_model  # noqa: E402
@@ -18,6 +19,7 @@ from .planner import explain  # noqa: E402
 __version__ = _C.build_info()["version"]
 
 __all__ = [
+    "Estimate",
     "Linear",
     "MultiheadAttention",
     "RandLoraConfig",
@@ -26,6 +28,7 @@ __all__ = [
     "RandomBases",
     "UniqueBaseGrad",
     "build_info",
+    "estimate",
     "explain",
     "functional",
     "get_peft_model",
