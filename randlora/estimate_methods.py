@@ -224,9 +224,9 @@ def lora(step: Step, plan: Plan, others: Beside) -> dict[str, Any]:
     for layer, call in step.calls():
         wide, high = layer.in_features, layer.out_features
         product = layer.parameter_dtype if layer.dtype == layer.input_dtype else layer.dtype
-        if dropout:  # what is left of the input, and the mask: one byte on CUDA, as wide as the input elsewhere
+        if dropout:  # what is left of the input, and for its gradient the mask: on CUDA a byte, elsewhere a factor
             mask = 1 if step.device.type == "cuda" else layer.parameter_dtype.itemsize
-            saved += T * wide * (product.itemsize + mask)
+            saved += T * wide * (product.itemsize + call.need_x * mask)
         elif product != layer.input_dtype:
             saved += T * wide * product.itemsize  # every layer casts for itself
         elif not call.kept:
