@@ -7,7 +7,9 @@
 //   in >  out ("tall")   dW = S2^T @ B2^T    h = x @ B2       y = x W^T + h @ S2       dS2 = h^T @ g
 // or, through the gradient G = g^T x of dW:  dS2 = B2^T @ G (wide), B2^T @ G^T (tall).
 // Very sparse bases come as a pattern (sparse_update.h), which builds dW and takes G apart without S2 and B2; rows or
-// columns of dW without a non-zero take no part in the products.
+// columns of dW without a non-zero take no part in the products. On the CPU h is computed from what is non-zero as well
+// (sparse_products.h): that is the factored strategy there, and what every strategy's backward gets the parameters'
+// gradients from.
 // Nothing of this is kept between forward and backward: the backward gets the same arguments and rebuilds what it
 // needs.
 #include "linear.h"
@@ -26,6 +28,7 @@
 
 #include "ops.h"
 #include "packed_update.h"
+#include "sparse_products.h"
 
 namespace randlora {
 namespace {
@@ -73,7 +76,11 @@ class Layer {
     } else {
       const at::Tensor x = dropped(x_);
       if (weight_.defined()) y = at::linear(x_, weight_, bias);
-      if (sparse()) {
+      if (sparse() && a_.strategy == Strategy::factored) {
+        if (!y.defined()) y = at::zeros({tokens_, out_}, x.options());
+        wide_ ? cpu::sparse_up(y, x, a_.pattern, a_.lambda, a_.gamma, a_.scale)
+              : cpu::sparse_down(y, x, a_.pattern, a_.lambda, a_.gamma, a_.scale);
+      } else if (sparse()) {
         add_sparse_update(y, x);
       } else if (a_.strategy == Strategy::materialized) {
         accumulate(y, x, dense_update({}).t());
@@ -106,7 +113,11 @@ class Layer {
     }
 
     at::Tensor dlambda, dgamma;
-    if (sparse()) {
+    if (sparse() && through_tokens()) {
+      std::tie(dlambda, dgamma) = sparse_backward(into, g, x, need_x && factored, need_parameters);
+      if (need_lambda) dlambda = cast(dlambda, a_.lambda.scalar_type());
+      if (need_gamma) dgamma = cast(dgamma, a_.gamma.scalar_type());
+    } else if (sparse()) {
       if (need_parameters)
         std::tie(dlambda, dgamma) = sparse_update_backward(sparse_weight_gradient(g, x), a_.pattern, a_.lambda,
                                                            a_.gamma, a_.scale, need_lambda, need_gamma);
@@ -190,6 +201,26 @@ class Layer {
   bool sparse() const { return !a_.pattern.empty() && !(is_packed(a_.pattern) && a_.strategy == Strategy::factored); }
 
   bool all_columns() const { return is_packed(a_.pattern) || a_.pattern[0].numel() == m_; }
+
+  // Whether products with the tokens that leave out what is zero beat a dense one for the gradient of D.
+  bool through_tokens() const { return a_.x.is_cpu() && !is_packed(a_.pattern); }
+
+  // The parameters' gradients, and, if `add_input_gradient`, dx += g @ dW.
+  std::tuple<at::Tensor, at::Tensor> sparse_backward(at::Tensor& dx, const at::Tensor& g, const at::Tensor& x,
+                                                     bool add_input_gradient, bool need_parameters) const {
+    std::optional<at::Tensor> into;
+    if (add_input_gradient) {
+      if (!dx.defined()) dx = at::zeros({tokens_, in_}, g.options());
+      if (wide_)
+        into = dx;
+      else
+        cpu::sparse_up(dx, g, a_.pattern, a_.lambda, a_.gamma, a_.scale);
+    }
+    if (need_parameters)
+      return cpu::sparse_gradients(into, wide_ ? g : x, wide_ ? x : g, a_.pattern, a_.lambda, a_.gamma, a_.scale);
+    if (into.has_value()) cpu::sparse_down(*into, g, a_.pattern, a_.lambda, a_.gamma, a_.scale);
+    return {};
+  }
 
   // The features of the smaller side that D has rows for.
   at::Tensor columns_of(const at::Tensor& t) const { return all_columns() ? t : t.index_select(1, a_.pattern[0]); }
@@ -284,8 +315,8 @@ void check(const LayerArguments& a) {
       TORCH_CHECK_VALUE(t.device() == a.x.device(), "bases must be on the device of x, ", a.x.device(), ", got ",
                         t.device());
   } else {
-    TORCH_CHECK_VALUE(a.strategy != Strategy::factored || is_packed(a.pattern),
-                      "very sparse bases have no factored strategy");
+    TORCH_CHECK_VALUE(a.strategy != Strategy::factored || is_packed(a.pattern) || a.x.is_cpu(),
+                      "very sparse bases have a factored strategy on the CPU only, got ", a.x.device());
   }
   for (const at::Tensor& t : {a.lambda, a.gamma})
     TORCH_CHECK_VALUE(t.device() == a.x.device(), "bases and parameters must be on the device of x, ", a.x.device(),

@@ -167,19 +167,19 @@ def randlora(step: Step, plan: Plan, kind: str, others: Beside, projections: boo
 
 
 def _strategies(
-    step: Step, layer: Layer, config: RandLoraConfig, form: int | str | None, need_x: bool
+    step: Step, layer: Layer, config: RandLoraConfig, form: planner.Lists | str | None, need_x: bool
 ) -> tuple[tuple[str, str], tuple[Cost, Cost], bool]:
     """The strategies of both passes, their costs, and whether they take dense bases: decided as ``Linear`` does."""
     shape = step.tokens, layer.in_features, layer.out_features, layer.num_bases, config.r
     strategy = "auto" if config.strategy == "merged" and layer.weight_dtype is None else config.strategy
-    if strategy == "factored" and isinstance(form, int):
-        form = None  # lists know no factored form
+    if strategy == "factored" and isinstance(form, planner.Lists) and step.device.type != "cpu":
+        form = None  # as in Linear
     needs = {"dropout": config.randlora_dropout > 0, "need_x": need_x, "need_parameters": True}
     chosen = strategy, strategy
     if strategy == "auto":
         chosen = planner.choose(*shape, layer.dtype, layer.weight_dtype, step.device.type, form=form, **needs)
     has_weight = layer.weight_dtype is not None
-    options = planner._options(*shape, layer.dtype.itemsize, form, has_weight=has_weight, **needs)
+    options = planner._options(*shape, layer.dtype.itemsize, form, step.device.type, has_weight=has_weight, **needs)
     return chosen, (options[chosen[0]][0], options[chosen[1]][1]), form is None
 
 

@@ -158,7 +158,7 @@ def linear(
         workspace: bytes that temporaries may take, 0 for no limit. Below what a strategy takes at once it works in
             groups of bases: more, smaller products.
         pattern: ternary bases as :meth:`randlora.RandomBases.pattern` gives them, in place of A and B (None). Lists
-            have no factored strategy; `workspace` bounds that of planes only.
+            have a factored strategy on the CPU only; `workspace` bounds that of planes only.
 
     Returns:
         ``[..., out]`` in the dtype that ``torch.nn.functional.linear`` gives (autocast included); products are in that

@@ -14,6 +14,7 @@
 #include <torch/library.h>
 
 #include "cpu/large.h"
+#include "cpu/sparse_column.h"
 #include "cpu/vec.h"
 
 namespace randlora::cpu {
@@ -21,25 +22,6 @@ namespace {
 
 constexpr int64_t kGroup = 16;          // rows j built side by side where they are columns of the weight
 constexpr int64_t kColumnsPerSum = 64;  // of the backward's partial sums of dlambda
-
-// The rows o < M at which column p of B2 is +1, and at which it is -1.
-template <class Index>
-struct Column {
-  const Index *plus, *plus_end, *minus, *minus_end;
-
-  RANDLORA_INLINE Column(const SparsePattern& s, int64_t p) {
-    const Index* const all = static_cast<const Index*>(s.b_indices);
-    plus = all + s.b_starts[2 * p];
-    minus = all + s.b_starts[2 * p + 1];
-    plus_end = cut(plus, minus, s.M);
-    minus_end = cut(minus, all + s.b_starts[2 * p + 2], s.M);
-  }
-
-  // The store may have more rows than the layer.
-  static RANDLORA_INLINE const Index* cut(const Index* from, const Index* to, int64_t M) {
-    return to == from || int64_t(to[-1]) < M ? to : std::lower_bound(from, to, M);
-  }
-};
 
 // to[o * stride] += row c of the update.
 template <class Acc, class Index>
