@@ -123,6 +123,7 @@ at::Tensor as(const at::Tensor& t, at::ScalarType type) { return t.to(type).cont
 
 at::Tensor sparse_update(at::TensorList pattern, const at::Tensor& lambda, const at::Tensor& gamma, int64_t M,
                          double scale, const std::optional<at::Tensor>& weight, at::ScalarType dtype) {
+  if (is_bits(pattern)) return unpacked_update(pattern, lambda, gamma, M, scale, weight, dtype);
   const bool packed = is_packed(pattern);
   const SparsePattern s = packed ? all_rows(lambda, gamma, M) : check_pattern(pattern, lambda, gamma, M);
   const at::Tensor out = make_sparse_result(s, weight, gamma, dtype);
@@ -198,6 +199,7 @@ void backward(const at::Tensor& grad, const SparsePattern& s, const at::Tensor& 
 std::tuple<at::Tensor, at::Tensor> sparse_update_backward(const at::Tensor& grad, at::TensorList pattern,
                                                           const at::Tensor& lambda, const at::Tensor& gamma,
                                                           double scale, bool need_lambda, bool need_gamma) {
+  if (is_bits(pattern)) return unpacked_update_backward(grad, pattern, lambda, gamma, scale, need_lambda, need_gamma);
   TORCH_CHECK_VALUE(grad.dim() == 2, "grad must have shape [columns, M], got ", grad.sizes());
   const bool packed = is_packed(pattern);
   const SparsePattern s =
