@@ -176,7 +176,7 @@ class Linear(nn.Linear, RandLoraLayer):
             dtype,
             x.device,
             adapters,
-            *((self.scaling[name], id(self.bases[name])) for name in adapters),
+            *((self.scaling[name], self.bases[name]._handle) for name in adapters),
         )
 
         def build() -> Tensor:
