@@ -7,8 +7,10 @@ adapters that PEFT saved without their projections; such bases have one size.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import re
 import threading
 import weakref
 
@@ -144,8 +146,8 @@ class RandomBases:
     def tensors(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """The stored A and B (see :attr:`scale`), one shared copy per dtype and device. Not to be written to."""
         key = dtype or self.dtype, _canonical(device or self.device)
-        _make_sure(self._handle, *key)
-        held = self._held.get(key)
+        name = _make_sure(self._handle, *key)
+        held = getattr(self._ready, name, None)
         return self.tensors(*key) if held is None else held  # none: another thread let the store grow in between
 
     def pattern(self, min_dim: int, device: torch.device | None = None) -> tuple[Pattern, float] | None:
@@ -155,16 +157,15 @@ class RandomBases:
         called. Given bases are recognised where that makes them faster: the ternary ones that PEFT stores dense.
         """
         device = _canonical(device or self.device)
-        if not self._may_have_lists or (self.prng == "philox" and not patterns.wanted(self.sparsity, device)):
+        if self.prng == "philox" and not patterns.wanted(self.sparsity, device):
             return None
         if device.type == "meta":  # no values to look at
             return None
-        _make_sure_lists(self._handle, device, min_dim)
-        held = self._lists.get(device)
-        if held is None:
-            return self.pattern(min_dim, device) if self._may_have_lists else None
-        lists, scale = held
-        return lists.of(min_dim), scale
+        name = _make_sure_lists(self._handle, device, min_dim)
+        if name is None:
+            return None
+        found = getattr(self._ready, name, None)
+        return self.pattern(min_dim, device) if found is None else found  # as in tensors()
 
     @property
     def nbytes(self) -> int:
@@ -187,6 +188,7 @@ class RandomBases:
             self.num_bases = max(self.num_bases, num_bases)
             self._held.clear()  # the smaller copies are prefixes of the next ones
             self._lists.clear()
+            self._ready = _Ready()
 
     def to(self, *args, **kwargs) -> RandomBases:
         """The same bases with another default ``dtype`` and/or ``device``, given as for ``nn.Module.to``."""
@@ -244,7 +246,8 @@ class RandomBases:
     def _reset(self) -> None:
         self._held: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
         self._lists: dict[torch.device, tuple[patterns.Form, float]] = {}
-        self._may_have_lists = True  # given ones: until one has looked at the values
+        self._without_lists: set[torch.device] = set()  # where those not drawn here were looked at in vain
+        self._ready = _Ready()
         self._hashes: dict[tuple[int, int, int], str] = {}
         self._lock = threading.Lock()
         self._handle = f"bases {next(_handles)}"  # torch.compile can take a string for a constant, not an object
@@ -280,23 +283,42 @@ _by_handle: weakref.WeakValueDictionary[str, RandomBases] = weakref.WeakValueDic
 _given_bases: weakref.WeakValueDictionary[tuple[int, int], RandomBases] = weakref.WeakValueDictionary()
 
 
+class _Ready:
+    """What layers take, as attributes: torch.compile reads them when they are asked for, but a dict once per graph."""
+
+    @staticmethod
+    @functools.cache
+    def name(*key) -> str:
+        return re.sub(r"\W", "_", "_".join(map(str, key)))
+
+
 @torch.compiler.assume_constant_result
-def _make_sure(handle: str, dtype: torch.dtype, device: torch.device) -> bool:
-    """Generates the copy of these bases if there is none: at trace time under torch.compile, never in its graph."""
+def _make_sure(handle: str, dtype: torch.dtype, device: torch.device) -> str:
+    """Generates the copy of these bases if there is none: at trace time under torch.compile, never in its graph.
+
+    Returns the name that :class:`_Ready` has it under.
+    """
     bases = _by_handle[handle]
-    if (dtype, device) not in bases._held:
+    name = _Ready.name(dtype, device)
+    if not hasattr(bases._ready, name):
         # The copy outlives the context it is first asked for in, so it must not be that context's inference tensor or
         # torch.func wrapper.
         with bases._lock, torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad():
             if (dtype, device) not in bases._held:
                 bases._held[dtype, device] = bases.draw(dtype, device)
-    return True
+            setattr(bases._ready, name, bases._held[dtype, device])
+    return name
 
 
 @torch.compiler.assume_constant_result
-def _make_sure_lists(handle: str, device: torch.device, min_dim: int) -> bool:
-    """As :func:`_make_sure`, for the lists."""
+def _make_sure_lists(handle: str, device: torch.device, min_dim: int) -> str | None:
+    """As :func:`_make_sure`, for the lists and the part of them that `min_dim` asks for; None if there are no lists."""
     bases = _by_handle[handle]
+    name = _Ready.name("pattern", min_dim, device)
+    if hasattr(bases._ready, name):
+        return name
+    if device in bases._without_lists:
+        return None
     with torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad(), bases._lock:
         found = bases._lists.get(device)
         if found is None and bases.prng == "philox":
@@ -305,11 +327,11 @@ def _make_sure_lists(handle: str, device: torch.device, min_dim: int) -> bool:
             values = bases.draw(torch.float32, device) if bases.given is None else bases.given
             found = patterns.of_tensors(*(t.to(device) for t in values), held=bases.given is not None)
         if found is None:
-            bases._may_have_lists = False
-            return True
+            bases._without_lists.add(device)
+            return None
         bases._lists[device] = found
-        found[0].of(min_dim)  # sliced here, so that no graph does it
-    return True
+        setattr(bases._ready, name, (found[0].of(min_dim), found[1]))
+    return name
 
 
 def _canonical(device: torch.device | str) -> torch.device:
