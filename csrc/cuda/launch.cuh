@@ -2,13 +2,16 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #include <ATen/core/Tensor.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <c10/util/BFloat16.h>
+#include <c10/util/Exception.h>
 #include <c10/util/Half.h>
+#include <cuda_runtime.h>
 
 namespace randlora::cuda {
 
@@ -61,5 +64,23 @@ bool can_pack(const void* p, std::initializer_list<int64_t> strides) {
 }
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Blocks along each axis; at least one.
+struct Grid {
+  int64_t x, y = 1;
+};
+
+// kernel<<<grid, block>>>(arguments...) on the current stream. As a function and not by <<<>>>, so that a C++ compiler
+// reads it too: tests/cpp/emulation runs the kernels on the CPU.
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), Grid grid, dim3 block, Arguments&&... arguments) {
+  TORCH_CHECK(grid.x <= 2147483647 && grid.y <= 65535, "randlora: too large for one launch: ", grid.x, " x ", grid.y,
+              " blocks");
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(grid.x), unsigned(grid.y));
+  config.blockDim = block;
+  config.stream = c10::cuda::getCurrentCUDAStream();
+  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
+}
 
 }  // namespace randlora::cuda
