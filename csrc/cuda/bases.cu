@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int e = 0; e < 4; ++e) pack.v[e] = static_cast<T>(element(words.v[e]));
     if (vector && column + 4 <= s.size2) {
-      *reinterpret_cast<Pack<T, 4>*>(to) = pack;
+      store_whole(to, pack);
     } else {
 #pragma unroll
       for (int e = 0; e < 4; ++e)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include <ATen/core/Tensor.h>
@@ -23,6 +24,18 @@ template <class T, int N>
 struct alignas(sizeof(T) * N <= 16 ? sizeof(T) * N : 16) Pack {
   T v[N];
 };
+
+// *to = pack. By an intrinsic, as the compiler takes an assignment apart: it shares what follows with the stores of
+// single elements in the other branch. (Global stores are cached in L2 anyway.)
+template <class T, int N>
+__device__ __forceinline__ void store_whole(T* to, const Pack<T, N>& pack) {
+  using Word = std::conditional_t<alignof(Pack<T, N>) == 16, uint4,
+                                  std::conditional_t<alignof(Pack<T, N>) == 8, uint2, unsigned>>;
+  static_assert(alignof(Word) == alignof(Pack<T, N>) && sizeof(Word) == alignof(Word));
+#pragma unroll
+  for (int i = 0; i < int(sizeof(pack) / sizeof(Word)); ++i)
+    __stcg(reinterpret_cast<Word*>(to) + i, reinterpret_cast<const Word*>(&pack)[i]);
+}
 
 // Elements a thread moves at once: 16 bytes of storage.
 template <class T>
@@ -47,7 +60,7 @@ __device__ __forceinline__ void store_pack(T* p, const Acc (&from)[N], int64_t v
     Pack<T, N> pack;
 #pragma unroll
     for (int e = 0; e < N; ++e) pack.v[e] = static_cast<T>(from[e]);
-    *reinterpret_cast<Pack<T, N>*>(p) = pack;
+    store_whole(p, pack);
   } else {
 #pragma unroll
     for (int e = 0; e < N; ++e)

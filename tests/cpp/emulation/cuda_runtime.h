@@ -22,6 +22,14 @@ struct uint3 {
   unsigned x, y, z;
 };
 
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -58,6 +66,11 @@ T shuffle(unsigned mask, T value, int from_lane, int line) {
 }
 
 }  // namespace emulation
+
+template <class T>
+void __stcg(T* to, T value) {
+  *to = value;
+}
 
 inline void __syncthreads(int line = __builtin_LINE()) { emulation::meet_block(line); }
 
