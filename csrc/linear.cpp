@@ -7,7 +7,11 @@
 //   in >  out ("tall")   dW = S2^T @ B2^T    h = x @ B2       y = x W^T + h @ S2       dS2 = h^T @ g
 // or, through the gradient G = g^T x of dW:  dS2 = B2^T @ G (wide), B2^T @ G^T (tall).
 // Very sparse bases come as a pattern (sparse_update.h), which builds dW and takes G apart without S2 and B2; rows or
-// columns of dW without a non-zero take no part in the products.
+// columns of dW without a non-zero take no part in the products. On the CPU h is computed from what is non-zero as well
+// (sparse_products.h): that is the factored strategy there, and what every strategy's backward gets the parameters'
+// gradients from.
+// Packed bases (packed_update.h) that dense products are faster with, or that "factored" needs, are made dense in
+// groups of rows k of A.
 // Nothing of this is kept between forward and backward: the backward gets the same arguments and rebuilds what it
 // needs.
 #include "linear.h"
@@ -21,11 +25,11 @@
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include "ops.h"
 #include "packed_update.h"
+#include "sparse_products.h"
 
 namespace randlora {
 namespace {
@@ -39,6 +43,11 @@ at::Tensor mm_accumulated(const at::Tensor& a, const at::Tensor& b) {
   return at::mm(a.to(at::kFloat), b.to(at::kFloat));
 }
 
+// Whether packed bases are made dense for this call.
+bool unpacks(const LayerArguments& a) {
+  return is_packed(a.pattern) && (a.strategy == Strategy::factored || is_unpacked(a.pattern, a.x.device()));
+}
+
 class Layer {
  public:
   explicit Layer(const LayerArguments& a)
@@ -47,12 +56,7 @@ class Layer {
     n_ = a.lambda.size(1);
     tokens_ = 1;
     for (int64_t axis = 0; axis + 1 < a.x.dim(); ++axis) tokens_ *= a.x.size(axis);
-    if (is_packed(a.pattern) && a.strategy == Strategy::factored) {
-      // Products over the tokens alone: the bases for them are unpacked for this call.
-      at::Tensor B2t;
-      std::tie(A_, B2t) = packed_expand(a.pattern, n_, m_, std::max(in_, out_), a.dtype);
-      B2_ = B2t.t();
-    } else if (!sparse()) {
+    if (a.pattern.empty()) {
       A_ = a.A->narrow(2, 0, m_);
       B2_ = cast(a.B->narrow(0, 0, std::max(in_, out_)).narrow(1, 0, n_), a.dtype)
                 .reshape({std::max(in_, out_), n_ * r_});
@@ -73,12 +77,16 @@ class Layer {
     } else {
       const at::Tensor x = dropped(x_);
       if (weight_.defined()) y = at::linear(x_, weight_, bias);
-      if (sparse()) {
+      if (sparse() && a_.strategy == Strategy::factored) {
+        if (!y.defined()) y = at::zeros({tokens_, out_}, x.options());
+        wide_ ? cpu::sparse_up(y, x, a_.pattern, a_.lambda, a_.gamma, a_.scale)
+              : cpu::sparse_down(y, x, a_.pattern, a_.lambda, a_.gamma, a_.scale);
+      } else if (sparse()) {
         add_sparse_update(y, x);
       } else if (a_.strategy == Strategy::materialized) {
         accumulate(y, x, dense_update({}).t());
       } else {
-        for_chunks([&](const at::Tensor& S2, const at::Tensor& B2, int64_t, int64_t) {
+        for_chunks([&](const Chunk&, const at::Tensor& S2, const at::Tensor& B2) {
           accumulate(y, wide_ ? x.mm(S2.t()) : x.mm(B2), wide_ ? B2.t() : S2);
         });
       }
@@ -106,7 +114,11 @@ class Layer {
     }
 
     at::Tensor dlambda, dgamma;
-    if (sparse()) {
+    if (sparse() && through_tokens()) {
+      std::tie(dlambda, dgamma) = sparse_backward(into, g, x, need_x && factored, need_parameters);
+      if (need_lambda) dlambda = cast(dlambda, a_.lambda.scalar_type());
+      if (need_gamma) dgamma = cast(dgamma, a_.gamma.scalar_type());
+    } else if (sparse()) {
       if (need_parameters)
         std::tie(dlambda, dgamma) = sparse_update_backward(sparse_weight_gradient(g, x), a_.pattern, a_.lambda,
                                                            a_.gamma, a_.scale, need_lambda, need_gamma);
@@ -114,7 +126,7 @@ class Layer {
       const at::Tensor G = factored ? at::Tensor() : weight_gradient(g, x);
       dlambda = at::empty_like(a_.lambda);
       for_chunks(
-          [&](const at::Tensor& S2, const at::Tensor& B2, int64_t row, int64_t rows) {
+          [&](const Chunk& chunk, const at::Tensor& S2, const at::Tensor& B2) {
             at::Tensor dS2;
             if (factored) {
               const at::Tensor dh = wide_ ? g.mm(B2) : g.mm(S2.t());
@@ -124,10 +136,9 @@ class Layer {
               dS2 = mm_accumulated(B2.t(), wide_ ? G : G.t());
             }
             if (!need_parameters) return;
-            const auto [dl, dg] =
-                unique_base_backward(dS2.view({rows, n_, m_}), A_.narrow(0, row, rows), a_.lambda.narrow(0, row, rows),
-                                     a_.gamma, a_.scale, need_lambda, need_gamma);
-            if (need_lambda) dlambda.narrow(0, row, rows).copy_(dl);
+            const auto [dl, dg] = unique_base_backward(dS2.view({chunk.rows, n_, m_}), chunk.A, chunk.of(a_.lambda),
+                                                       a_.gamma, a_.scale, need_lambda, need_gamma);
+            if (need_lambda) chunk.of(dlambda).copy_(dl);
             if (need_gamma) dgamma = dgamma.defined() ? dgamma.add_(dg) : dg;
           },
           factored);
@@ -151,17 +162,31 @@ class Layer {
 
   at::Tensor dropped(const at::Tensor& t) const { return a_.dropout > 0 ? dropout(t, *a_.seed, a_.dropout) : t; }
 
-  // function(S2 rows, B2 columns, first k, number of k) for one group of rows k of A after the other. Rows k of A are
+  // A group of rows k of A.
+  struct Chunk {
+    int64_t row, rows;
+    at::Tensor A;
+
+    at::Tensor of(const at::Tensor& lambda) const { return lambda.narrow(0, row, rows); }
+  };
+
+  // function(chunk, its rows of S2, its columns of B2) for one group of rows k of A after the other. Rows k of A are
   // rows [k * n, ...) of S2 and, by RandLoRA's flattening, the columns of B2 of the same numbers.
   template <class Function>
   void for_chunks(const Function& function, bool need_S2 = true) const {
     for (int64_t row = 0; row < r_; row += rows_) {
-      const int64_t rows = std::min(rows_, r_ - row);
-      at::Tensor S2;
+      Chunk chunk{row, std::min(rows_, r_ - row), {}};
+      at::Tensor S2, B2;
+      if (a_.pattern.empty()) {
+        chunk.A = chunk.of(A_);
+        B2 = B2_.narrow(1, row * n_, chunk.rows * n_);
+      } else {
+        std::tie(chunk.A, B2) = packed_expand(a_.pattern, n_, m_, std::max(in_, out_), a_.dtype, row, chunk.rows);
+        B2 = B2.t();
+      }
       if (need_S2)
-        S2 = unique_base(A_.narrow(0, row, rows), a_.lambda.narrow(0, row, rows), a_.gamma, a_.scale, a_.dtype)
-                 .view({rows * n_, m_});
-      function(S2, B2_.narrow(1, row * n_, rows * n_), row, rows);
+        S2 = unique_base(chunk.A, chunk.of(a_.lambda), a_.gamma, a_.scale, a_.dtype).view({chunk.rows * n_, m_});
+      function(chunk, S2, B2);
     }
   }
 
@@ -175,7 +200,7 @@ class Layer {
       return wide_ ? sum.t() : sum;
     }
     at::Tensor sum;
-    for_chunks([&](const at::Tensor& S2, const at::Tensor& B2, int64_t, int64_t) {
+    for_chunks([&](const Chunk&, const at::Tensor& S2, const at::Tensor& B2) {
       const at::Tensor left = wide_ ? B2 : S2.t(), right = wide_ ? S2 : B2.t();
       if (sum.defined())
         sum.addmm_(left, right);
@@ -185,11 +210,31 @@ class Layer {
     return sum;
   }
 
-  // ---- very sparse bases: D [columns, M] holds what is not zero of dW (out <= in) or dW^T (in <= out) ----
+  // ---- sparse bases: D [columns, M] holds what is not zero of dW (out <= in) or dW^T (in <= out) ----
 
-  bool sparse() const { return !a_.pattern.empty() && !(is_packed(a_.pattern) && a_.strategy == Strategy::factored); }
+  bool sparse() const { return !a_.pattern.empty() && !unpacks(a_); }
 
   bool all_columns() const { return is_packed(a_.pattern) || a_.pattern[0].numel() == m_; }
+
+  // Whether products with the tokens that leave out what is zero beat a dense one for the gradient of D.
+  bool through_tokens() const { return a_.x.is_cpu() && !is_packed(a_.pattern); }
+
+  // The parameters' gradients, and, if `add_input_gradient`, dx += g @ dW.
+  std::tuple<at::Tensor, at::Tensor> sparse_backward(at::Tensor& dx, const at::Tensor& g, const at::Tensor& x,
+                                                     bool add_input_gradient, bool need_parameters) const {
+    std::optional<at::Tensor> into;
+    if (add_input_gradient) {
+      if (!dx.defined()) dx = at::zeros({tokens_, in_}, g.options());
+      if (wide_)
+        into = dx;
+      else
+        cpu::sparse_up(dx, g, a_.pattern, a_.lambda, a_.gamma, a_.scale);
+    }
+    if (need_parameters)
+      return cpu::sparse_gradients(into, wide_ ? g : x, wide_ ? x : g, a_.pattern, a_.lambda, a_.gamma, a_.scale);
+    if (into.has_value()) cpu::sparse_down(*into, g, a_.pattern, a_.lambda, a_.gamma, a_.scale);
+    return {};
+  }
 
   // The features of the smaller side that D has rows for.
   at::Tensor columns_of(const at::Tensor& t) const { return all_columns() ? t : t.index_select(1, a_.pattern[0]); }
@@ -284,8 +329,9 @@ void check(const LayerArguments& a) {
       TORCH_CHECK_VALUE(t.device() == a.x.device(), "bases must be on the device of x, ", a.x.device(), ", got ",
                         t.device());
   } else {
-    TORCH_CHECK_VALUE(a.strategy != Strategy::factored || is_packed(a.pattern),
-                      "very sparse bases have no factored strategy");
+    TORCH_CHECK_VALUE(a.strategy != Strategy::factored || is_packed(a.pattern) || a.x.is_cpu(),
+                      "very sparse bases have a factored strategy on the CPU only, got ", a.x.device());
+    if (is_packed(a.pattern)) check_packed(a.pattern, r, n, m, M, a.x);
   }
   for (const at::Tensor& t : {a.lambda, a.gamma})
     TORCH_CHECK_VALUE(t.device() == a.x.device(), "bases and parameters must be on the device of x, ", a.x.device(),
@@ -296,11 +342,6 @@ void check(const LayerArguments& a) {
                     "the merged strategy needs the base weight and takes no dropout");
   TORCH_CHECK_VALUE(a.workspace >= 0, "workspace must be 0 (no limit) or a number of bytes, got ", a.workspace);
 }
-
-// The products below choose their own precision: neither autocast nor autograd may step in.
-struct PlainKernels {
-  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset | c10::autograd_dispatch_keyset};
-};
 
 at::Tensor linear(const at::Tensor& x, const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias,
                   const std::optional<at::Tensor>& A, const std::optional<at::Tensor>& B, const at::Tensor& lambda,
@@ -361,11 +402,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(
 
 int64_t rows_per_chunk(const LayerArguments& a, int64_t tokens) {
   const int64_t r = a.lambda.size(0), n = a.lambda.size(1), m = a.gamma.size(1);
-  if (a.workspace == 0) return r;
-  // Per row k: n rows of S2 and of its fp32 gradient and, factored, n columns of h and of its gradient.
+  const int64_t M = std::max(a.x.size(-1), a.out_features);
+  const bool unpacked = unpacks(a);
+  if (a.workspace == 0) return unpacked ? unpacked_rows(r, n, M, a.dtype, a.x.device()) : r;
+  // Per row k: n rows of S2 and of its fp32 gradient; factored: n columns of h and of its gradient; unpacked: of B2.
   const int64_t element = int64_t(c10::elementSize(a.dtype));
   const int64_t hidden = a.strategy == Strategy::factored ? 2 * tokens * element : 0;
-  const int64_t bytes = n * (m * (element + std::max<int64_t>(4, element)) + hidden);
+  const int64_t bytes = n * (m * (element + std::max<int64_t>(4, element)) + hidden + (unpacked ? M * element : 0));
   return std::clamp<int64_t>(a.workspace / bytes, 1, r);
 }
 

@@ -32,7 +32,7 @@ struct LayerArguments {
   std::optional<at::Tensor> seed;  // [1] int64, of the dropout mask
   bool weight_is_transposed;
   int64_t workspace;                // bytes that temporaries may take, 0: no limit
-  std::vector<at::Tensor> pattern;  // in place of A and B: very sparse bases, see sparse_update.h; not factored
+  std::vector<at::Tensor> pattern;  // in place of A and B: ternary bases, see sparse_update.h, packed_update.h
 };
 
 // Rows k of A (all their bases) that are worked on at a time, so that temporaries stay below `workspace`.

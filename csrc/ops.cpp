@@ -25,8 +25,10 @@ TORCH_LIBRARY(randlora, m) {
       "sparse_update_backward(Tensor grad, Tensor[] pattern, Tensor randlora_lambda, Tensor randlora_gamma,"
       " float scale, bool need_lambda, bool need_gamma) -> (Tensor, Tensor)");
 
-  // Two-bit ternary bases made dense, see packed_update.h.
-  m.def("packed_expand(Tensor[] pattern, int n, int min_dim, int max_dim, ScalarType dtype) -> (Tensor, Tensor)");
+  // Rows of packed ternary bases made dense, see packed_update.h.
+  m.def(
+      "packed_expand(Tensor[] pattern, int n, int min_dim, int max_dim, ScalarType dtype, int first=0, int? rows=None)"
+      " -> (Tensor, Tensor)");
 
   // x with elements dropped by a mask that depends on (seed, p) and their position only, see dropout.h.
   m.def("dropout(Tensor x, Tensor seed, float p) -> Tensor");
@@ -80,9 +82,9 @@ std::tuple<at::Tensor, at::Tensor> sparse_update_backward(const at::Tensor& grad
 }
 
 std::tuple<at::Tensor, at::Tensor> packed_expand(at::TensorList pattern, int64_t n, int64_t min_dim, int64_t max_dim,
-                                                 at::ScalarType dtype) {
+                                                 at::ScalarType dtype, int64_t first, std::optional<int64_t> rows) {
   static const auto op = find<decltype(packed_expand)>("randlora::packed_expand");
-  return op.call(pattern, n, min_dim, max_dim, dtype);
+  return op.call(pattern, n, min_dim, max_dim, dtype, first, rows);
 }
 
 at::Tensor dropout(const at::Tensor& x, const at::Tensor& seed, double p) {

@@ -6,8 +6,14 @@
 #include <tuple>
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 namespace randlora {
+
+// Products that choose their own precision: neither autocast nor autograd may step in.
+struct PlainKernels {
+  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset | c10::autograd_dispatch_keyset};
+};
 
 at::Tensor unique_base(const at::Tensor& A, const at::Tensor& lambda, const at::Tensor& gamma, double scale,
                        std::optional<at::ScalarType> dtype);
@@ -24,7 +30,7 @@ std::tuple<at::Tensor, at::Tensor> sparse_update_backward(const at::Tensor& grad
                                                           double scale, bool need_lambda, bool need_gamma);
 
 std::tuple<at::Tensor, at::Tensor> packed_expand(at::TensorList pattern, int64_t n, int64_t min_dim, int64_t max_dim,
-                                                 at::ScalarType dtype);
+                                                 at::ScalarType dtype, int64_t first, std::optional<int64_t> rows);
 
 at::Tensor dropout(const at::Tensor& x, const at::Tensor& seed, double p);
 

@@ -1,36 +1,129 @@
 #include "packed_update.h"
 
+#include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
+#include "ops.h"
+#include "sparse_update.h"
+
 namespace randlora {
+namespace {
+
+// int16 [>= rows, planes, >= length / 16]
+void check_planes(const at::Tensor& t, const char* name, int64_t rows, int64_t planes, int64_t length) {
+  TORCH_CHECK_TYPE(t.scalar_type() == at::kShort, name, " must be int16, got ", t.scalar_type());
+  TORCH_CHECK_VALUE(t.dim() == 3 && t.size(0) >= rows && t.size(1) == planes && t.size(2) >= (length + 15) / 16, name,
+                    " must have shape [>= ", rows, ", ", planes, ", >= ", (length + 15) / 16, "], got ", t.sizes());
+}
+
+// function(A [rows, 1, m], B2t [rows n, M], first, rows) for one group of rows k after the other.
+template <class Function>
+void for_groups(at::TensorList pattern, const SparsePattern& s, at::ScalarType dtype, const Function& function) {
+  const int64_t group = unpacked_rows(s.r, s.n, s.M, dtype, pattern[0].device());
+  for (int64_t first = 0; first < s.r; first += group) {
+    const int64_t rows = std::min(group, s.r - first);
+    const auto [A, B2t] = packed_expand(pattern, s.n, s.m, s.M, dtype, first, rows);
+    function(A, B2t, first, rows);
+  }
+}
+
+}  // namespace
 
 PackedPattern check_packed(at::TensorList pattern, int64_t r, int64_t n, int64_t m, int64_t M, const at::Tensor& like) {
-  TORCH_CHECK_VALUE(is_packed(pattern), "pattern must be a_starts, a_entries and b_planes, got ", pattern.size(),
+  TORCH_CHECK_VALUE(is_packed(pattern),
+                    "pattern must be a_starts, a_entries and b_planes, or a_planes and b_planes, got ", pattern.size(),
                     " tensors");
-  const at::Tensor &starts = pattern[0], &entries = pattern[1], &planes = pattern[2];
-  TORCH_CHECK_TYPE(
-      starts.scalar_type() == at::kInt && entries.scalar_type() == at::kInt && planes.scalar_type() == at::kShort,
-      "pattern must be int32, int32 and int16, got ", starts.scalar_type(), ", ", entries.scalar_type(), " and ",
-      planes.scalar_type());
+  TORCH_CHECK_VALUE(M >= 1, "max_dim must be at least 1, got ", M);
   for (const at::Tensor& t : pattern)
     TORCH_CHECK_VALUE(t.is_contiguous() && t.device() == like.device(), "pattern must be contiguous on ", like.device(),
                       ", got shape ", t.sizes(), " on ", t.device());
-  TORCH_CHECK_VALUE(starts.dim() == 1 && starts.numel() == r + 1 && entries.dim() == 1,
-                    "a_starts must have shape [r + 1] = [", r + 1, "], got ", starts.sizes());
-  TORCH_CHECK_VALUE(
-      M >= 1 && planes.dim() == 3 && planes.size(0) >= n * r && planes.size(1) == 2 && planes.size(2) >= (M + 15) / 16,
-      "b_planes must have shape [>= n r, 2, >= M / 16] = [>= ", n * r, ", 2, >= ", (M + 15) / 16, "], got ",
-      planes.sizes());
   PackedPattern s{};
-  s.a_starts = starts.const_data_ptr<int32_t>();
-  s.a_entries = entries.const_data_ptr<int32_t>();
-  s.b_planes = planes.const_data_ptr<int16_t>();
-  s.words = planes.size(2);
+  if (is_bits(pattern)) {
+    const at::Tensor& a = pattern[0];
+    s.planes = a.dim() == 3 && a.size(1) == 1 ? 1 : 2;
+    check_planes(a, "a_planes", r, s.planes, m);
+    TORCH_CHECK_VALUE(a.size(0) == r, "a_planes must have r = ", r, " rows, got ", a.size(0));
+    s.a_planes = a.const_data_ptr<int16_t>();
+    s.a_words = a.size(2);
+  } else {
+    const at::Tensor &starts = pattern[0], &entries = pattern[1];
+    TORCH_CHECK_TYPE(starts.scalar_type() == at::kInt && entries.scalar_type() == at::kInt,
+                     "a_starts and a_entries must be int32, got ", starts.scalar_type(), " and ",
+                     entries.scalar_type());
+    TORCH_CHECK_VALUE(starts.dim() == 1 && starts.numel() == r + 1 && entries.dim() == 1,
+                      "a_starts must have shape [r + 1] = [", r + 1, "], got ", starts.sizes());
+    s.planes = 2;
+    s.a_starts = starts.const_data_ptr<int32_t>();
+    s.a_entries = entries.const_data_ptr<int32_t>();
+  }
+  const at::Tensor& b = pattern.back();
+  check_planes(b, "b_planes", n * r, s.planes, M);
+  s.b_planes = b.const_data_ptr<int16_t>();
+  s.words = b.size(2);
   s.r = r;
   s.n = n;
   s.m = m;
   s.M = M;
   return s;
+}
+
+Expansion make_expansion(at::TensorList pattern, int64_t n, int64_t m, int64_t M, at::ScalarType dtype, int64_t first,
+                         std::optional<int64_t> rows) {
+  TORCH_CHECK_VALUE(is_packed(pattern) && pattern[0].dim() >= 1 && n >= 1 && m >= 1, "n and m must be at least 1, got ",
+                    n, " and ", m, ", and a pattern of 2 or 3 tensors, got ", pattern.size());
+  TORCH_CHECK_TYPE(dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
+                   "dtype must be float64, float32, bfloat16 or float16, got ", dtype);
+  const int64_t r = is_bits(pattern) ? pattern[0].size(0) : pattern[0].size(0) - 1;
+  Expansion e{check_packed(pattern, r, n, m, M, pattern[0]), first, rows.value_or(r - first), {}, {}};
+  TORCH_CHECK_VALUE(first >= 0 && e.rows >= 1 && first + e.rows <= r, "rows must lie in [0, r) = [0, ", r, "), got ",
+                    e.rows, " from ", first, " on");
+  e.A = at::empty({e.rows, 1, m}, pattern[0].options().dtype(dtype));
+  e.B2t = at::empty({e.rows * n, M}, e.A.options());
+  return e;
+}
+
+at::Tensor unpacked_update(at::TensorList pattern, const at::Tensor& lambda, const at::Tensor& gamma, int64_t M,
+                           double scale, const std::optional<at::Tensor>& weight, at::ScalarType dtype) {
+  const PlainKernels guard;
+  const SparsePattern s = all_rows(lambda, gamma, M);
+  check_packed(pattern, s.r, s.n, s.m, M, gamma);
+  const at::Tensor out = make_sparse_result(s, weight, gamma, dtype);
+  const at::ScalarType acc = dtype == at::kDouble ? at::kDouble : at::kFloat;
+  const at::Tensor sum = dtype == acc ? out : at::empty(out.sizes(), out.options().dtype(acc));
+  if (weight.has_value())
+    sum.copy_(*weight);
+  else
+    sum.zero_();
+  for_groups(pattern, s, acc, [&](const at::Tensor& A, const at::Tensor& B2t, int64_t first, int64_t rows) {
+    const at::Tensor S2 = unique_base(A, lambda.narrow(0, first, rows), gamma, scale, acc).view({rows * s.n, s.m});
+    sum.addmm_(S2.t(), B2t);
+  });
+  return dtype == acc ? out : out.copy_(sum);
+}
+
+std::tuple<at::Tensor, at::Tensor> unpacked_update_backward(const at::Tensor& grad, at::TensorList pattern,
+                                                            const at::Tensor& lambda, const at::Tensor& gamma,
+                                                            double scale, bool need_lambda, bool need_gamma) {
+  const PlainKernels guard;
+  TORCH_CHECK_VALUE(grad.dim() == 2, "grad must have shape [columns, M], got ", grad.sizes());
+  const SparsePattern s = all_rows(lambda, gamma, grad.size(1));
+  check_packed(pattern, s.r, s.n, s.m, s.M, gamma);
+  check_sparse_grad(s, grad, gamma);
+  const at::ScalarType acc = grad.scalar_type();
+  const at::Tensor l = lambda.to(acc), g = gamma.to(acc);
+  const at::Tensor dlambda = at::empty({need_lambda ? s.r : 0, s.n}, grad.options());
+  at::Tensor dgamma;
+  for_groups(pattern, s, acc, [&](const at::Tensor& A, const at::Tensor& B2t, int64_t first, int64_t rows) {
+    const at::Tensor dS2 = B2t.mm(grad.t()).view({rows, s.n, s.m});
+    const auto [dl, dg] = unique_base_backward(dS2, A, l.narrow(0, first, rows), g, scale, need_lambda, need_gamma);
+    if (need_lambda) dlambda.narrow(0, first, rows).copy_(dl);
+    if (need_gamma) dgamma = dgamma.defined() ? dgamma.add_(dg) : dg;
+  });
+  const auto none = [](const at::Tensor& like) {
+    return at::empty({0}, like.options());
+  };
+  return {need_lambda ? dlambda.to(lambda.scalar_type()) : none(lambda),
+          need_gamma ? dgamma.to(gamma.scalar_type()) : none(gamma)};
 }
 
 }  // namespace randlora

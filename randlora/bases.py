@@ -149,10 +149,10 @@ class RandomBases:
         return self.tensors(*key) if held is None else held  # none: another thread let the store grow in between
 
     def pattern(self, min_dim: int, device: torch.device | None = None) -> tuple[Pattern, float] | None:
-        """Ternary bases as lists or bits for a layer of this smaller dimension, with their :attr:`scale`; else None.
+        """Ternary bases, packed, for a layer of this smaller dimension, with their :attr:`scale`; None for dense ones.
 
-        They are kept in this form only (see :mod:`randlora.patterns`), unless :meth:`tensors` is called. Given bases
-        are recognised, such as the ternary ones that PEFT stores dense.
+        They are kept in this form only (lists, planes or bits: :mod:`randlora.patterns`), unless :meth:`tensors` is
+        called. Given bases are recognised where that makes them faster: the ternary ones that PEFT stores dense.
         """
         device = _canonical(device or self.device)
         if not self._may_have_lists or (self.prng == "philox" and not patterns.wanted(self.sparsity, device)):
@@ -168,7 +168,7 @@ class RandomBases:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all copies that exist at the moment, lists included."""
+        """Bytes of all copies that exist at the moment, packed ones included."""
         lists = sum(lists.nbytes for lists, _ in self._lists.values())
         return lists + sum(A.nbytes + B.nbytes for A, B in self._held.values())
 
@@ -243,7 +243,7 @@ class RandomBases:
 
     def _reset(self) -> None:
         self._held: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
-        self._lists: dict[torch.device, tuple[patterns.Lists | patterns.Planes, float]] = {}
+        self._lists: dict[torch.device, tuple[patterns.Form, float]] = {}
         self._may_have_lists = True  # given ones: until one has looked at the values
         self._hashes: dict[tuple[int, int, int], str] = {}
         self._lock = threading.Lock()
@@ -308,7 +308,7 @@ def _make_sure_lists(handle: str, device: torch.device, min_dim: int) -> bool:
                 found = patterns.make(bases, device), bases.scale
             else:
                 values = bases.draw(torch.float32, device) if bases.given is None else bases.given
-                found = patterns.of_tensors(*(t.to(device) for t in values))
+                found = patterns.of_tensors(*(t.to(device) for t in values), held=bases.given is not None)
             if found is None:
                 bases._may_have_lists = False
                 return True

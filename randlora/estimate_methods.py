@@ -154,7 +154,7 @@ def randlora(step: Step, plan: Plan, kind: str, others: Beside, projections: boo
     said = json.dumps(asdict(config))
     return {
         "trainable_parameters": _numbers(trained | others.trained),
-        "bases_form": "dense" if pattern is None else "planes" if patterns.is_planes(pattern) else "lists",
+        "bases_form": "dense" if pattern is None else patterns.form_of(bases.sparsity, step.device).__name__.lower(),
         "bases_bytes": sum(t.nbytes for t in pattern or ()) + sum(elements * dtype.itemsize for dtype in dense),
         "saved_bytes": sum(_inputs(step).values()),
         "workspace_bytes": workspace,
@@ -167,19 +167,19 @@ def randlora(step: Step, plan: Plan, kind: str, others: Beside, projections: boo
 
 
 def _strategies(
-    step: Step, layer: Layer, config: RandLoraConfig, form: int | str | None, need_x: bool
+    step: Step, layer: Layer, config: RandLoraConfig, form: planner.Lists | str | None, need_x: bool
 ) -> tuple[tuple[str, str], tuple[Cost, Cost], bool]:
     """The strategies of both passes, their costs, and whether they take dense bases: decided as ``Linear`` does."""
     shape = step.tokens, layer.in_features, layer.out_features, layer.num_bases, config.r
     strategy = "auto" if config.strategy == "merged" and layer.weight_dtype is None else config.strategy
-    if strategy == "factored" and isinstance(form, int):
-        form = None  # lists know no factored form
+    if strategy == "factored" and isinstance(form, planner.Lists) and step.device.type != "cpu":
+        form = None  # as in Linear
     needs = {"dropout": config.randlora_dropout > 0, "need_x": need_x, "need_parameters": True}
     chosen = strategy, strategy
     if strategy == "auto":
         chosen = planner.choose(*shape, layer.dtype, layer.weight_dtype, step.device.type, form=form, **needs)
     has_weight = layer.weight_dtype is not None
-    options = planner._options(*shape, layer.dtype.itemsize, form, has_weight=has_weight, **needs)
+    options = planner._options(*shape, layer.dtype.itemsize, form, step.device.type, has_weight=has_weight, **needs)
     return chosen, (options[chosen[0]][0], options[chosen[1]][1]), form is None
 
 
@@ -195,13 +195,17 @@ def expected_pattern(
     def empty(*shape: float, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty([round(size) for size in shape], dtype=dtype, device="meta")
 
-    a_entries = empty(r * m / z)
-    if z < patterns.LISTS_FROM:
-        return empty(r + 1), a_entries, empty(n * r, 2, -(-M // 16), dtype=torch.int16)
+    form = patterns.form_of(z, device)
+    if form is not patterns.Lists:
+        planes = patterns.planes_of(z) if form is patterns.Bits else 2
+        b_planes = empty(n * r, planes, -(-M // 16), dtype=torch.int16)
+        if form is patterns.Bits:
+            return empty(r, planes, -(-m // 16), dtype=torch.int16), b_planes
+        return empty(r + 1), empty(r * m / z), b_planes
     columns = round(min_dim * (1 - (1 - 1 / z) ** r))
     index = torch.int16 if M <= 1 << 16 else torch.int32
     return (
-        empty(columns), empty(columns + 1), a_entries, empty(2 * n * r + 1), empty(M * n * r / z, dtype=index)
+        empty(columns), empty(columns + 1), empty(r * m / z), empty(2 * n * r + 1), empty(M * n * r / z, dtype=index)
     )  # fmt: skip
 
 

@@ -158,7 +158,8 @@ def linear(
         workspace: bytes that temporaries may take, 0 for no limit. Below what a strategy takes at once it works in
             groups of bases: more, smaller products.
         pattern: ternary bases as :meth:`randlora.RandomBases.pattern` gives them, in place of A and B (None). Lists
-            have no factored strategy; `workspace` bounds that of planes only.
+            have a factored strategy on the CPU only. Where packed bases are made dense for the call, `workspace` counts
+            that; with no limit the CPU does it for some 4 MiB of B at a time (all of it in 16 bits, CUDA always).
 
     Returns:
         ``[..., out]`` in the dtype that ``torch.nn.functional.linear`` gives (autocast included); products are in that
@@ -197,7 +198,7 @@ def linear(
     y = LinearOp.apply(
         x, weight, bias, A, B, randlora_lambda, randlora_gamma, out_features, scaling, dtype, *strategies, p,
         seed if p > 0 else None, weight_is_transposed, workspace,
-        *([None] * 5 if pattern is None else [*pattern, None, None][:5]),
+        *[*(pattern or ()), *[None] * 5][:5],
     )  # fmt: skip
     return y if ordinary is None else ordinary + y
 

@@ -143,8 +143,8 @@ class Linear(nn.Linear, RandLoraLayer):
         bases, dropout = self.bases[adapter], self.randlora_dropout[adapter]
         strategy = "auto" if self.strategy == "merged" and weight is None else self.strategy
         found = bases.pattern(min(self.in_features, self.out_features), x.device)
-        if found is not None and strategy == "factored" and not is_planes(found[0]):
-            found = None  # lists know no factored form
+        if found is not None and strategy == "factored" and not is_planes(found[0]) and not x.is_cpu:
+            found = None  # lists have a factored form on the CPU only
         pattern, scale = found or (None, bases.scale)
         tensors = bases.tensors(dtype, x.device) if pattern is None else (None, None)
         return linear(

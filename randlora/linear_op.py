@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from .patterns import is_planes
+from .patterns import is_bits, is_planes
 
 _ops = torch.ops.randlora
 
@@ -40,10 +40,11 @@ def _(pattern, randlora_lambda, randlora_gamma, max_dim, scale, weight, dtype):
 
 
 @torch.library.register_fake("randlora::packed_expand")
-def _(pattern, n, min_dim, max_dim, dtype):
-    r = pattern[0].numel() - 1
-    A = pattern[0].new_empty((r, 1, min_dim), dtype=dtype)
-    return A, A.new_empty((n * r, max_dim))
+def _(pattern, n, min_dim, max_dim, dtype, first=0, rows=None):
+    if rows is None:
+        rows = pattern[0].shape[0] - (0 if is_bits(pattern) else 1) - first
+    A = pattern[0].new_empty((rows, 1, min_dim), dtype=dtype)
+    return A, A.new_empty((rows * n, max_dim))
 
 
 @torch.library.register_fake("randlora::sparse_update_backward")

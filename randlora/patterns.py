@@ -1,9 +1,11 @@
-"""Ternary bases in the forms that are stored and multiplied: index lists, or two bits per element.
+"""Ternary bases in the forms that are stored and multiplied: index lists, or one or two bits per element.
 
 Lists (csrc/sparse_update.h): at density 1/z an entry of 16 bits per non-zero takes less room than two bits per element
 from z = 8 on, and from about 10 on the update is built faster by walking the lists: at z = 45 with some thousand times
-fewer additions than the dense product has. Planes (csrc/packed_update.h): below that, A as lists of its rows and B at
-two bits per element. Both are generated from the seed in blocks of int8, never through a dense float tensor.
+fewer additions than the dense product has. Planes (csrc/packed_update.h): below that, on the CPU, A as lists of its
+rows and B at two bits per element. Bits (there too): where dense products are faster still, below z = 2.5 on the CPU
+and below 10 on CUDA with its tensor cores, both at two bits per element or, where nothing is zero, one; they are made
+dense for every call. All are generated from the seed in blocks of int8, never through a dense float tensor.
 """
 
 from __future__ import annotations
@@ -18,25 +20,43 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .bases import RandomBases
 
-# By sparsity: below the first, dense products win; from the second on, lists are built from faster than bits.
+# By sparsity: below the first, dense products win; from the second on, lists are built from faster than planes.
 PLANES_FROM, LISTS_FROM = 2.5, 10.0
 _BLOCK = 1 << 22  # elements of B generated at a time
 
 # What the ops take. Lists: columns, a_starts, a_entries, b_starts, b_indices. Planes: a_starts, a_entries, b_planes.
+# Bits: a_planes, b_planes.
 Pattern = tuple[Tensor, ...]
 
 
 def is_planes(pattern: Sequence[Tensor]) -> bool:
-    """Whether a pattern is one of planes, not of lists (csrc/packed_update.h: ``is_packed``)."""
-    return len(pattern) == 3
+    """Whether a pattern is one of planes or bits, not of lists (csrc/packed_update.h: ``is_packed``).
+
+    Such have all strategies, and their updates all rows.
+    """
+    return len(pattern) < 5
+
+
+def is_bits(pattern: Sequence[Tensor]) -> bool:
+    """Whether a pattern is one of bits, which are made dense for every call."""
+    return len(pattern) == 2
 
 
 def wanted(sparsity: float | None, device: torch.device) -> bool:
-    """Whether bases of this sparsity are kept as lists or planes on `device`.
+    """Whether bases of this sparsity (None: dense ones) are kept in one of these forms on `device`."""
+    return sparsity is not None and device.type in ("cpu", "cuda")
 
-    ``sign`` bases have no zeros to leave out. CUDA keeps those of medium density dense, for its tensor cores.
-    """
-    return sparsity is not None and (sparsity >= LISTS_FROM or (sparsity >= PLANES_FROM and device.type == "cpu"))
+
+def form_of(sparsity: float, device: torch.device) -> type[Form]:
+    """The form that ternary bases of this sparsity have on `device`."""
+    if sparsity >= LISTS_FROM:
+        return Lists
+    return Planes if sparsity >= PLANES_FROM and device.type == "cpu" else Bits
+
+
+def planes_of(sparsity: float) -> int:
+    """Of bits, per element: one says all of bases that have no zeros."""
+    return 1 if sparsity == 1 else 2
 
 
 class Lists:
@@ -74,7 +94,7 @@ class Lists:
 
 
 class Planes:
-    """Bases of medium density on one device, as :class:`Lists`."""
+    """Bases of medium density on the CPU, as :class:`Lists`."""
 
     def __init__(self, A: Tensor, columns_of_B: Iterator[Tensor], max_dim: int) -> None:
         k, j = A.nonzero().unbind(1)  # ascending
@@ -90,14 +110,37 @@ class Planes:
         return self.a_starts, self.a_entries, self.b_planes
 
 
-def _bits(block: Tensor) -> Tensor:
-    """int8 ``[max_dim, columns]`` to int16 ``[columns, 2, words]``: bit o % 16 of word o / 16, for +1 and for -1."""
-    rows = torch.nn.functional.pad(block.t(), (0, -block.shape[0] % 16)).unflatten(1, (-1, 16))
-    weights = torch.tensor([1 << bit for bit in range(15)] + [-(1 << 15)], dtype=torch.int16, device=block.device)
-    return torch.stack([((rows == sign) * weights).sum(2, dtype=torch.int16) for sign in (1, -1)], 1)
+class Bits:
+    """Bases that are multiplied dense, on one device, as :class:`Lists`. `planes` is 1 where none is zero."""
+
+    def __init__(self, A: Tensor, columns_of_B: Iterator[Tensor], max_dim: int, planes: int = 2) -> None:
+        self.a_planes = _bits(A.t(), planes)
+        self.b_planes = torch.cat([_bits(block, planes) for block in columns_of_B])
+
+    @property
+    def nbytes(self) -> int:
+        return self.a_planes.nbytes + self.b_planes.nbytes
+
+    def of(self, min_dim: int) -> Pattern:
+        return self.a_planes, self.b_planes
 
 
-def make(bases: RandomBases, device: torch.device) -> Lists | Planes:
+Form = Lists | Planes | Bits
+
+
+def _bits(block: Tensor, planes: int = 2) -> Tensor:
+    """int8 ``[length, columns]`` to int16 ``[columns, planes, words]``: bit o % 16 of word o / 16, for +1 and for -1.
+
+    One plane: for -1 alone.
+    """
+    rows = torch.nn.functional.pad(block.t().contiguous(), (0, -block.shape[0] % 16))
+    # Eight bytes of 0 or 1 at a time: the factor moves byte i's bit to bit 56 + i, and never two to the same place.
+    gather = sum(1 << 56 - 7 * i for i in range(8))
+    found = [((rows == sign).view(torch.int64) * gather >> 56).to(torch.uint8) for sign in (1, -1)[-planes:]]
+    return torch.stack(found, 1).view(torch.int16)
+
+
+def make(bases: RandomBases, device: torch.device) -> Form:
     """`bases` in the form that fits their sparsity, generated on `device`."""
     M, m, n, r = bases.max_dim, bases.min_dim, bases.num_bases, bases.r
     A = bases.fill(torch.empty((r, 1, m), dtype=torch.int8, device=device), 0, (0, 0, 0))[:, 0]
@@ -108,26 +151,30 @@ def make(bases: RandomBases, device: torch.device) -> Lists | Planes:
             block = torch.empty((M, min(step, n - i), r), dtype=torch.int8, device=device)
             yield bases.fill(block, 1, (0, i, 0)).flatten(1)
 
-    return (Lists if bases.sparsity >= LISTS_FROM else Planes)(A, blocks(), M)
+    form = form_of(bases.sparsity, device)
+    return Bits(A, blocks(), M, planes_of(bases.sparsity)) if form is Bits else form(A, blocks(), M)
 
 
-def of_tensors(A: Tensor, B: Tensor) -> tuple[Lists | Planes, float] | None:
+def of_tensors(A: Tensor, B: Tensor, held: bool = True) -> tuple[Form, float] | None:
     """The form of bases that exist as tensors, if they are ternary, and the scale of their product.
 
-    PEFT stores ternary bases dense, divided by their standard deviation: -v, 0, +v.
+    PEFT stores ternary bases dense, divided by their standard deviation: -v, 0, +v. `held`: the tensors stay, so that
+    bits would save nothing; there is no form then.
     """
-    scale, density = 1.0, 0.0
+    scale, density, full = 1.0, 0.0, True
     for t in (A, B):
         size, nonzero = t.abs().max(), int(t.count_nonzero())
         if not nonzero or int((t.abs() == size).sum()) != nonzero:
             return None
         scale *= float(size)
         density = nonzero / t.numel()
-    if not wanted(1 / density, B.device):
+        full = full and density == 1
+    form = form_of(1 / density, B.device)
+    if form is Bits and held:
         return None
-    signs = [t.sign().to(torch.int8) for t in (A, B)]
-    form = Lists if density * LISTS_FROM <= 1 else Planes
-    return form(signs[0][:, 0], iter([signs[1].flatten(1)]), B.shape[0]), scale
+    A, columns = A.sign().to(torch.int8)[:, 0], iter([B.sign().to(torch.int8).flatten(1)])
+    made = Bits(A, columns, B.shape[0], 1 if full else 2) if form is Bits else form(A, columns, B.shape[0])
+    return made, scale
 
 
 def _starts(counts: Tensor) -> Tensor:

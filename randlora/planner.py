@@ -26,15 +26,23 @@ dimension m only the c columns that A has a non-zero in take part in products wi
     materialized  T (M m + M c)                         T (M m + 2 M c)
     merged        T M m                                 T (M m + M c)
     ============  ====================================  =======================================================
+
+On the CPU h is cheaper still, with the density q of A and B (csrc/sparse_products.h): q T P (m + M) additions for y, as
+many for the parameters' gradients (in place of a product T M c), q T P m more for dx where in <= out, and as many as
+for y otherwise. An addition counts as :data:`ADDITION` multiply-adds.
+
+Those of medium density on the CPU (planes) cost a third of P M m where dW is built. What is made dense for the call,
+planes for ``factored`` and bits always, costs the traffic of that, and is a temporary: on the CPU of some 4 MiB.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from .patterns import is_planes
+from .patterns import is_bits, is_planes
 
 STRATEGIES = ("factored", "materialized", "merged")
 
@@ -45,6 +53,26 @@ BALANCE = {("cpu", 8): 4.0, ("cpu", 4): 7.0, ("cpu", 2): 7.0, ("cuda", 8): 10.0,
 
 # Of the dense product's work, what ternary bases at two bits per element cost: a third, in code that is not quite MKL.
 PLANES = 0.42
+
+# Bytes of B that the CPU makes dense at a time (csrc/packed_update.h: unpacked_rows).
+UNPACKED_GROUP = 4 << 20
+
+# An addition from lists to a vector of tokens, in multiply-adds of a dense product. Measured; adding to a vector in
+# memory (h to y, csrc/sparse_products.h) takes longer than to one in a register.
+ADDITION = {"up": 4.9, "down": 3.5}
+
+
+class Lists(NamedTuple):
+    """What the costs of very sparse bases depend on."""
+
+    columns: int  # of A with a non-zero in them
+    per_column: float  # non-zeros of a column of B, on average
+
+    def density(self, m: int, M: int, r: int) -> float:
+        """Of A and B: from the columns that r rows of it leave empty, as B may have more rows than the layer."""
+        if self.columns < m:
+            return 1 - (1 - self.columns / m) ** (1 / r)
+        return min(1.0, self.per_column / M)
 
 
 @dataclass(frozen=True)
@@ -72,21 +100,28 @@ def costs(
     need_x: bool = True,
     need_parameters: bool = True,
     planes: bool = False,
+    bits: bool = False,
+    device_type: str = "cpu",
 ) -> dict[str, tuple[Cost, Cost]]:
     """Forward and backward cost of each strategy that can compute the call.
 
-    No ``merged`` with dropout or without a base weight.
+    No ``merged`` with dropout or without a base weight. `planes`, `bits`: the form of the bases, if they are packed.
     """
     m, M, P, e = min(in_features, out_features), max(in_features, out_features), n * r, element_bytes
     wide = in_features <= out_features
     base = T * M * m if has_weight else 0
     first, second = (P * m, P * M) if wide else (P * M, P * m)  # the two thin products
-    build = P * M * m
-    unpacked = 0
-    if planes:
-        build, unpacked = int(build * PLANES), 2 * P * M * e
+    build = int(P * M * m * PLANES) if planes else P * M * m
     scaled, dense, hidden = P * m * e, M * m * e, T * P * e
     gradient = need_parameters * P * m * max(4, e)  # of the scaled base
+    unpacked, rows = P * M * e, r  # bases made dense, for a group of rows k of A at a time
+    if device_type == "cpu" and e >= 4:
+        rows = min(r, max(1, UNPACKED_GROUP // (n * M * e)))
+
+    def at_once(thin: int, unpacks: bool) -> int:
+        """Of matrices with an axis P, how much there is at a time."""
+        return (thin + unpacked) * rows // r if unpacks else thin
+
     dropped = T * in_features * e if dropout else 0
     backward = need_x or need_parameters
     dx = base if need_x else 0
@@ -94,26 +129,35 @@ def costs(
     rebuild = T * first if need_parameters and not wide else 0  # a tall layer needs h again
     found = {
         "factored": (
-            Cost(base + T * (first + second), scaled + hidden, 2 * (scaled + hidden) + dropped + unpacked),
+            Cost(
+                base + T * (first + second),
+                at_once(scaled + hidden, planes or bits),
+                2 * (scaled + hidden + (planes or bits) * unpacked) + dropped,
+            ),
             Cost(
                 dx + backward * T * second + need_x * T * first + need_parameters * T * P * m + rebuild,
-                scaled + hidden + gradient,
-                backward * (2 * (scaled + hidden + gradient) + 2 * dropped + unpacked),
+                at_once(scaled + hidden + gradient, planes or bits),
+                backward * 2 * (scaled + hidden + gradient + (planes or bits) * unpacked + dropped),
             ),
         )
     }
     # Through dW: G = g^T x and B2^T G for the parameters, dW once more for x.
     multiply_adds = dx + need_x * build + need_parameters * (T * M * m + build)
-    workspace = scaled + dense + gradient
-    traffic = 2 * (need_x * (scaled + dense) + need_parameters * dense + gradient) + backward * 2 * dropped
+    made = bits * unpacked
+    workspace = at_once(scaled + gradient, bits) + dense
+    traffic = 2 * (need_x * (scaled + dense + made) + need_parameters * (dense + made) + gradient + backward * dropped)
     passes = 2 * T * out_features * e, need_x * 2 * T * in_features * e  # over the results, to add to them
     found["materialized"] = (
-        Cost(base + T * M * m + build, scaled + dense, 2 * (scaled + dense) + dropped + passes[0]),
+        Cost(
+            base + T * M * m + build,
+            at_once(scaled, bits) + dense,
+            2 * (scaled + dense + made) + dropped + passes[0],
+        ),
         Cost(multiply_adds + need_x * T * M * m, workspace, traffic + passes[1]),
     )
     if has_weight and not dropout:
         found["merged"] = (
-            Cost(base + build, scaled + dense, 2 * (scaled + dense)),
+            Cost(base + build, at_once(scaled, bits) + dense, 2 * (scaled + dense + made)),
             Cost(multiply_adds, workspace, traffic),
         )
     return found
@@ -123,39 +167,52 @@ def sparse_costs(
     T: int,
     in_features: int,
     out_features: int,
-    columns: int,
+    n: int,
+    r: int,
+    lists: Lists,
     element_bytes: int = 4,
     *,
+    device_type: str = "cpu",
     dropout: bool = False,
     has_weight: bool = True,
     need_x: bool = True,
     need_parameters: bool = True,
 ) -> dict[str, tuple[Cost, Cost]]:
-    """As :func:`costs`, for very sparse bases with `columns` of the smaller dimension not empty."""
+    """As :func:`costs`, for very sparse bases. No ``factored`` but on the CPU."""
     m, M, e = min(in_features, out_features), max(in_features, out_features), element_bytes
+    columns, wide = lists.columns, in_features <= out_features
     base, part = (T * M * m if has_weight else 0), T * M * columns
     dense, compact, gradient = M * m * e, M * columns * e, need_parameters * M * columns * max(4, e)
     # The features that take part are gathered, and a result that only some have a part in is added to.
     gathered = 2 * T * columns * e
     dx = base if need_x else 0
-    found = {
-        "materialized": (
-            Cost(base + part, compact, 3 * compact + gathered + 2 * T * out_features * e),
-            Cost(
-                dx + (need_x + need_parameters) * part,
-                compact + gradient,
-                need_x * (3 * compact + 2 * T * in_features * e) + 2 * gradient + need_parameters * gathered,
-            ),
+    found = {}
+    through_dW = need_parameters * part, gradient, 2 * gradient + need_parameters * gathered
+    if device_type == "cpu":
+        q, accumulator = lists.density(m, M, r), max(4, e)
+        additions = q * n * r * m, q * n * r * M  # of a token: with C and with B2
+        # T may be symbolic under torch.compile: everything else is one integer.
+        up, down = (T * int(weight * sum(additions)) for weight in (ADDITION["up"], ADDITION["down"]))
+        forward, backward = (up, T * int(ADDITION["down"] * additions[0])) if wide else (down, up)
+        entries = int(q * r * m) * n * accumulator  # of C: the coefficients, and their gradients in up to 16 parts
+        through_dW = need_parameters * down, need_parameters * 17 * entries, 0
+        added = 2 * T * e * has_weight
+        found["factored"] = (
+            Cost(base + forward, entries, added * out_features),
+            Cost(dx + need_x * backward + through_dW[0], entries + through_dW[1], need_x * added * in_features),
         )
-    }
+    found["materialized"] = (
+        Cost(base + part, compact, 3 * compact + gathered + 2 * T * out_features * e),
+        Cost(
+            dx + need_x * part + through_dW[0],
+            need_x * compact + through_dW[1],
+            need_x * (3 * compact + 2 * T * in_features * e) + through_dW[2],
+        ),
+    )
     if has_weight and not dropout:
         found["merged"] = (
             Cost(base, dense, 4 * dense),
-            Cost(
-                dx + need_parameters * part,
-                need_x * dense + gradient,
-                need_x * 4 * dense + 2 * gradient + need_parameters * gathered,
-            ),
+            Cost(dx + through_dW[0], need_x * dense + through_dW[1], need_x * 4 * dense + through_dW[2]),
         )
     return found
 
@@ -173,14 +230,14 @@ def choose(
     dropout: bool = False,
     need_x: bool = True,
     need_parameters: bool = True,
-    form: int | str | None = None,
+    form: Lists | str | None = None,
 ) -> tuple[str, str]:
     """The cheapest strategy forward and backward.
 
     `weight_dtype` None: there is no base weight to work with. `form`: of the bases, see :func:`form`.
     """
     options = _options(
-        T, in_features, out_features, n, r, dtype.itemsize, form, dropout=dropout,
+        T, in_features, out_features, n, r, dtype.itemsize, form, device_type, dropout=dropout,
         has_weight=weight_dtype is not None, need_x=need_x, need_parameters=need_parameters,
     )  # fmt: skip
     if not (weight_dtype == dtype and dtype in (torch.float32, torch.float64)):
@@ -189,17 +246,24 @@ def choose(
     return _cheapest(options, 0, balance), _cheapest(options, 1, balance)
 
 
-def form(pattern) -> int | str | None:
-    """What the costs depend on: the columns of very sparse bases, ``"planes"``, or None for dense ones."""
-    return None if pattern is None else "planes" if is_planes(pattern) else pattern[0].numel()
+def form(pattern) -> Lists | str | None:
+    """What the costs depend on: :class:`Lists`, ``"planes"``, ``"bits"``, or None for dense bases."""
+    if pattern is None:
+        return None
+    if is_planes(pattern):
+        return "bits" if is_bits(pattern) else "planes"
+    columns, _, _, b_starts, b_indices = pattern
+    return Lists(columns.numel(), b_indices.numel() / (b_starts.numel() // 2))
 
 
-def _options(T, in_features, out_features, n, r, element_bytes, form, **needs) -> dict[str, tuple[Cost, Cost]]:
-    if form is None:
-        return costs(T, in_features, out_features, n, r, element_bytes, **needs)
-    if form == "planes":
-        return costs(T, in_features, out_features, n, r, element_bytes, planes=True, **needs)
-    return sparse_costs(T, in_features, out_features, form, element_bytes, **needs)
+def _options(
+    T, in_features, out_features, n, r, element_bytes, form, device_type, **needs
+) -> dict[str, tuple[Cost, Cost]]:
+    needs["device_type"] = device_type
+    if isinstance(form, Lists):
+        return sparse_costs(T, in_features, out_features, n, r, form, element_bytes, **needs)
+    needs |= {"planes": form == "planes", "bits": form == "bits"}
+    return costs(T, in_features, out_features, n, r, element_bytes, **needs)
 
 
 def _cheapest(options: dict[str, tuple[Cost, Cost]], which: int, balance: float) -> str:
@@ -229,7 +293,7 @@ def explain(layer: torch.nn.Module, tokens: int, training: bool = True) -> str:
         needs = {"dropout": dropout, "need_x": training, "need_parameters": training}
         bases = form(layer.pattern(adapter))
         plain = layer._base_is_plain()  # a quantised base layer computes its product itself
-        options = _options(*shape, dtype.itemsize, bases, has_weight=plain, **needs)
+        options = _options(*shape, dtype.itemsize, bases, weight.device.type, has_weight=plain, **needs)
         weight_dtype = weight.dtype if plain else None
         chosen = choose(*shape, dtype, weight_dtype, weight.device.type, **needs, form=bases)
         forced = layer.strategy != "auto"

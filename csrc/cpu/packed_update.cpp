@@ -1,5 +1,5 @@
-// Updates of two-bit ternary bases on the CPU: for a block of rows j and a tile of o, every k unpacks its n columns of
-// B into cache and multiplies them with the coefficients of the rows in nz(k), which stay in registers meanwhile.
+// Updates of ternary bases as planes on the CPU: for a block of rows j and a tile of o, every k unpacks its n columns
+// of B into cache and multiplies them with the coefficients of the rows in nz(k), which stay in registers meanwhile.
 #include "packed_update.h"
 
 #include <algorithm>
@@ -9,9 +9,9 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include "cpu/large.h"
+#include "cpu/unpack.h"
 #include "cpu/vec.h"
 
 namespace randlora::cpu {
@@ -26,21 +26,6 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // The entries of row k with j in [begin, end).
 RANDLORA_INLINE const int32_t* first_entry(const PackedPattern& s, int64_t k, int64_t j) {
   return std::lower_bound(s.a_entries + s.a_starts[k], s.a_entries + s.a_starts[k + 1], int32_t(2 * j));
-}
-
-// 16 elements of a column of B2 as -1, 0, +1.
-template <class Acc>
-RANDLORA_INLINE void unpack16(Acc* to, uint32_t plus, uint32_t minus) {
-  const I32x16 bit = {1 << 0, 1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
-                      1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
-  const I32x16 zero = {};
-  const I32x16 p = zero + int32_t(plus), q = zero + int32_t(minus);
-  const I32x16 value = ((q & bit) != 0) - ((p & bit) != 0);  // comparisons give -1 where they hold
-  if constexpr (std::is_same_v<Acc, float>) {
-    store(to, __builtin_convertvector(value, F32x16));
-  } else {
-    for (int l = 0; l < 16; ++l) to[l] = Acc(value[l]);
-  }
 }
 
 // Columns p = k n + i of B2, i < n, rows [o, o + width) to [n, kTile]; zeros behind row M. o and kTile: multiples
@@ -330,54 +315,5 @@ std::tuple<at::Tensor, at::Tensor> gather_packed(const at::Tensor& grad, const P
   }
   return {partial.sum(0), dgamma};
 }
-
-namespace {
-
-template <class T>
-struct ExpandColumns {
-  static RANDLORA_INLINE void run(T* out, const PackedPattern& s, int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      const auto* const plus = reinterpret_cast<const uint16_t*>(s.b_planes) + p * 2 * s.words;
-      for (int64_t w = 0; w < divide_up(s.M, 16); ++w) {
-        acc_t<T> values[16];
-        unpack16(values, plus[w], plus[s.words + w]);
-        const int64_t count = std::min<int64_t>(16, s.M - 16 * w);
-        for (int64_t l = 0; l < count; ++l) out[p * s.M + 16 * w + l] = T(values[l]);
-      }
-    }
-  }
-};
-
-template <class T>
-void expand(const at::Tensor& A, const at::Tensor& B2t, const PackedPattern& s) {
-  T* const a = A.mutable_data_ptr<T>();
-  for (int64_t k = 0; k < s.r; ++k)
-    for (const int32_t *e = s.a_entries + s.a_starts[k], *end = first_entry(s, k, s.m); e < end; ++e)
-      a[k * s.m + (*e >> 1)] = T(*e & 1 ? -1.0f : 1.0f);
-  T* const b = advise_large(B2t).mutable_data_ptr<T>();
-  at::parallel_for(0, s.n * s.r, std::max<int64_t>(1, 32768 / s.M), [&](int64_t begin, int64_t end) {
-    cpu::run<ExpandColumns<T>>(b, s, begin, end);
-  });
-}
-
-std::tuple<at::Tensor, at::Tensor> packed_expand(at::TensorList pattern, int64_t n, int64_t m, int64_t M,
-                                                 at::ScalarType dtype) {
-  TORCH_CHECK_VALUE(is_packed(pattern) && n >= 1 && m >= 1, "n and m must be at least 1, got ", n, " and ", m);
-  const PackedPattern s = check_packed(pattern, pattern[0].numel() - 1, n, m, M, pattern[0]);
-  const at::Tensor A = at::zeros({s.r, 1, m}, pattern[0].options().dtype(dtype));
-  const at::Tensor B2t = at::empty({n * s.r, M}, A.options());
-  switch (dtype) {
-    case at::kDouble: expand<double>(A, B2t, s); break;
-    case at::kFloat: expand<float>(A, B2t, s); break;
-    case at::kBFloat16: expand<c10::BFloat16>(A, B2t, s); break;
-    case at::kHalf: expand<c10::Half>(A, B2t, s); break;
-    default: TORCH_CHECK_TYPE(false, "dtype must be float64, float32, bfloat16 or float16, got ", dtype);
-  }
-  return {A, B2t};
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(randlora, CPU, m) { m.impl("packed_expand", &packed_expand); }
 
 }  // namespace randlora::cpu

@@ -14,6 +14,7 @@
 #include <torch/library.h>
 
 #include "cpu/large.h"
+#include "cpu/sparse_column.h"
 #include "cpu/vec.h"
 
 namespace randlora::cpu {
@@ -21,25 +22,6 @@ namespace {
 
 constexpr int64_t kGroup = 16;          // rows j built side by side where they are columns of the weight
 constexpr int64_t kColumnsPerSum = 64;  // of the backward's partial sums of dlambda
-
-// The rows o < M at which column p of B2 is +1, and at which it is -1.
-template <class Index>
-struct Column {
-  const Index *plus, *plus_end, *minus, *minus_end;
-
-  RANDLORA_INLINE Column(const SparsePattern& s, int64_t p) {
-    const Index* const all = static_cast<const Index*>(s.b_indices);
-    plus = all + s.b_starts[2 * p];
-    minus = all + s.b_starts[2 * p + 1];
-    plus_end = cut(plus, minus, s.M);
-    minus_end = cut(minus, all + s.b_starts[2 * p + 2], s.M);
-  }
-
-  // The store may have more rows than the layer.
-  static RANDLORA_INLINE const Index* cut(const Index* from, const Index* to, int64_t M) {
-    return to == from || int64_t(to[-1]) < M ? to : std::lower_bound(from, to, M);
-  }
-};
 
 // to[o * stride] += row c of the update.
 template <class Acc, class Index>
@@ -141,6 +123,7 @@ at::Tensor as(const at::Tensor& t, at::ScalarType type) { return t.to(type).cont
 
 at::Tensor sparse_update(at::TensorList pattern, const at::Tensor& lambda, const at::Tensor& gamma, int64_t M,
                          double scale, const std::optional<at::Tensor>& weight, at::ScalarType dtype) {
+  if (is_bits(pattern)) return unpacked_update(pattern, lambda, gamma, M, scale, weight, dtype);
   const bool packed = is_packed(pattern);
   const SparsePattern s = packed ? all_rows(lambda, gamma, M) : check_pattern(pattern, lambda, gamma, M);
   const at::Tensor out = make_sparse_result(s, weight, gamma, dtype);
@@ -216,6 +199,7 @@ void backward(const at::Tensor& grad, const SparsePattern& s, const at::Tensor& 
 std::tuple<at::Tensor, at::Tensor> sparse_update_backward(const at::Tensor& grad, at::TensorList pattern,
                                                           const at::Tensor& lambda, const at::Tensor& gamma,
                                                           double scale, bool need_lambda, bool need_gamma) {
+  if (is_bits(pattern)) return unpacked_update_backward(grad, pattern, lambda, gamma, scale, need_lambda, need_gamma);
   TORCH_CHECK_VALUE(grad.dim() == 2, "grad must have shape [columns, M], got ", grad.sizes());
   const bool packed = is_packed(pattern);
   const SparsePattern s =

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -131,6 +132,42 @@ RANDLORA_INLINE double sum(Vec<double> v) {
   v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 0, 0, 0);
   v += __builtin_shufflevector(v, v, 2, 3, 0, 0, 0, 0, 0, 0);
   return v[0] + v[1];
+}
+
+// ---- transposing ----
+
+// Lane l: the first vector's where bit `Half` of l is 0 (Second: where it is 1), otherwise the other's lane l ^ Half.
+template <int Half, bool Second, class V, int... Lane>
+RANDLORA_INLINE V exchange(V first, V second, std::integer_sequence<int, Lane...>) {
+  constexpr int L = sizeof...(Lane);
+  return __builtin_shufflevector(first, second,
+                                 (Lane & Half ? L + (Second ? Lane : Lane ^ Half) : (Second ? Lane ^ Half : Lane))...);
+}
+
+template <int Half, class V, int L>
+RANDLORA_INLINE void exchange_halves(V (&rows)[L]) {
+  for (int row = 0; row < L; ++row) {
+    if (row & Half) continue;
+    const V first = rows[row], second = rows[row + Half];
+    rows[row] = exchange<Half, false>(first, second, std::make_integer_sequence<int, L>{});
+    rows[row + Half] = exchange<Half, true>(first, second, std::make_integer_sequence<int, L>{});
+  }
+  if constexpr (Half > 1) exchange_halves<Half / 2>(rows);
+}
+
+// to = the transpose of from, both [kLanes, kLanes], contiguous and apart. In blocks of 16 bytes' width, whose shuffles
+// every instruction set has: wider ones make more code than speed.
+template <class Acc>
+RANDLORA_INLINE void transpose(Acc* to, const Acc* from) {
+  constexpr int L = kLanes<Acc>, N = 16 / int(sizeof(Acc));
+  typedef Acc Narrow __attribute__((vector_size(16)));
+  for (int y = 0; y < L; y += N)
+    for (int x = 0; x < L; x += N) {
+      Narrow rows[N];
+      for (int row = 0; row < N; ++row) rows[row] = load_bits<Narrow>(from + (y + row) * L + x);
+      exchange_halves<N / 2>(rows);
+      for (int row = 0; row < N; ++row) store_bits(to + (x + row) * L + y, rows[row]);
+    }
 }
 
 }  // namespace randlora::cpu

@@ -154,6 +154,7 @@ void with_type(at::ScalarType type, const Function& function) {
 
 at::Tensor sparse_update(at::TensorList pattern, const at::Tensor& lambda, const at::Tensor& gamma, int64_t M,
                          double scale, const std::optional<at::Tensor>& weight, at::ScalarType dtype) {
+  if (is_packed(pattern)) return unpacked_update(pattern, lambda, gamma, M, scale, weight, dtype);
   const SparsePattern s = check_pattern(pattern, lambda, gamma, M);
   const at::Tensor out = make_sparse_result(s, weight, gamma, dtype);
   if (out.numel() == 0) return out;
@@ -177,6 +178,7 @@ at::Tensor sparse_update(at::TensorList pattern, const at::Tensor& lambda, const
 std::tuple<at::Tensor, at::Tensor> sparse_update_backward(const at::Tensor& grad, at::TensorList pattern,
                                                           const at::Tensor& lambda, const at::Tensor& gamma,
                                                           double scale, bool need_lambda, bool need_gamma) {
+  if (is_packed(pattern)) return unpacked_update_backward(grad, pattern, lambda, gamma, scale, need_lambda, need_gamma);
   TORCH_CHECK_VALUE(grad.dim() == 2, "grad must have shape [columns, M], got ", grad.sizes());
   const SparsePattern s = check_pattern(pattern, lambda, gamma, grad.size(1));
   check_sparse_grad(s, grad, gamma);
@@ -207,45 +209,9 @@ std::tuple<at::Tensor, at::Tensor> sparse_update_backward(const at::Tensor& grad
           need_gamma ? dgamma.to(gamma.scalar_type()) : none(gamma)};
 }
 
-// A thread per word of a plane and sign: sixteen elements of a column of B2.
-template <class T>
-__global__ void expand_planes(T* out, PackedPattern s, int64_t words) {
-  const int64_t task = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, p = task / words, w = task % words;
-  if (p >= s.n * s.r) return;
-  const int16_t* const planes = s.b_planes + p * 2 * s.words + w;
-  const uint32_t plus = uint16_t(planes[0]), minus = uint16_t(planes[s.words]);
-  for (int l = 0; l < 16 && 16 * w + l < s.M; ++l)
-    out[p * s.M + 16 * w + l] = static_cast<T>(float(plus >> l & 1) - float(minus >> l & 1));
-}
-
-template <class T>
-__global__ void expand_rows(T* out, PackedPattern s) {
-  for (int e = s.a_starts[blockIdx.x] + threadIdx.x; e < s.a_starts[blockIdx.x + 1]; e += blockDim.x) {
-    const int j = s.a_entries[e] >> 1;
-    if (j < s.m) out[blockIdx.x * s.m + j] = static_cast<T>(s.a_entries[e] & 1 ? -1.0f : 1.0f);
-  }
-}
-
-std::tuple<at::Tensor, at::Tensor> packed_expand(at::TensorList pattern, int64_t n, int64_t m, int64_t M,
-                                                 at::ScalarType dtype) {
-  TORCH_CHECK_VALUE(is_packed(pattern) && n >= 1 && m >= 1, "n and m must be at least 1, got ", n, " and ", m);
-  const PackedPattern s = check_packed(pattern, pattern[0].numel() - 1, n, m, M, pattern[0]);
-  const c10::cuda::CUDAGuard guard(pattern[0].device());
-  const at::Tensor A = at::zeros({s.r, 1, m}, pattern[0].options().dtype(dtype));
-  const at::Tensor B2t = at::empty({n * s.r, M}, A.options());
-  const int64_t words = divide_up(M, 16);
-  with_type(dtype, [&](auto t) {
-    using T = decltype(t);
-    launch(expand_rows<T>, {s.r}, 256, A.mutable_data_ptr<T>(), s);
-    launch(expand_planes<T>, {divide_up(n * s.r * words, 256)}, 256, B2t.mutable_data_ptr<T>(), s, words);
-  });
-  return {A, B2t};
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(randlora, CUDA, m) {
-  m.impl("packed_expand", &packed_expand);
   m.impl("sparse_update", &sparse_update);
   m.impl("sparse_update_backward", &sparse_update_backward);
 }

@@ -302,30 +302,44 @@ void sparse_update() {
   compare_sparse({2, 2, 3, 40000, 500}, at::kFloat, at::kFloat, true);  // int16 indices with their highest bit set
 }
 
+at::Tensor random_bits(int64_t rows, int64_t planes, int64_t words) {
+  const at::Tensor one = at::randint(-32768, 32768, {rows, 1, words}, at::kShort);
+  if (planes == 1) return one;
+  const at::Tensor other = at::randint(-32768, 32768, one.sizes(), at::kShort);
+  const at::Tensor both = at::zeros({rows, 2, words}, at::kShort);
+  both.narrow(1, 0, 1).copy_(one.bitwise_and(other));
+  both.narrow(1, 1, 1).copy_(one.bitwise_and(other.bitwise_not()));
+  return both;
+}
+
 void packed_expand() {
-  static const Op<Pair(at::TensorList, int64_t, int64_t, int64_t, at::ScalarType)> op("randlora::packed_expand");
+  static const Op<Pair(at::TensorList, int64_t, int64_t, int64_t, at::ScalarType, int64_t, std::optional<int64_t>)> op(
+      "randlora::packed_expand");
   constexpr int64_t shapes[][4] = {{1, 1, 1, 1}, {3, 5, 7, 16}, {5, 9, 41, 64}, {32, 3, 341, 1000}, {2, 1, 1000, 17}};
-  for (const auto& [r, n, m, M] : shapes)
-    for (const at::ScalarType type : kFloats) {
-      // A store with more columns of A, rows and columns of B2 than the layer has.
-      const at::Tensor A = random_ternary({r, m + 3}, 3);
-      std::vector<int64_t> starts = {0}, entries;
-      const auto a = A.accessor<int8_t, 2>();
-      for (int64_t k = 0; k < r; ++k) {
-        for (int64_t j = 0; j < m + 3; ++j)
-          if (a[k][j] != 0) entries.push_back(2 * j + (a[k][j] < 0));
-        starts.push_back(int64_t(entries.size()));
-      }
-      const at::Tensor plus = at::randint(-32768, 32768, {n * r + 2, 1, M / 16 + 2}, at::kShort);
-      const at::Tensor both = at::randint(-32768, 32768, plus.sizes(), at::kShort);
-      const at::Tensor planes = at::zeros({n * r + 2, 2, M / 16 + 2}, at::kShort);
-      planes.narrow(1, 0, 1).copy_(plus.bitwise_and(both));
-      planes.narrow(1, 1, 1).copy_(plus.bitwise_and(both.bitwise_not()));
-      const Tensors pattern = {from(starts, at::kInt), from(entries, at::kInt), planes};
-      const auto [got_A, got_B] = op.emulated(pattern, n, m, M, type);
-      const auto [A_cpu, B_cpu] = op.cpu(pattern, n, m, M, type);
-      CHECK_THAT(got_A.equal(A_cpu) && got_B.equal(B_cpu), "r ", r, " n ", n, " m ", m, " M ", M, " ", type);
+  for (const auto& [r, n, m, M] : shapes) {
+    // A store with more columns of A, rows and columns of B2 than the layer has.
+    const at::Tensor A = random_ternary({r, m + 3}, 3);
+    std::vector<int64_t> starts = {0}, entries;
+    const auto a = A.accessor<int8_t, 2>();
+    for (int64_t k = 0; k < r; ++k) {
+      for (int64_t j = 0; j < m + 3; ++j)
+        if (a[k][j] != 0) entries.push_back(2 * j + (a[k][j] < 0));
+      starts.push_back(int64_t(entries.size()));
     }
+    const at::Tensor lists[] = {from(starts, at::kInt), from(entries, at::kInt)};
+    const Tensors patterns[] = {{lists[0], lists[1], random_bits(n * r + 2, 2, M / 16 + 2)},
+                                {random_bits(r, 2, m / 16 + 2), random_bits(n * r + 2, 2, M / 16 + 2)},
+                                {random_bits(r, 1, m / 16 + 2), random_bits(n * r + 2, 1, M / 16 + 2)}};
+    for (const Tensors& pattern : patterns)
+      for (const at::ScalarType type : kFloats)
+        for (const int64_t first : {int64_t(0), r / 2}) {
+          const std::optional<int64_t> rows = first > 0 ? std::optional((r - first + 1) / 2) : std::nullopt;
+          const auto [got_A, got_B] = op.emulated(pattern, n, m, M, type, first, rows);
+          const auto [A_cpu, B_cpu] = op.cpu(pattern, n, m, M, type, first, rows);
+          CHECK_THAT(got_A.equal(A_cpu) && got_B.equal(B_cpu), "r ", r, " n ", n, " m ", m, " M ", M, " ", type, " of ",
+                     pattern.size(), " tensors from row ", first);
+        }
+  }
 }
 
 }  // namespace
