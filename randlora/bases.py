@@ -305,7 +305,10 @@ def _make_sure(handle: str, dtype: torch.dtype, device: torch.device) -> str:
         # torch.func wrapper.
         with bases._lock, torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad():
             if (dtype, device) not in bases._held:
-                bases._held[dtype, device] = bases.draw(dtype, device)
+                _refuse_capture(device)
+                drawn = bases.draw(dtype, device)
+                settle(device)
+                bases._held[dtype, device] = drawn
             setattr(bases._ready, name, bases._held[dtype, device])
     return name
 
@@ -321,17 +324,34 @@ def _make_sure_lists(handle: str, device: torch.device, min_dim: int) -> str | N
         return None
     with torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad(), bases._lock:
         found = bases._lists.get(device)
-        if found is None and bases.prng == "philox":
-            found = patterns.make(bases, device), bases.scale
-        elif found is None:
-            values = bases.draw(torch.float32, device) if bases.given is None else bases.given
-            found = patterns.of_tensors(*(t.to(device) for t in values), held=bases.given is not None)
         if found is None:
-            bases._without_lists.add(device)
-            return None
-        bases._lists[device] = found
+            _refuse_capture(device)
+            if bases.prng == "philox":
+                found = patterns.make(bases, device), bases.scale
+            else:
+                values = bases.draw(torch.float32, device) if bases.given is None else bases.given
+                found = patterns.of_tensors(*(t.to(device) for t in values), held=bases.given is not None)
+            if found is None:
+                bases._without_lists.add(device)
+                return None
+            settle(device)
+            bases._lists[device] = found
         setattr(bases._ready, name, (found[0].of(min_dim), found[1]))
     return name
+
+
+def settle(device: torch.device) -> None:
+    """Waits for what the current stream has made to be kept: whoever reads it later, on any stream, knows of no wait."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+def _refuse_capture(device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a layer generates its bases at its first call, which a CUDA graph cannot capture: "
+            "call the model once before the capture"
+        )
 
 
 def _canonical(device: torch.device | str) -> torch.device:

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from .bases import settle
+
 _DEFAULT_LIMIT = 1 << 30
 
 
@@ -87,6 +89,8 @@ class UpdateCache:
             self.clear()
             self._seen, self._sources = now, tuple(weakref.ref(t) for t in sources)
         elif self._tensor is None and _budget.used() + nbytes <= _budget.limit:
-            self._tensor = build()
+            tensor = build()
+            settle(tensor.device)
+            self._tensor = tensor
             _budget.holders.add(self)
         return self._tensor

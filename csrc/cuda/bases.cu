@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int e = 0; e < 4; ++e) pack.v[e] = static_cast<T>(element(words.v[e]));
     if (vector && column + 4 <= s.size2) {
-      *reinterpret_cast<Pack<T, 4>*>(to) = pack;
+      store_whole(to, pack);
     } else {
 #pragma unroll
       for (int e = 0; e < 4; ++e)
@@ -47,9 +47,7 @@ void fill(const at::Tensor& out, const BaseSlice& s, const Element& element) {
   const int64_t blocks = divide_up(s.size1 * s.quads_per_row(), kThreads);
   const int64_t rows = std::clamp<int64_t>(divide_up(kBlocksWanted, blocks), 1, std::min(s.size0, kMaxGridY));
   const bool vector = s.start2 % 4 == 0 && can_pack<T, 4>(out.const_data_ptr(), {s.stride0, s.stride1});
-  fill_kernel<<<dim3(unsigned(blocks), unsigned(rows)), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-      out.mutable_data_ptr<T>(), s, element, vector);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(fill_kernel<T, Element>, {blocks, rows}, kThreads, out.mutable_data_ptr<T>(), s, element, vector);
 }
 
 template <class Element>

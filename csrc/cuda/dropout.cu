@@ -40,10 +40,8 @@ void drop(const at::Tensor& out, const at::Tensor& x, const at::Tensor& seed, do
   constexpr int N = kVec<T> < 4 ? 4 : kVec<T>;
   const int64_t blocks = std::min(kMaxBlocks, divide_up(x.numel(), int64_t(kThreads) * N));
   const bool vector = can_pack<T, N>(x.const_data_ptr(), {}) && can_pack<T, N>(out.const_data_ptr(), {});
-  dropout_kernel<T><<<unsigned(blocks), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-      out.mutable_data_ptr<T>(), x.const_data_ptr<T>(), seed.const_data_ptr<int64_t>(), dropout_threshold(p),
-      acc_t<T>(1 / (1 - p)), x.numel(), vector);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(dropout_kernel<T>, {blocks}, kThreads, out.mutable_data_ptr<T>(), x.const_data_ptr<T>(),
+         seed.const_data_ptr<int64_t>(), dropout_threshold(p), acc_t<T>(1 / (1 - p)), x.numel(), vector);
 }
 
 at::Tensor dropout(const at::Tensor& x, const at::Tensor& seed, double p) {

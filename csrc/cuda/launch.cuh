@@ -2,13 +2,17 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
+#include <utility>
 
 #include <ATen/core/Tensor.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <c10/util/BFloat16.h>
+#include <c10/util/Exception.h>
 #include <c10/util/Half.h>
+#include <cuda_runtime.h>
 
 namespace randlora::cuda {
 
@@ -20,6 +24,18 @@ template <class T, int N>
 struct alignas(sizeof(T) * N <= 16 ? sizeof(T) * N : 16) Pack {
   T v[N];
 };
+
+// *to = pack. By an intrinsic, as the compiler takes an assignment apart: it shares what follows with the stores of
+// single elements in the other branch. (Global stores are cached in L2 anyway.)
+template <class T, int N>
+__device__ __forceinline__ void store_whole(T* to, const Pack<T, N>& pack) {
+  using Word = std::conditional_t<alignof(Pack<T, N>) == 16, uint4,
+                                  std::conditional_t<alignof(Pack<T, N>) == 8, uint2, unsigned>>;
+  static_assert(alignof(Word) == alignof(Pack<T, N>) && sizeof(Word) == alignof(Word));
+#pragma unroll
+  for (int i = 0; i < int(sizeof(pack) / sizeof(Word)); ++i)
+    __stcg(reinterpret_cast<Word*>(to) + i, reinterpret_cast<const Word*>(&pack)[i]);
+}
 
 // Elements a thread moves at once: 16 bytes of storage.
 template <class T>
@@ -44,7 +60,7 @@ __device__ __forceinline__ void store_pack(T* p, const Acc (&from)[N], int64_t v
     Pack<T, N> pack;
 #pragma unroll
     for (int e = 0; e < N; ++e) pack.v[e] = static_cast<T>(from[e]);
-    *reinterpret_cast<Pack<T, N>*>(p) = pack;
+    store_whole(p, pack);
   } else {
 #pragma unroll
     for (int e = 0; e < N; ++e)
@@ -61,5 +77,23 @@ bool can_pack(const void* p, std::initializer_list<int64_t> strides) {
 }
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Blocks along each axis; at least one.
+struct Grid {
+  int64_t x, y = 1;
+};
+
+// kernel<<<grid, block>>>(arguments...) on the current stream. As a function and not by <<<>>>, so that a C++ compiler
+// reads it too: tests/cpp/emulation runs the kernels on the CPU.
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), Grid grid, dim3 block, Arguments&&... arguments) {
+  TORCH_CHECK(grid.x <= 2147483647 && grid.y <= 65535, "randlora: too large for one launch: ", grid.x, " x ", grid.y,
+              " blocks");
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(grid.x), unsigned(grid.y));
+  config.blockDim = block;
+  config.stream = c10::cuda::getCurrentCUDAStream();
+  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
+}
 
 }  // namespace randlora::cuda

@@ -30,7 +30,10 @@ __global__ void __launch_bounds__(kPacks* kRows)
     Pack<T, N> pack;
 #pragma unroll
     for (int l = 0; l < N; ++l) pack.v[l] = static_cast<T>(float(int(plus >> l & 1u) - int(minus >> l & 1u)));
-    *reinterpret_cast<Pack<T, N>*>(out + row * length + e) = pack;
+    if constexpr (N > 1)
+      store_whole(out + row * length + e, pack);
+    else
+      out[row * length + e] = pack.v[0];
   }
 }
 
@@ -50,11 +53,8 @@ void launch_bits(const at::Tensor& out, int64_t length, const int16_t* bits, int
   const int64_t rows = out.size(0);
   const auto with_packs = [&](auto packed) {
     constexpr int N = decltype(packed)::value;
-    const dim3 grid(unsigned(divide_up(divide_up(length, N), kPacks)),
-                    unsigned(std::min(divide_up(rows, kRows), kMaxGridY)));
-    expand_bits<T, N>
-        <<<grid, dim3(kPacks, kRows), 0, c10::cuda::getCurrentCUDAStream()>>>(data, rows, length, bits, planes, words);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    const Grid grid{divide_up(divide_up(length, N), kPacks), std::min(divide_up(rows, kRows), kMaxGridY)};
+    launch(expand_bits<T, N>, grid, dim3(kPacks, kRows), data, rows, length, bits, planes, words);
   };
   // Where rows are aligned, their length is a multiple of a pack's.
   if (can_pack<T, kVec<T>>(data, {length}))
@@ -70,8 +70,7 @@ void expand(const Expansion& e) {
     launch_bits<T>(e.A, s.m, s.a_planes + e.first * s.planes * s.a_words, s.planes, s.a_words);
   } else {
     T* const a = e.A.zero_().template mutable_data_ptr<T>();
-    expand_lists<T><<<unsigned(e.rows), 256, 0, c10::cuda::getCurrentCUDAStream()>>>(a, s, e.first);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    launch(expand_lists<T>, {e.rows}, 256, a, s, e.first);
   }
   launch_bits<T>(e.B2t, s.M, s.b_planes + e.first * s.n * s.planes * s.words, s.planes, s.words);
 }

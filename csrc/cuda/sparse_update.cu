@@ -165,13 +165,11 @@ at::Tensor sparse_update(at::TensorList pattern, const at::Tensor& lambda, const
     using T = decltype(t);
     using Acc = acc_t<T>;
     with_index(s, [&](auto index) {
-      const dim3 grid(unsigned(divide_up(out.size(0), kRows)), unsigned(divide_up(s.M, kTile<Acc>)));
-      build<T, decltype(index)><<<grid, 32 * kWarps, 0, c10::cuda::getCurrentCUDAStream()>>>(
-          out.mutable_data_ptr<T>(), out.stride(0), out.stride(1),
-          weight.has_value() ? weight->const_data_ptr<T>() : nullptr, weight.has_value() ? weight->stride(0) : 0,
-          weight.has_value() ? weight->stride(1) : 0, s, out.size(0), l.const_data_ptr<Acc>(), g.const_data_ptr<Acc>(),
-          Acc(scale));
-      C10_CUDA_KERNEL_LAUNCH_CHECK();
+      const Grid grid{divide_up(out.size(0), kRows), divide_up(s.M, kTile<Acc>)};
+      launch(build<T, decltype(index)>, grid, 32 * kWarps, out.mutable_data_ptr<T>(), out.stride(0), out.stride(1),
+             weight.has_value() ? weight->const_data_ptr<T>() : nullptr, weight.has_value() ? weight->stride(0) : 0,
+             weight.has_value() ? weight->stride(1) : 0, s, out.size(0), l.const_data_ptr<Acc>(),
+             g.const_data_ptr<Acc>(), Acc(scale));
     });
   });
   return out;
@@ -190,20 +188,19 @@ std::tuple<at::Tensor, at::Tensor> sparse_update_backward(const at::Tensor& grad
   const int64_t blocks = divide_up(s.count, kColumnsPerBlock);
   const at::Tensor partial = at::zeros({blocks, s.r, s.n}, rows.options());
   const at::Tensor dgamma = at::zeros({s.n, s.m}, rows.options());
-  const auto launch = [&](auto t) {
+  const auto run = [&](auto t) {
     using Acc = decltype(t);
     with_index(s, [&](auto index) {
-      gather<Acc, decltype(index)><<<unsigned(blocks), 32 * kWarps, 0, c10::cuda::getCurrentCUDAStream()>>>(
-          rows.const_data_ptr<Acc>(), s, l.const_data_ptr<Acc>(), g.const_data_ptr<Acc>(), Acc(scale),
-          partial.mutable_data_ptr<Acc>(), dgamma.mutable_data_ptr<Acc>());
-      C10_CUDA_KERNEL_LAUNCH_CHECK();
+      launch(gather<Acc, decltype(index)>, {blocks}, 32 * kWarps, rows.const_data_ptr<Acc>(), s,
+             l.const_data_ptr<Acc>(), g.const_data_ptr<Acc>(), Acc(scale), partial.mutable_data_ptr<Acc>(),
+             dgamma.mutable_data_ptr<Acc>());
     });
   };
   if (blocks > 0) {
     if (acc == at::kDouble)
-      launch(double{});
+      run(double{});
     else
-      launch(float{});
+      run(float{});
   }
   const auto none = [](const at::Tensor& like) {
     return at::empty({0}, like.options());

@@ -171,11 +171,9 @@ at::Tensor unique_base(const at::Tensor& A, const at::Tensor& lambda, const at::
     const int64_t tiles = divide_up(s.m, kThreads * N);
     const Factors<Acc> factors{
         lambda_acc.const_data_ptr<Acc>(), gamma_acc.const_data_ptr<Acc>(), Acc(scale), s.r, s.n, s.m};
-    forward_kernel<T, TA>
-        <<<unsigned(tiles * s.n * divide_up(s.r, kRowsPerThread)), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-            out.mutable_data_ptr<T>(), base_of<T, TA, N>(base), factors, tiles,
-            can_pack<T, N>(out.const_data_ptr(), {s.m}), can_pack<Acc, N>(gamma_acc.const_data_ptr(), {s.m}));
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    launch(forward_kernel<T, TA>, {tiles * s.n * divide_up(s.r, kRowsPerThread)}, kThreads, out.mutable_data_ptr<T>(),
+           base_of<T, TA, N>(base), factors, tiles, can_pack<T, N>(out.const_data_ptr(), {s.m}),
+           can_pack<Acc, N>(gamma_acc.const_data_ptr(), {s.m}));
   });
   return out.to(result);
 }
@@ -204,14 +202,11 @@ std::tuple<at::Tensor, at::Tensor> unique_base_backward(const at::Tensor& grad, 
                                can_pack<T, N>(big.const_data_ptr(), {big.stride(0), big.stride(1)})};
     const Factors<Acc> factors{
         lambda_acc.const_data_ptr<Acc>(), gamma_acc.const_data_ptr<Acc>(), Acc(scale), s.r, s.n, s.m};
-    const auto stream = c10::cuda::getCurrentCUDAStream();
-    backward_kernel<T, TA><<<unsigned(tiles * s.n), dim3(32, kWarps), 0, stream>>>(
-        gradient, base_of<T, TA, N>(base), factors, partial.mutable_data_ptr<Acc>(), dgamma.mutable_data_ptr<Acc>(),
-        tiles, can_pack<Acc, N>(gamma_acc.const_data_ptr(), {s.m}));
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-    sum_tiles_kernel<Acc><<<unsigned(divide_up(s.n * s.r, kThreads)), kThreads, 0, stream>>>(
-        partial.const_data_ptr<Acc>(), dlambda.mutable_data_ptr<Acc>(), tiles, s.n, s.r, Acc(scale));
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    launch(backward_kernel<T, TA>, {tiles * s.n}, dim3(32, kWarps), gradient, base_of<T, TA, N>(base), factors,
+           partial.mutable_data_ptr<Acc>(), dgamma.mutable_data_ptr<Acc>(), tiles,
+           can_pack<Acc, N>(gamma_acc.const_data_ptr(), {s.m}));
+    launch(sum_tiles_kernel<Acc>, {divide_up(s.n * s.r, kThreads)}, kThreads, partial.const_data_ptr<Acc>(),
+           dlambda.mutable_data_ptr<Acc>(), tiles, s.n, s.r, Acc(scale));
   });
   const auto none = [&](const at::Tensor& like) {
     return at::empty({0}, like.options());

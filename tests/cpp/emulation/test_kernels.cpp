@@ -1,0 +1,358 @@
+// The kernels of csrc/cuda on the CPU (see cuda_runtime.h) against the CPU's ops, bit for bit where the definition
+// fixes the bits, and against the formulas in float64 elsewhere. Every case runs twice, its threads and blocks in both
+// orders. Results are born as NaN, so that an element which no thread writes is noticed; accesses out of bounds or of a
+// pack at an address that is none of its multiples are the sanitizers' part.
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include <ATen/Context.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/randint.h>
+#include <ATen/ops/randn.h>
+#include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros.h>
+#include <cuda_runtime.h>
+
+#include "../check.h"
+
+void test_emulation();
+
+namespace {
+
+using Tensors = std::vector<at::Tensor>;
+
+constexpr at::ScalarType kFloats[] = {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf};
+
+// An op by name; `emulated` runs its CUDA kernel in both orders, on tensors of the CPU.
+template <class Signature>
+struct Op;
+
+template <class Result, class... Args>
+struct Op<Result(Args...)> {
+  c10::TypedOperatorHandle<Result(Args...)> handle;
+
+  explicit Op(const char* name)
+      : handle(c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Result(Args...)>()) {}
+
+  Result cpu(Args... args) const { return handle.call(args...); }
+
+  Result emulated(Args... args) const {
+    const c10::DispatchKeySet cuda(c10::DispatchKey::CUDA);
+    const auto forwards = handle.redispatch(cuda, args...);
+    emulation::backwards = true;
+    const auto backwards = handle.redispatch(cuda, args...);
+    emulation::backwards = false;
+    CHECK_THAT(same(forwards, backwards), "the order of threads and blocks shows in the result");
+    return forwards;
+  }
+
+  static bool same(const at::Tensor& a, const at::Tensor& b) { return a.equal(b); }
+  static bool same(const std::tuple<at::Tensor, at::Tensor>& a, const std::tuple<at::Tensor, at::Tensor>& b) {
+    return std::get<0>(a).equal(std::get<0>(b)) && std::get<1>(a).equal(std::get<1>(b));
+  }
+};
+
+using Pair = std::tuple<at::Tensor, at::Tensor>;
+using OptionalType = std::optional<at::ScalarType>;
+
+const Op<at::Tensor(const at::Tensor&, const at::Tensor&, double)>& dropout() {
+  static const Op<at::Tensor(const at::Tensor&, const at::Tensor&, double)> op("randlora::dropout");
+  return op;
+}
+
+double unit_roundoff(at::ScalarType type) {
+  switch (type) {
+    case at::kDouble: return 0x1p-53;
+    case at::kFloat: return 0x1p-24;
+    case at::kHalf: return 0x1p-11;
+    default: return 0x1p-8;
+  }
+}
+
+// Whether `got` is `exact` (float64) but for its own rounding and that of a sum of `terms` numbers in `acc`; `size` is
+// the sum of their absolute values.
+bool rounding_only(const at::Tensor& got, const at::Tensor& exact, const at::Tensor& size, int64_t terms,
+                   at::ScalarType acc) {
+  const double tiny = got.scalar_type() == at::kHalf ? 0x1p-24 : 1e-40;
+  const at::Tensor bound =
+      exact.abs() * (1.01 * unit_roundoff(got.scalar_type())) + size * (double(terms + 4) * unit_roundoff(acc)) + tiny;
+  return got.sizes() == exact.sizes() && ((got.to(at::kDouble) - exact).abs() <= bound).all().item<bool>();
+}
+
+// ---- bases
+// -----------------------------------------------------------------------------------------------------------
+
+void bases() {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("randlora::fill_bases_", "")
+          .typed<void(const at::Tensor&, int64_t, int64_t, c10::IntArrayRef, std::optional<double>)>();
+  const auto compare = [&](const at::Tensor& whole, std::vector<int64_t> shape, std::vector<int64_t> offsets,
+                           int64_t stream, std::optional<double> sparsity) {
+    at::Tensor results[3];
+    for (int way = 0; way < 3; ++way) {
+      results[way] = whole.clone();  // what the slice does not cover must stay
+      at::Tensor out = results[way];
+      for (int axis = 0; axis < 3; ++axis) out = out.narrow(axis, 0, shape[size_t(axis)]);
+      emulation::backwards = way == 2;
+      if (way == 0)
+        op.call(out, 0x123456789ABCDEF, stream, offsets, sparsity);
+      else
+        op.redispatch(c10::DispatchKeySet(c10::DispatchKey::CUDA), out, 0x123456789ABCDEF, stream, offsets, sparsity);
+    }
+    emulation::backwards = false;
+    CHECK_THAT(results[0].equal(results[1]) && results[0].equal(results[2]), whole.scalar_type(), " ",
+               c10::IntArrayRef(shape), " in ", whole.sizes(), " from ", c10::IntArrayRef(offsets),
+               sparsity.has_value() ? " ternary" : " dense");
+  };
+  const std::vector<std::vector<int64_t>> offsets = {
+      {0, 0, 0}, {3, 2, 1}, {7, 5, 6}, {9, 0, 4}, {2147480000, 2147480000, 2147480000}};
+  for (const at::ScalarType type : {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf, at::kChar})
+    for (const bool ternary : {false, true}) {
+      if (type == at::kChar && !ternary) continue;
+      const std::optional<double> sparsity = ternary ? std::optional(3.0) : std::nullopt;
+      for (const auto& from : offsets) {
+        compare(at::full({9, 9, 16}, 77, type), {9, 8, 13}, from, 1, sparsity);  // rows aligned for packs
+        compare(at::full({9, 9, 13}, 77, type), {9, 9, 13}, from, 1, sparsity);
+        compare(at::full({5, 1, 341}, 77, type), {5, 1, 341}, {from[0], 0, from[2]}, 0, sparsity);
+      }
+      compare(at::full({1, 1, 1}, 77, type), {1, 1, 1}, {0, 0, 0}, 1, sparsity);
+      compare(at::full({3, 1, 4096}, 77, type), {2, 1, 4095}, {0, 0, 0}, 0, sparsity);  // several blocks along a row
+    }
+  compare(at::full({9000, 1, 3}, 77, at::kFloat), {8999, 1, 3}, {0, 0, 0}, 1, {});  // several rows for a thread
+  compare(at::full({3, 0, 3}, 77, at::kFloat), {3, 0, 3}, {0, 0, 0}, 1, {});
+}
+
+// ---- dropout
+// ---------------------------------------------------------------------------------------------------------
+
+void dropout_masks() {
+  const at::Tensor seed = at::full({1}, int64_t(0x7EDCBA9876543210), at::kLong);
+  for (const at::ScalarType type : kFloats)
+    for (const double p : {0.0, 0.3, 0.9})
+      for (const int64_t size : {0, 1, 3, 4, 41, 341, 1000, 4097})
+        for (const int64_t offset : {0, 1}) {
+          const at::Tensor x = at::randn({size + offset}, type).narrow(0, offset, size);
+          CHECK_THAT(dropout().emulated(x, seed, p).equal(dropout().cpu(x, seed, p)), type, " p ", p, " size ", size,
+                     " offset ", offset);
+        }
+  const at::Tensor columns = at::randn({41, 24}).t();
+  CHECK_THAT(dropout().emulated(columns, seed, 0.5).equal(dropout().cpu(columns, seed, 0.5)), "strided");
+  const at::Tensor large = at::full({132 * 32 * 256 * 8 + 1000}, 1, at::kBFloat16);  // more than one step of the grid
+  CHECK_THAT(dropout().emulated(large, seed, 0.5).equal(dropout().cpu(large, seed, 0.5)), "several steps");
+}
+
+// ---- UniqueBaseGrad
+// --------------------------------------------------------------------------------------------------
+
+void compare_unique_base(int64_t r, int64_t n, int64_t m, at::ScalarType storage, at::ScalarType a_type,
+                         at::ScalarType parameters, int layout) {
+  static const Op<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, double, OptionalType)> forward(
+      "randlora::unique_base");
+  static const Op<Pair(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, double, bool, bool)>
+      backward("randlora::unique_base_backward");
+  const double scale = 1.7;
+  at::Tensor A = at::randn({r + 2, 1, m + 5}, a_type).narrow(0, 0, r).narrow(2, 0, m);
+  at::Tensor grad = at::randn({r, n + 3, m + 8}, storage).narrow(1, 1, n).narrow(2, 0, m);
+  at::Tensor lambda = at::randn({n, r}, parameters).t(), gamma = at::randn({n, m + 1}, parameters).narrow(1, 1, m);
+  if (layout == 0) {
+    A = A.contiguous(), grad = grad.contiguous(), lambda = lambda.contiguous(), gamma = gamma.contiguous();
+  } else if (layout == 2) {
+    A = A.permute({2, 1, 0}).contiguous().permute({2, 1, 0});
+    grad = grad.permute({2, 0, 1}).contiguous().permute({1, 2, 0});
+  }
+  const std::string where = check::text("r ", r, " n ", n, " m ", m, " S ", storage, " A ", a_type, " lambda ",
+                                        parameters, " layout ", layout);
+
+  const at::Tensor S = forward.emulated(A, lambda, gamma, scale, storage);
+  CHECK_THAT(S.scalar_type() == storage && S.equal(forward.cpu(A, lambda, gamma, scale, storage)), where);
+
+  const auto [dlambda, dgamma] = backward.emulated(grad, A, lambda, gamma, scale, true, true);
+  CHECK_THAT(dlambda.scalar_type() == parameters && dgamma.scalar_type() == parameters, where);
+  const at::Tensor a = A.to(at::kDouble), l = lambda.to(at::kDouble), g = gamma.to(at::kDouble);
+  const at::Tensor t = grad.to(at::kDouble) * a * scale, by_lambda = t * g, by_gamma = t * l.unsqueeze(2);
+  const bool fp64 = storage == at::kDouble || a_type == at::kDouble || parameters == at::kDouble;
+  const at::ScalarType acc = fp64 ? at::kDouble : at::kFloat;
+  CHECK_THAT(rounding_only(dlambda, by_lambda.sum(2), by_lambda.abs().sum(2), m, acc), where, " dlambda");
+  CHECK_THAT(rounding_only(dgamma, by_gamma.sum(0), by_gamma.abs().sum(0), r, acc), where, " dgamma");
+}
+
+void unique_base() {
+  constexpr int64_t shapes[][3] = {{1, 1, 1},     {3, 5, 7},    {1, 41, 3},  {4, 3, 41},
+                                   {33, 11, 341}, {2, 2, 1000}, {5, 1, 2500}};
+  for (const auto& [r, n, m] : shapes)
+    for (const int layout : {0, 1, 2}) {
+      for (const at::ScalarType type : kFloats) compare_unique_base(r, n, m, type, type, type, layout);
+      compare_unique_base(r, n, m, at::kBFloat16, at::kBFloat16, at::kFloat, layout);
+      compare_unique_base(r, n, m, at::kHalf, at::kHalf, at::kFloat, layout);
+      compare_unique_base(r, n, m, at::kFloat, at::kBFloat16, at::kFloat, layout);   // a layer's backward in 16 bits
+      compare_unique_base(r, n, m, at::kBFloat16, at::kHalf, at::kFloat, layout);    // A in neither type
+      compare_unique_base(r, n, m, at::kBFloat16, at::kFloat, at::kDouble, layout);  // fp64 arithmetic, 16-bit results
+    }
+}
+
+// ---- updates of very sparse bases
+// ------------------------------------------------------------------------------------
+
+at::Tensor random_ternary(at::IntArrayRef shape, int z) {
+  const at::Tensor u = at::randint(2 * z, shape, at::kLong);
+  return u.eq(0).to(at::kChar) - u.eq(1).to(at::kChar);
+}
+
+at::Tensor from(const std::vector<int64_t>& values, at::ScalarType type) {
+  return at::tensor(values, at::kLong).to(type);
+}
+
+// The lists of sparse_update.h for A [r, m] and B2 [M, columns], both int8.
+Tensors lists(const at::Tensor& A, const at::Tensor& B2, bool short_indices) {
+  std::vector<int64_t> columns, a_starts = {0}, a_entries, b_starts = {0}, b_indices;
+  const auto a = A.accessor<int8_t, 2>(), b = B2.accessor<int8_t, 2>();
+  for (int64_t j = 0; j < a.size(1); ++j) {
+    for (int64_t k = 0; k < a.size(0); ++k)
+      if (a[k][j] != 0) a_entries.push_back(2 * k + (a[k][j] < 0));
+    if (int64_t(a_entries.size()) == a_starts.back()) continue;
+    columns.push_back(j);
+    a_starts.push_back(int64_t(a_entries.size()));
+  }
+  for (int64_t p = 0; p < b.size(1); ++p)
+    for (const int sign : {1, -1}) {
+      for (int64_t o = 0; o < b.size(0); ++o)
+        if (b[o][p] == sign) b_indices.push_back(o);
+      b_starts.push_back(int64_t(b_indices.size()));
+    }
+  return {from(columns, at::kInt), from(a_starts, at::kInt), from(a_entries, at::kInt), from(b_starts, at::kInt),
+          from(b_indices, short_indices ? at::kShort : at::kInt)};
+}
+
+struct SparseCase {
+  int64_t r, n, m, M;
+  int z;
+  int64_t more_rows = 0;  // of the store, beyond the layer's M
+};
+
+// weights: none; [m, M] contiguous; its rows apart; its transpose contiguous; that one's rows apart.
+enum Weight { none, rows, rows_apart, columns, columns_apart };
+
+void compare_sparse(const SparseCase& c, at::ScalarType type, at::ScalarType parameters, bool short_indices) {
+  using OptionalTensor = std::optional<at::Tensor>;
+  static const Op<at::Tensor(at::TensorList, const at::Tensor&, const at::Tensor&, int64_t, double,
+                             const OptionalTensor&, at::ScalarType)>
+      forward("randlora::sparse_update");
+  static const Op<Pair(const at::Tensor&, at::TensorList, const at::Tensor&, const at::Tensor&, double, bool, bool)>
+      backward("randlora::sparse_update_backward");
+  const double scale = 0.7;
+  const at::Tensor A = random_ternary({c.r, c.m}, c.z), B2 = random_ternary({c.M + c.more_rows, c.n * c.r}, c.z);
+  const Tensors pattern = lists(A, B2, short_indices);
+  const at::Tensor lambda = at::randn({c.r, c.n}, parameters), gamma = at::randn({c.n, c.m}, parameters);
+  const std::string where = check::text("r ", c.r, " n ", c.n, " m ", c.m, " M ", c.M, " ", type, " lambda ",
+                                        parameters, short_indices ? " int16" : " int32");
+
+  const at::Tensor a = A.to(at::kDouble), b = B2.narrow(0, 0, c.M).to(at::kDouble);
+  const at::Tensor l = lambda.to(at::kDouble), g = gamma.to(at::kDouble);
+  const at::Tensor S2 = (scale * l.unsqueeze(2) * a.unsqueeze(1) * g).reshape({c.r * c.n, c.m});
+  const at::Tensor D = S2.t().mm(b.t()), size = S2.abs().t().mm(b.abs().t());  // [m, M]
+  const int64_t terms = c.r * c.n;
+  const at::ScalarType acc = type == at::kDouble ? at::kDouble : at::kFloat;
+  for (const Weight w : {none, rows, rows_apart, columns, columns_apart}) {
+    OptionalTensor weight;
+    if (w == rows) weight = at::randn({c.m, c.M}, type);
+    if (w == rows_apart) weight = at::randn({c.m, c.M + 3}, type).narrow(1, 1, c.M);
+    if (w == columns) weight = at::randn({c.M, c.m}, type).t();
+    if (w == columns_apart) weight = at::randn({c.M, c.m + 3}, type).narrow(1, 1, c.m).t();
+    const at::Tensor got = forward.emulated(pattern, lambda, gamma, c.M, scale, weight, type);
+    const at::Tensor exact = w == none ? D.index_select(0, pattern[0]) : weight->to(at::kDouble) + D;
+    const at::Tensor sum = w == none ? size.index_select(0, pattern[0]) : weight->to(at::kDouble).abs() + size;
+    CHECK_THAT(got.scalar_type() == type && rounding_only(got, exact, sum, terms, acc), where, " weight ", int(w));
+  }
+
+  const at::Tensor grad = at::randn({c.M, pattern[0].numel()}, acc).t();
+  const auto [dlambda, dgamma] = backward.emulated(grad, pattern, lambda, gamma, scale, true, true);
+  const at::Tensor G = at::zeros({c.m, c.M}, at::kDouble).index_copy(0, pattern[0].to(at::kLong), grad.to(at::kDouble));
+  const auto gradients = [&](const at::Tensor& G, const at::Tensor& b, const at::Tensor& a, const at::Tensor& l,
+                             const at::Tensor& g) {
+    const at::Tensor t = scale * G.mm(b).t().reshape({c.r, c.n, c.m}) * a.unsqueeze(1);
+    return std::tuple((t * g).sum(2), (t * l.unsqueeze(2)).sum(0));
+  };
+  const auto [dl, dg] = gradients(G, b, a, l, g);
+  const auto [dl_size, dg_size] = gradients(G.abs(), b.abs(), a.abs(), l.abs(), g.abs());
+  CHECK_THAT(rounding_only(dlambda, dl, dl_size, c.m * c.M, acc), where, " dlambda");
+  CHECK_THAT(rounding_only(dgamma, dg, dg_size, c.r * c.M, acc), where, " dgamma");
+}
+
+void sparse_update() {
+  // More than 32 bases, more than 16 rows, more than 512 columns: several of everything that a block has one of.
+  const SparseCase cases[] = {{1, 1, 1, 1, 1},         {5, 9, 41, 64, 3, 20}, {3, 1, 3, 1000, 2, 7},
+                              {7, 35, 41, 530, 12, 9}, {32, 11, 70, 341, 18}, {4, 3, 17, 1030, 300},
+                              {2, 2, 5, 9, 1000000}};
+  for (const SparseCase& c : cases) {
+    for (const at::ScalarType type : kFloats)
+      compare_sparse(c, type, type == at::kDouble ? at::kDouble : at::kFloat, true);
+    compare_sparse(c, at::kFloat, at::kFloat, false);
+    compare_sparse(c, at::kDouble, at::kDouble, false);
+    compare_sparse(c, at::kBFloat16, at::kBFloat16, false);
+  }
+  compare_sparse({2, 2, 3, 40000, 500}, at::kFloat, at::kFloat, true);  // int16 indices with their highest bit set
+}
+
+at::Tensor random_bits(int64_t rows, int64_t planes, int64_t words) {
+  const at::Tensor one = at::randint(-32768, 32768, {rows, 1, words}, at::kShort);
+  if (planes == 1) return one;
+  const at::Tensor other = at::randint(-32768, 32768, one.sizes(), at::kShort);
+  const at::Tensor both = at::zeros({rows, 2, words}, at::kShort);
+  both.narrow(1, 0, 1).copy_(one.bitwise_and(other));
+  both.narrow(1, 1, 1).copy_(one.bitwise_and(other.bitwise_not()));
+  return both;
+}
+
+void packed_expand() {
+  static const Op<Pair(at::TensorList, int64_t, int64_t, int64_t, at::ScalarType, int64_t, std::optional<int64_t>)> op(
+      "randlora::packed_expand");
+  constexpr int64_t shapes[][4] = {{1, 1, 1, 1}, {3, 5, 7, 16}, {5, 9, 41, 64}, {32, 3, 341, 1000}, {2, 1, 1000, 17}};
+  for (const auto& [r, n, m, M] : shapes) {
+    // A store with more columns of A, rows and columns of B2 than the layer has.
+    const at::Tensor A = random_ternary({r, m + 3}, 3);
+    std::vector<int64_t> starts = {0}, entries;
+    const auto a = A.accessor<int8_t, 2>();
+    for (int64_t k = 0; k < r; ++k) {
+      for (int64_t j = 0; j < m + 3; ++j)
+        if (a[k][j] != 0) entries.push_back(2 * j + (a[k][j] < 0));
+      starts.push_back(int64_t(entries.size()));
+    }
+    const at::Tensor lists[] = {from(starts, at::kInt), from(entries, at::kInt)};
+    const Tensors patterns[] = {{lists[0], lists[1], random_bits(n * r + 2, 2, M / 16 + 2)},
+                                {random_bits(r, 2, m / 16 + 2), random_bits(n * r + 2, 2, M / 16 + 2)},
+                                {random_bits(r, 1, m / 16 + 2), random_bits(n * r + 2, 1, M / 16 + 2)}};
+    for (const Tensors& pattern : patterns)
+      for (const at::ScalarType type : kFloats)
+        for (const int64_t first : {int64_t(0), r / 2}) {
+          const std::optional<int64_t> rows = first > 0 ? std::optional((r - first + 1) / 2) : std::nullopt;
+          const auto [got_A, got_B] = op.emulated(pattern, n, m, M, type, first, rows);
+          const auto [A_cpu, B_cpu] = op.cpu(pattern, n, m, M, type, first, rows);
+          CHECK_THAT(got_A.equal(A_cpu) && got_B.equal(B_cpu), "r ", r, " n ", n, " m ", m, " M ", M, " ", type, " of ",
+                     pattern.size(), " tensors from row ", first);
+        }
+  }
+}
+
+}  // namespace
+
+int main() {
+  // at::empty gives NaN then.
+  at::globalContext().setDeterministicAlgorithms(true, false);
+  at::globalContext().setDeterministicFillUninitializedMemory(true);
+  test_emulation();
+  check::run("bases have the bits of the CPU", bases);
+  check::run("dropout has the bits of the CPU", dropout_masks);
+  check::run("unique_base", unique_base);
+  check::run("sparse_update", sparse_update);
+  check::run("packed_expand", packed_expand);
+  return check::finish();
+}
