@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,14 +17,16 @@ if not __package__:  # run as a file: python bench/kinds.py
 
 import torch
 
-from bench import layer, linear, measure, model, plain, plots, questions, records
+from bench import ROOT, layer, linear, measure, model, plain, plots, questions, records
 from bench.floors import Work
 from bench.layer import Layer, Spec
 from bench.measure import Provider
 from bench.questions import Case, Setup
 
 KINDS = ("dense", *layer.KINDS)
-CASES = tuple(Spec(d, T, kind=kind) for d, T in ((1024, 1024), (1024, 4096), (2048, 512), (384, 8192)) for kind in KINDS)
+CASES = tuple(
+    Spec(d, T, kind=kind) for d, T in ((1024, 1024), (1024, 4096), (2048, 512), (384, 8192)) for kind in KINDS
+)
 QUICK_CASES = tuple(Spec(1024, 1024, kind=kind) for kind in KINDS)
 METHODS = ("randlora", linear.BASELINE, "PEFT LoRA", "frozen")
 SPARSITIES = (None, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0, 64.0)  # of --density; None: dense
@@ -83,7 +86,9 @@ def density(options: argparse.Namespace) -> None:
         )  # fmt: skip
 
     columns = {"d": plain_spec.d, "T": plain_spec.T, "r": plain_spec.r, "sparsity": "sweep"}
-    questions.answer(book, [Case(f"density d={plain_spec.d} T={plain_spec.T}", columns, set_up)], options)
+    go_on = questions.answer(book, [Case(f"density d={plain_spec.d} T={plain_spec.T}", columns, set_up)], options)
+    if go_on and not options.quick and options.results == records.RESULTS:  # what docs/sparse.md shows
+        shutil.copyfile(plots.draw(book.path)[-1], ROOT / "docs" / "density.png")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -19,8 +19,8 @@ if not __package__:  # run as a file: python bench/linear.py
 
 import torch
 
-from bench import measure, model, questions, records
 from bench import layer as layers
+from bench import measure, model, questions, records
 from bench.layer import BOTH, FORCED, KINDS, PASSES, Layer, Spec
 from bench.measure import Comparison
 from bench.questions import Case, Columns, Setup
@@ -66,7 +66,9 @@ def add_axes(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{option}", dest=f"axis_{field}", type=functools.partial(values, option), metavar="LIST", help=what
         )
-    parser.add_argument("--methods", metavar="NAME;...", help="default: all that make sense; --quick: without compilers")
+    parser.add_argument(
+        "--methods", metavar="NAME;...", help="default: all that make sense; --quick: without compilers"
+    )
     parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out, as --quick does")
 
 
@@ -85,7 +87,9 @@ def specs(options: argparse.Namespace, default: Sequence[Spec], over: dict[str, 
     axes = (over or {}) | {field: found for field, found in given.items() if found}
     if not axes:
         return [Spec(**{**vars(spec), "device": options.device}) for spec in default]
-    return [Spec(**dict(zip(axes, each, strict=True)), device=options.device) for each in itertools.product(*axes.values())]
+    return [
+        Spec(**dict(zip(axes, each, strict=True)), device=options.device) for each in itertools.product(*axes.values())
+    ]
 
 
 def case(question: str, spec: Spec, names: Sequence[str], options: argparse.Namespace, memory: bool = True) -> Case:
@@ -150,7 +154,9 @@ def main(argv: list[str] | None = None) -> int:
     else:
         chosen = specs(options, CUDA_CASES if cuda and not options.quick else default)
         wanted = [case("linear", spec, methods_of(spec, options), options) for spec in chosen]
-    questions.answer(records.Book("linear-grid" if options.grid else "linear", layers.COLUMNS, options), wanted, options)
+    questions.answer(
+        records.Book("linear-grid" if options.grid else "linear", layers.COLUMNS, options), wanted, options
+    )
     return 0
 
 

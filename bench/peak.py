@@ -1,4 +1,4 @@
-"""Memory at the peak of a call: on the CPU the process's own count, in a process of its own; on CUDA the allocator's."""
+"""Memory at the peak of a call: the count of a process of its own on the CPU, the allocator's on CUDA."""
 
 from __future__ import annotations
 

@@ -109,9 +109,7 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.base_layer.weight, self.base_layer.bias
         rows = x.reshape(-1, x.shape[-1])
-        strategy = self.strategy or cheapest(
-            len(rows), max(weight.shape), min(weight.shape), self.B2.shape[1], x.dtype
-        )
+        strategy = self.strategy or cheapest(len(rows), max(weight.shape), min(weight.shape), self.B2.shape[1], x.dtype)
         function = {"rebuilding": Rebuilding.apply, "autograd": forward}.get(self.function) or compiled()
         y = function(
             rows, weight, bias, self.A, self.B2, self.randlora_lambda, self.randlora_gamma, self.scaling, self.up,

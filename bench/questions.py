@@ -74,9 +74,7 @@ def _measure(book: Book, case: Case, options: argparse.Namespace) -> bool:
         book.put(case.columns, {EVERYTHING: {"median_ms": "", "failed": measure.reason(problem)}})
         tqdm.write(f"{case.title}: cannot be set up: {measure.reason(problem)}")
         return True
-    result = measure.compare(
-        case.title, setup.factories, baseline=setup.baseline, check=setup.check, options=options
-    )
+    result = measure.compare(case.title, setup.factories, baseline=setup.baseline, check=setup.check, options=options)
     columns: Columns = {}
     stopped = result.interrupted
     try:

@@ -116,7 +116,9 @@ def _merge(path: Path, rows: list[dict[str, Any]], key: Sequence[str], interrupt
             table[i] = row
     done = {tuple(str(row[k]) for k in key if k != "provider") for row in rows if row["provider"] != EVERYTHING}
     table = [
-        row for row in table if row["provider"] != EVERYTHING or tuple(row[k] for k in key if k != "provider") not in done
+        row
+        for row in table
+        if row["provider"] != EVERYTHING or tuple(row[k] for k in key if k != "provider") not in done
     ]
     columns = _columns(table)
     partial = path.with_suffix(".csv.part")
