@@ -26,8 +26,8 @@ from bench.report_tables import caption, command, markdown, milliseconds, number
 INTRODUCTION = """# Benchmark results
 
 Made by `python -m bench report` from the CSV files beside it; edit nothing here. What was expected, and why it came
-out as it did: `bench/NOTES.md`. Times are medians of interleaved turns, after a check of every result; quantiles, errors and
-loads are in the CSV files. A quick run is a look, not a measurement."""
+out as it did: `bench/NOTES.md`. Times are medians of interleaved turns, after a check of every result; quantiles,
+errors and loads are in the CSV files. A quick run is a look, not a measurement."""
 
 # CSV -> the script that writes it, in the report's order
 FILES = {
