@@ -51,7 +51,9 @@ class Book:
             "mode": "quick" if options.quick else "full",
         }
         self.environment = {"command": options.command} | environment(options.device)
-        name = self.environment["gpu"] or f"{self.environment['cpu']} {os.cpu_count()} cores"
+        # Machines of one name may differ in what they can do, and then in which kernels run.
+        cpu, capability = self.environment["cpu"], self.environment["cpu_capability"]
+        name = self.environment["gpu"] or f"{cpu} {capability} {os.cpu_count()} cores"
         folder = options.results / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{question}.csv"

@@ -28,45 +28,49 @@ def milliseconds(value: float) -> str:
 
 
 def mebibytes(row: Row, column: str) -> str:
-    return number(int(row[column]) / 2**20)
+    return number(int(row[column]) / 2**20) if row.get(column) else "-"
 
 
 def times(row: Row) -> str:
-    if row.get("baseline") in ("", None, row["provider"]) or not row.get("times_faster"):
-        return milliseconds(float(row["median_ms"]))
-    return f"{milliseconds(float(row['median_ms']))} ({float(row['times_faster']):.2f}x)"
+    said = [milliseconds(float(row["median_ms"]))]
+    if row.get("times_faster") and row["baseline"] != row["provider"]:
+        said.append(f"{float(row['times_faster']):.2f}x")
+    if row.get("reached"):
+        said.append(f"{float(row['reached']):.0%}")
+    return f"{said[0]} ({', '.join(said[1:])})" if said[1:] else said[0]
 
 
-# column of the CSV -> heading, and what a cell says
-METRICS: dict[str, tuple[str, Callable[[Row], str]]] = {
-    "median_ms": ("Time: median (times faster than {baseline})", times),
-    "tokens_per_second": ("Tokens per second", lambda row: number(float(row["tokens_per_second"]))),
-    "reached": (
-        "Fraction reached of the floor, which the case's operations and bytes and the machine's fastest copy and "
-        "product make ({ceilings})",
-        lambda row: f"{float(row['reached']):.0%}",
+# heading, columns of the CSV of which a row needs one, and what a cell says
+METRICS: tuple[tuple[str, tuple[str, ...], Callable[[Row], str]], ...] = (
+    ("Time: median (times faster than {baseline}{floor})", ("median_ms",), times),
+    ("Tokens per second", ("tokens_per_second",), lambda row: number(float(row["tokens_per_second"]))),
+    (
+        "MiB kept for backward / at the peak of a step, above what was there before it",
+        ("saved_bytes", "peak_bytes"),
+        lambda row: f"{mebibytes(row, 'saved_bytes')} / {mebibytes(row, 'peak_bytes')}",
     ),
-    "saved_bytes": ("MiB kept for backward", lambda row: mebibytes(row, "saved_bytes")),
-    "peak_bytes": ("MiB at the peak, above the baseline", lambda row: mebibytes(row, "peak_bytes")),
-    "bases_bytes": ("MiB of bases", lambda row: mebibytes(row, "bases_bytes")),
-    "result_bytes": ("MiB of the result", lambda row: mebibytes(row, "result_bytes")),
-    "peak_above_result_bytes": (
-        "MiB at the peak, beside the result",
-        lambda row: mebibytes(row, "peak_above_result_bytes"),
+    ("MiB of bases", ("bases_bytes",), lambda row: mebibytes(row, "bases_bytes")),
+    (
+        "MiB of the result / beside it at the peak",
+        ("result_bytes", "peak_above_result_bytes"),
+        lambda row: f"{mebibytes(row, 'result_bytes')} / {mebibytes(row, 'peak_above_result_bytes')}",
     ),
-    "trainable_parameters": ("Trainable parameters", lambda row: f"{int(row['trainable_parameters']):,}"),
-}
+    ("Trainable parameters", ("trainable_parameters",), lambda row: f"{int(row['trainable_parameters']):,}"),
+)
 
 
 def tables(rows: Sequence[Row]) -> list[str]:
     """A table per metric that the rows have; cases one way, providers the other; then the reasons of those missing."""
     parts = []
     constant, cases = labels(rows)
-    for column, (heading, cell) in METRICS.items():
-        found = [row for row in rows if row.get(column)]
+    for heading, columns, cell in METRICS:
+        found = [row for row in rows if any(row.get(column) for column in columns)]
         if found:
-            about = {"baseline": distinct(found, "baseline"), "ceilings": ceilings(found)}
-            parts.append(f"{heading.format(**about)}{f'; {constant}' if constant else ''}:")
+            floor = ceilings(found)
+            if floor:
+                floor = f", part of the floor reached: the machine does {floor}"
+            about = heading.format(baseline=distinct(found, "baseline"), floor=floor)
+            parts.append(f"{about}; {constant}:" if constant else f"{about}:")
             parts.append(pivot(found, cases, cell))
     parts += [f"- {row['provider']}, {cases[case_of(row)]}: {row['failed']}" for row in rows if row.get("failed")]
     return parts
@@ -137,11 +141,14 @@ def distinct(rows: Iterable[Row], column: str) -> str:
 
 
 def ceilings(rows: Sequence[Row]) -> str:
+    """Of the machine, from the least to the most that was measured; "" where nothing was."""
+
     def span(column: str) -> str:
         values = [float(row[column]) for row in rows if row.get(column)]
-        return "-".join(dict.fromkeys(number(value) for value in (min(values), max(values)))) if values else "?"
+        return " to ".join(dict.fromkeys(number(value) for value in (min(values), max(values)))) if values else ""
 
-    return f"{span('copy_GB_per_s')} GB/s, {span('product_G_per_s')} G multiply-adds/s"
+    copy, product = span("copy_GB_per_s"), span("product_G_per_s")
+    return f"{copy} GB/s in a copy, {product} G multiply-adds/s in a product" if copy else ""
 
 
 def command(row: Row, question: str) -> str:
@@ -162,7 +169,7 @@ def caption(rows: Sequence[Row], question: str) -> str:
     load = f"; load up to {max(loads):.1f}" if loads else ""
     said = ", ".join(f"`{each}`" for each in commands)
     return (
-        f"{said}  \n<sub>{machine}{driver}, {distinct(rows, 'threads')} threads, "
+        f"{said}  \n<sub>{machine}{driver}, threads: {distinct(rows, 'threads')}, "
         f"{distinct(rows, 'pages')} pages; {versions}; commit {distinct(rows, 'commit')}; "
         f"{' to '.join(dict.fromkeys((days[0], days[-1])))}{load}</sub>"
     )

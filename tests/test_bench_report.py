@@ -95,10 +95,10 @@ def test_tables_say_what_they_depend_on(results):
     text = report.write(results).read_text()
     section = text[text.index("### linear:") : text.index("### linear-grid")]
     assert "`python -m bench some --d 64`" in section
-    for said in ("A CPU (avx512)", "2 threads", "default pages", "torch 2.13.0", "peft 0.21.2", "commit abcdef1234",
-                 "2026-01-02", "load up to 1.5", "12.5 GB/s, 80.0 G multiply-adds/s"):  # fmt: skip
+    for said in ("A CPU (avx512)", "threads: 2", "default pages", "torch 2.13.0", "peft 0.21.2", "commit abcdef1234",
+                 "2026-01-02", "load up to 1.5", "12.5 GB/s in a copy, 80.0 G multiply-adds/s"):  # fmt: skip
         assert said in section, said
-    assert "50.0 ms (2.00x)" in section and "| 80% |" in section
+    assert "50.0 ms (2.00x, 80%)" in section and "100 ms (40%)" in section and "| 4.00 / - |" in section
     assert "9.00x" not in section  # a quick run that a full one has replaced
     assert "a quick run" in section  # of another case
     assert "- PyTorch, compiled, T = 1024: out of memory" in section
