@@ -116,8 +116,9 @@ def check(kind: str, bases: Pair) -> None:
         error = 1 / math.sqrt(t.numel())  # of the mean, for unit variance
         # PEFT and uniform_ round to bf16 before the sign is symmetric: their means are off by half a percent.
         assert abs(mean) < 6 * error + (0.01 if kind == "dense" else 0), f"mean {mean:.2e}, not 0"
-        # PEFT rounds to bf16 before and after it divides: up to 1%.
-        assert abs(variance / expected - 1) < 0.01 + 12 * error, f"variance {variance:.4f}, not {expected:.4f}"
+        # PEFT rounds to bf16 before and after it divides: up to 1%. Of few non-zeros the variance says less.
+        allowed = 0.01 + 6 * error * max(2, math.sqrt(TERNARY_Z.get(kind, 0)))
+        assert abs(variance / expected - 1) < allowed, f"variance {variance:.4f}, not {expected:.4f}"
 
 
 def case(kind: str, dtype: str, options: argparse.Namespace) -> Case:

@@ -92,9 +92,11 @@ def specs(options: argparse.Namespace, default: Sequence[Spec], over: dict[str, 
     ]
 
 
-def case(question: str, spec: Spec, names: Sequence[str], options: argparse.Namespace, memory: bool = True) -> Case:
-    """Of a layer's methods; the peak memory of each, unless it is quick or asked not to be."""
-    memory = memory and not options.quick and not options.no_memory and spec.which != "backward"
+def case(
+    question: str, spec: Spec, names: Sequence[str], options: argparse.Namespace, times_only: bool = False
+) -> Case:
+    """Of a layer's methods; with what each keeps, and its peak unless it is quick or asked not to be."""
+    memory = not options.quick and not options.no_memory and spec.which != "backward"
 
     def set_up() -> Setup:
         torch.compiler.reset()  # every case is the compiler's first
@@ -121,7 +123,7 @@ def case(question: str, spec: Spec, names: Sequence[str], options: argparse.Name
             check=lambda result: None,  # every provider has its own
             dtype=getattr(torch, spec.dtype),
             work=lambda: {name: made.work(name) for name in names},
-            extra=extra,
+            extra=None if times_only else extra,
         )
 
     return Case(spec.title(question), spec.columns, set_up)
@@ -148,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.grid:
         over = {AXES[option][0]: chosen for option, chosen in GRID.items()}
         wanted = [
-            case("grid", spec, ["randlora", *(name for name in FORCED if name in layers.names(spec))], options, False)
+            case("grid", spec, ["randlora", *(name for name in FORCED if name in layers.names(spec))], options, True)
             for spec in specs(options, (), over)
         ]
     else:

@@ -270,5 +270,6 @@ def table(comparison: Comparison, reached: Mapping[str, str] | None = None) -> s
             continue
         spread = f"{1e3 * timing.quantile(0.2):.3f} .. {1e3 * timing.quantile(0.8):.3f}"
         line = f"  {name:{width}}  {1e3 * timing.median:7.3f} ms  {spread:>19}  {comparison.ratio(name):8.2f}"
-        lines.append(line + (f"  {float((reached or {}).get(name) or 'nan'):10.0%}" if reached else ""))
+        part = f"{float(reached[name]):.0%}" if reached and name in reached else ""
+        lines.append(f"{line}  {part:>10}" if reached else line)
     return "\n".join(lines)

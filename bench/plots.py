@@ -172,7 +172,7 @@ def grid(path: Path, rows: list[Row], title: str) -> Path:
                 color=COLORS["randlora"] if own else None, alpha=1 if own else 0.7,
             )  # fmt: skip
         ticks = sorted(times)
-        axis.set(xscale="log", ylim=(0.9, 3), xlabel="tokens", ylabel="time / best strategy's")
+        axis.set(xscale="log", ylim=(None, 3), xlabel="tokens", ylabel="time / best strategy's")
         axis.set_xticks(ticks, [str(T) for T in ticks])
         axis.minorticks_off()
         axis.set_title(", ".join(panel), fontsize=9, loc="left")
