@@ -30,7 +30,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc build_backend -name __pycac
 help:
 	@echo "make demo      adapt a pretrained model to a real text classification task (a few minutes)"
 	@echo "make test      build, then run the Python and the C++ tests"
-	@echo "make bench     run the benchmarks (half an hour; ARGS=--quick: ten minutes), then write bench/results/REPORT.md"
+	@echo "make bench     run the benchmarks (40 minutes; ARGS=--quick: ten), then write bench/results/REPORT.md"
 	@echo "make lint      check style; make format: mend it"
 	@echo "make clean     remove what was built; make distclean: the virtual environments too"
 	@echo "The first lines of the Makefile name the variables, such as TORCH=torch==2.13.0 and MAX_JOBS=2."

@@ -24,11 +24,12 @@ from bench import measure, model, questions, records
 from bench.layer import BOTH, FORCED, KINDS, PASSES, Layer, Spec
 from bench.measure import Comparison
 from bench.questions import Case, Columns, Setup
+from bench.shapes import multiplies_bfloat16
 
 BASELINE = "PEFT RandLoRA"
 CASES = (
     Spec(1024, 1024), Spec(1024, 4096), Spec(768, 2048), Spec(384, 8192), Spec(1024, 1024, which="forward"),
-    Spec(1024, 1024, which="backward"), Spec(768, 2048, dtype="bfloat16"), Spec(1024, 1024, dtype="bfloat16"),
+    Spec(1024, 1024, which="backward"), Spec(1024, 1024, dtype="bfloat16"), Spec(768, 2048, dtype="bfloat16"),
 )  # fmt: skip
 QUICK_CASES = (Spec(1024, 1024), Spec(1024, 1024, dtype="bfloat16"))
 # Of a layer that keeps a GPU busy.
@@ -143,10 +144,16 @@ def methods_of(spec: Spec, options: argparse.Namespace) -> list[str]:
     return model.chosen(options.methods, layers.known(), usual, ";", "method")
 
 
+def default_cases(options: argparse.Namespace) -> Sequence[Spec]:
+    if options.quick:
+        return QUICK_CASES if multiplies_bfloat16(options.device) else QUICK_CASES[:1]
+    if torch.device(options.device).type == "cuda":
+        return CUDA_CASES
+    return CASES if multiplies_bfloat16(options.device) else CASES[:-1]  # one of them, for what it takes in memory
+
+
 def main(argv: list[str] | None = None) -> int:
     options = measure.parse("linear", __doc__, argv, add=add_options)
-    cuda = torch.device(options.device).type == "cuda"
-    default = QUICK_CASES if options.quick else CASES
     if options.grid:
         over = {AXES[option][0]: chosen for option, chosen in GRID.items()}
         wanted = [
@@ -154,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
             for spec in specs(options, (), over)
         ]
     else:
-        chosen = specs(options, CUDA_CASES if cuda and not options.quick else default)
+        chosen = specs(options, default_cases(options))
         wanted = [case("linear", spec, methods_of(spec, options), options) for spec in chosen]
     questions.answer(
         records.Book("linear-grid" if options.grid else "linear", layers.COLUMNS, options), wanted, options

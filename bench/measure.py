@@ -101,7 +101,11 @@ def parse(
         add(parser)
     add = parser.add_argument
     add("--quick", action="store_true", help="few rounds, for a look; recorded apart from full runs")
-    add("--seconds", type=float, help="time to spend per case (default: 20; with --quick: 3)")
+    add(
+        "--seconds",
+        type=float,
+        help="time to spend per case (default: 10; with --quick: 3), but 5 rounds at least (--quick: 3)",
+    )
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)")
     add("--only", metavar="TEXT", help="cases whose title contains TEXT")
@@ -118,7 +122,7 @@ def parse(
         # PyTorch reads it once, when it allocates first: start over with it.
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"THP_MEM_ALLOC_ENABLE": "1"})
     if chosen.seconds is None:
-        chosen.seconds = 3.0 if chosen.quick else 20.0
+        chosen.seconds = 3.0 if chosen.quick else 10.0
     if torch.device(chosen.device).type == "cuda" and not torch.cuda.is_available():
         parser.error("this PyTorch sees no CUDA device")
     torch.set_num_threads(chosen.threads)
@@ -178,7 +182,7 @@ def compare(
                 timings[name].calls = max(1, min(100, math.ceil(TURN_SECONDS / max(once, 1e-7))))
                 turns[name] = once * (timings[name].calls + 1)
             bar.update()
-        rounds = max(3 if options.quick else 7, min(MAX_ROUNDS, int(options.seconds / max(sum(turns.values()), 1e-3))))
+        rounds = max(3 if options.quick else 5, min(MAX_ROUNDS, int(options.seconds / max(sum(turns.values()), 1e-3))))
         bar.reset(total=rounds * len(providers))
         bar.unit = "turn"
         load = os.getloadavg()[0]

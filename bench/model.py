@@ -25,7 +25,7 @@ from bench.floors import Work
 from bench.measure import Comparison
 from bench.methods import METHODS, Setting
 from bench.questions import Case, Columns, Setup
-from bench.shapes import SHAPES, Shape, Size
+from bench.shapes import SHAPES, Shape, Size, multiplies_bfloat16
 from bench.training import Training
 
 BASELINE = "PEFT LoRA"
@@ -43,7 +43,11 @@ def add_options(parser: argparse.ArgumentParser, known_methods=METHODS, known_mo
     add("--vocab", type=int, help="words")
     add("--batch", type=int, help="samples")
     add("--tokens", type=int, help="tokens of a sample, of a language model")
-    add("--dtype", choices=("float32", "bfloat16"), help="of the model")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of the model (default: as published; fp32 on a CPU without bf16)",
+    )
     add("--targets", metavar="NAME,...", help="layers that get adapters, by the ends of their names, or all-linear")
     add("--rank", type=int, default=32, help="default: 32")
 
@@ -64,6 +68,8 @@ def models(options: argparse.Namespace, default: Any, **sizes: int) -> Iterator[
         changes = {field: getattr(options, field) for field in ("depth", "vocab", "batch", "tokens")} | sizes
         if options.dtype:
             changes["dtype"] = getattr(torch, options.dtype)
+        elif not multiplies_bfloat16(options.device):
+            changes["dtype"] = torch.float32
         if shape.image:
             changes["tokens"] = changes["vocab"] = None
         size = shape.size(options.device, **changes)
