@@ -13,7 +13,7 @@ for package in ("peft", "transformers", "matplotlib", "tqdm"):
     pytest.importorskip(package)
 
 from bench import __main__ as command  # noqa: E402
-from bench import floors, layer, linear, measure, methods, questions, records  # noqa: E402
+from bench import floors, layer, linear, measure, methods, model, questions, records  # noqa: E402
 from bench.floors import Ceilings, Work  # noqa: E402
 from bench.layer import Layer, Spec  # noqa: E402
 from bench.measure import Provider  # noqa: E402
@@ -277,3 +277,18 @@ def test_methods_of_quick_runs_do_not_compile():
     assert "randlora" in found and methods.FROZEN in found and not any("compiled" in name for name in found)
     options = argparse.Namespace(quick=False, methods="randlora; frozen")
     assert linear.methods_of(Spec(), options) == ["randlora", "frozen"]
+
+
+@pytest.mark.parametrize("fast, dtype", [(True, "bfloat16"), (False, "float32")])
+def test_dtype_where_a_cpu_has_no_16_bit_products(fast, dtype, monkeypatch):
+    monkeypatch.setattr(model, "multiplies_bfloat16", lambda device: fast)
+    monkeypatch.setattr(linear, "multiplies_bfloat16", lambda device: fast)
+    parser = argparse.ArgumentParser()
+    model.add_options(parser)
+    options = parser.parse_args(["--model", "Llama-3.2-3B"], argparse.Namespace(device="cpu", quick=False))
+    ((_, size, setting, title),) = model.models(options, ())
+    assert dtype in title and str(size.dtype) == str(setting.dtype) == f"torch.{dtype}"
+    assert len(linear.default_cases(options)) == len(linear.CASES) - (not fast)
+    # Asked for, it is measured all the same.
+    options.dtype = "bfloat16"
+    assert next(model.models(options, ()))[1].dtype == torch.bfloat16
