@@ -319,7 +319,7 @@ def _make_sure_lists(handle: str, device: torch.device, min_dim: int) -> bool:
 
 
 def settle(device: torch.device) -> None:
-    """Waits for what the current stream has made to be kept: whoever reads it later, on any stream, knows of no wait."""
+    """Waits for what the current stream made: it will be kept, and read on streams that know of no such wait."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
 
