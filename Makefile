@@ -3,7 +3,7 @@
 #   make demo ARGS="--method lora"      arguments for examples/finetune.py
 #   make test PYTEST_ARGS="-k bases"    arguments for pytest
 #   make test TORCH=torch==2.10.0       another PyTorch (a requirement for pip)
-#   make bench BENCH=bases ARGS=--quick  one benchmark (default: all) and its arguments
+#   make bench BENCH="bases linear" ARGS=--quick  some benchmarks (default: all) and their arguments
 #   make test VENV=.venv-other          another environment
 #   make test MAX_JOBS=2                fewer compilers at once
 
@@ -30,7 +30,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc build_backend -name __pycac
 help:
 	@echo "make demo      adapt a pretrained model to a real text classification task (a few minutes)"
 	@echo "make test      build, then run the Python and the C++ tests"
-	@echo "make bench     run the benchmarks"
+	@echo "make bench     run the benchmarks (40 minutes; ARGS=--quick: ten), then write bench/results/REPORT.md"
 	@echo "make lint      check style; make format: mend it"
 	@echo "make clean     remove what was built; make distclean: the virtual environments too"
 	@echo "The first lines of the Makefile name the variables, such as TORCH=torch==2.13.0 and MAX_JOBS=2."
@@ -55,7 +55,8 @@ ctest: $(VENV)/.installed
 
 bench: $(VENV)/.installed $(VENV)/.model
 	@set -e; all=$$($(BIN)/python -c 'from bench.__main__ import QUESTIONS; print(*QUESTIONS)'); \
-	for question in $(or $(BENCH),$$all); do echo "== $$question"; $(BIN)/python -m bench $$question $(ARGS); done
+	for question in $(or $(BENCH),$$all); do echo "== $$question"; $(BIN)/python -m bench $$question $(ARGS); done; \
+	echo "== report"; $(BIN)/python -m bench report
 
 lint: $(VENV)/.linters
 	$(BIN)/ruff check .

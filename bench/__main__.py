@@ -10,8 +10,8 @@ import importlib
 
 from bench import ROOT
 
-QUESTIONS = ("bases", "unique_base", "linear", "kinds", "model", "generate")
-COMMANDS = (*QUESTIONS, "plots")
+QUESTIONS = ("bases", "unique_base", "linear", "kinds", "model", "generate", "memory")
+COMMANDS = (*QUESTIONS, "plots", "report")
 
 
 def summary(name: str) -> str:

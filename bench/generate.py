@@ -19,12 +19,15 @@ if not __package__:  # run as a file: python bench/generate.py
 import torch
 from torch import Tensor, nn
 
-from bench import measure, methods, model, one_token, plots, records, reference
-from bench.measure import Provider
-from bench.shapes import SHAPES
+from bench import measure, methods, model, one_token, questions, records, reference
+from bench.floors import Work
+from bench.measure import Comparison, Provider
+from bench.questions import Case, Columns, Setup
+from bench.shapes import SHAPES, Shape, Size
 
 BASELINE = "PEFT LoRA"
 KEY = ("model", "depth", "vocab", "batch", "tokens", "dtype", "targets", "r", "new_tokens")
+QUICK = ("frozen", BASELINE, "PEFT RandLoRA", "randlora, not cached", "randlora, cached", "randlora, merged")
 MODELS = tuple(name for name, shape in SHAPES.items() if shape.causal)
 BATCHES = (1, 8)
 PROMPT, NEW = 16, 16
@@ -131,39 +134,51 @@ PROVIDERS: dict[str, tuple[str, Callable[[nn.Module], None]]] = {
 }
 
 
-def whole_models(options: argparse.Namespace) -> Path:
-    book = records.Book("generate", KEY, options)
+def work(model: nn.Module, size: Size, new: int) -> Work:
+    """Every word but the last goes through all linear layers (the head: new ones only), which are read once a word."""
+    head = model.get_output_embeddings()
+    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    tokens = size.batch * (size.tokens + new - 1)
+    skipped = size.batch * (size.tokens - 1) * head.weight.numel()
+    return Work(tokens * linear - skipped, new * linear * size.dtype.itemsize)
+
+
+def case(shape: Shape, size: Size, setting: methods.Setting, names: list[str], options: argparse.Namespace) -> Case:
+    def set_up() -> Setup:
+        decoding = Decoding(shape, size, setting, options.device, options.new)
+        return Setup(
+            {name: functools.partial(decoding.provider, name) for name in names},
+            baseline=BASELINE if BASELINE in names else names[0],
+            check=lambda result: result[-1],  # done when it was set up
+            dtype=size.dtype,
+            work=work(decoding.model, size, options.new),
+            extra=extra,
+        )
+
+    def extra(result: Comparison) -> tuple[Columns, bool]:
+        done = {name: timing.median for name, timing in result.timings.items() if timing.samples}
+        found = {name: {"tokens_per_second": round(size.batch * options.new / t, 1)} for name, t in done.items()}
+        for name, row in found.items():
+            print(f"  {name}: {row['tokens_per_second']:,} tokens/s")
+        return found, result.interrupted
+
+    title = f"{shape.title(size, training=False)}, then {options.new} new ones, r = {options.rank}"
+    return Case(title, model.columns(shape, size, setting) | {"new_tokens": options.new}, set_up)
+
+
+def whole_models(options: argparse.Namespace) -> None:
     on_cpu = torch.device(options.device).type == "cpu"
     default = MODELS[:1] if on_cpu or options.quick else MODELS
-    names = model.chosen(options.methods, PROVIDERS, PROVIDERS, ";", "method")
+    usual = [name for name in PROVIDERS if not options.quick or name in QUICK]
+    names = model.chosen(options.methods, PROVIDERS, usual, ";", "method")
     batches = (options.batch,) if options.batch else BATCHES[:1] if options.quick else BATCHES
+    cases = []
     for batch in batches:
         for shape, size, setting, _ in model.models(options, default, batch=batch, tokens=options.tokens or PROMPT):
             if not shape.causal:
                 raise SystemExit(f"{shape.name} is no language model; there are: {', '.join(MODELS)}")
-            title = f"{shape.title(size, training=False)}, then {options.new} new ones, r = {options.rank}"
-            if options.only and options.only not in title:
-                continue
-            print(title)
-            case = Decoding(shape, size, setting, options.device, options.new)
-            result = measure.compare(
-                title,
-                {name: functools.partial(case.provider, name) for name in names},
-                baseline=BASELINE if BASELINE in names else names[0],
-                check=lambda result: result[-1],  # done when it was set up
-                options=options,
-            )
-            print(measure.table(result))
-            speed = {
-                name: round(size.batch * options.new / t.median, 1) for name, t in result.timings.items() if t.samples
-            }
-            for name, value in speed.items():
-                print(f"  {name}: {value:,} tokens/s")
-            extra = {name: {"tokens_per_second": value} for name, value in speed.items()}
-            book.add(model.columns(shape, size, setting) | {"new_tokens": options.new}, result, extra)
-            if result.interrupted:
-                return book.path
-    return book.path
+            cases.append(case(shape, size, setting, names, options))
+    questions.answer(records.Book("generate", KEY, options), cases, options)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -174,7 +189,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     options = measure.parse("generate", __doc__, argv, add=add_options)
-    plots.draw(one_token.layers(options) if options.layers else whole_models(options))
+    (one_token.layers if options.layers else whole_models)(options)
     return 0
 
 

@@ -1,212 +1,171 @@
-"""One adapted layer: what does a training step of it cost, and which strategy should compute it?
+"""One adapted layer: what do its forward and backward cost under every method, and which strategy should compute it?
 
-Forward and backward of a d -> d layer on T tokens, r = 32, gradients for the input and the adapter. With --grid the
-three strategies and `auto` alone, over many d and T: does `auto` take the best one?
+A d -> d layer on T tokens, gradients for the input and the adapter. Without options a few cases; --d, --tokens, --rank,
+--kind, --dtype and --pass measure all combinations of their values. With --grid the three strategies and the automatic
+choice alone, over many d and T: does it take the best one?
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
+import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 if not __package__:  # run as a file: python bench/linear.py
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from bench import measure, plots, records
-from bench.measure import Provider
+from bench import layer as layers
+from bench import measure, model, questions, records
+from bench.layer import BOTH, FORCED, KINDS, PASSES, Layer, Spec
+from bench.measure import Comparison
+from bench.questions import Case, Columns, Setup
+from bench.shapes import multiplies_bfloat16
 
-RANK = 32
-CASES = ((768, 2048, "float32"), (1024, 1024, "float32"), (1024, 4096, "float32"), (384, 8192, "float32"),
-         (768, 2048, "bfloat16"), (1024, 1024, "bfloat16"))  # fmt: skip
-GRID = tuple((d, T, "float32") for d in (256, 512, 1024, 2048) for T in (16, 128, 512, 1024, 2048, 16384))
 BASELINE = "PEFT RandLoRA"
-STRATEGIES = ("factored", "materialized", "merged")
+CASES = (
+    Spec(1024, 1024), Spec(1024, 4096), Spec(768, 2048), Spec(384, 8192), Spec(1024, 1024, which="forward"),
+    Spec(1024, 1024, which="backward"), Spec(1024, 1024, dtype="bfloat16"), Spec(768, 2048, dtype="bfloat16"),
+)  # fmt: skip
+QUICK_CASES = (Spec(1024, 1024), Spec(1024, 1024, dtype="bfloat16"))
+# Of a layer that keeps a GPU busy.
+CUDA_CASES = tuple(
+    Spec(d, T, dtype=dtype, which=which)
+    for dtype, which in (("bfloat16", BOTH), ("float32", BOTH), ("bfloat16", "forward"), ("bfloat16", "backward"))
+    for d, T in ((1024, 4096), (4096, 4096))
+)
+GRID = {"d": (256, 512, 1024, 2048), "tokens": (16, 128, 512, 1024, 2048, 16384)}
+AXES = {  # option -> field of Spec, type, what its values are
+    "d": ("d", int, "sizes of the layer"),
+    "tokens": ("T", int, "numbers of tokens"),
+    "rank": ("r", int, "ranks of a base"),
+    "kind": ("kind", ("dense", *KINDS, "sign"), "kinds of bases"),
+    "dtype": ("dtype", ("float32", "bfloat16", "float16"), "dtypes"),
+    "pass": ("which", ("both", *PASSES), "passes, both: forward and backward"),
+}
 
 
-class Case:
-    """The tensors that all providers of one case share; lambda and gamma are random, so that nothing cancels out."""
-
-    def __init__(self, d: int, T: int, dtype: torch.dtype, device: str) -> None:
-        import randlora
-
-        torch.manual_seed(0)
-        self.d, self.dtype, self.device = d, dtype, device
-        self.x = torch.randn(T, d, dtype=dtype, device=device, requires_grad=True)
-        self.grad = torch.randn(T, d, dtype=dtype, device=device)
-        self.base = nn.Linear(d, d, dtype=dtype, device=device).requires_grad_(False)
-        self.bases = randlora.RandomBases(d, d, RANK)
-        self.A, self.B = self.bases.tensors(dtype, torch.device(device))
-        self.B2 = self.B.reshape(d, -1)
-        n = d // RANK
-        self.lam = torch.randn(RANK, n, device=device, requires_grad=True)
-        self.gamma = (torch.randn(n, d, device=device) / d).requires_grad_()
-        self.scaling = 1.0
-        self._expected: list[Tensor] | None = None
-
-    def step(self, function: Callable[[Tensor], Tensor], parameters: list[Tensor]) -> Provider:
-        """A provider that runs `function` and its backward, and returns y and the gradients."""
-
-        def run() -> list[Tensor]:
-            y = function(self.x)
-            return [y, *torch.autograd.grad(y, [self.x, *parameters], self.grad)]
-
-        return Provider(run)
-
-    def check(self, result: list[Tensor]) -> float:
-        """Relative error against float64; the adapters with other parameters are not checked."""
-        if self._expected is None:
-            x, base, A, B = (t.detach().double() for t in (self.x, self.base.weight, self.A, self.B))
-            lam, gamma = (t.detach().double().requires_grad_() for t in (self.lam, self.gamma))
-            x.requires_grad_()
-            S2 = (lam[:, :, None] * A * gamma).reshape(-1, self.d)
-            y = x @ (base + self.scaling * B.reshape(self.d, -1) @ S2).T + self.base.bias.double()
-            self._expected = [y.detach(), *torch.autograd.grad(y, [x, lam, gamma], self.grad.double())]
-        errors = [((a - b).norm() / b.norm()).item() for a, b in zip(result, self._expected, strict=True)]
-        allowed = 1e-4 if self.dtype == torch.float32 else 0.05
-        assert max(errors) < allowed, f"relative errors {errors}"
-        return max(errors)
+def values(option: str, text: str) -> list:
+    """The comma-separated values of an axis, checked."""
+    _, kind, what = AXES[option]
+    found = [part.strip() for part in text.split(",")]
+    for part in found:
+        if part not in kind if isinstance(kind, tuple) else not (part.isdigit() and int(part)):
+            expected = ", ".join(kind) if isinstance(kind, tuple) else "positive integers"
+            raise argparse.ArgumentTypeError(f"{what} are {expected}, got {part!r}")
+    if option == "pass":
+        return [BOTH if part == "both" else part for part in found]
+    return found if isinstance(kind, tuple) else [int(part) for part in found]
 
 
-def frozen(case: Case) -> Provider:
-    return Provider(case.step(case.base, []).run, checked=False)
+def add_axes(parser: argparse.ArgumentParser) -> None:
+    for option, (field, _, what) in AXES.items():
+        parser.add_argument(
+            f"--{option}", dest=f"axis_{field}", type=functools.partial(values, option), metavar="LIST", help=what
+        )
+    parser.add_argument(
+        "--methods", metavar="NAME;...", help="default: all that make sense; --quick: without compilers"
+    )
+    parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out, as --quick does")
 
 
-def peft(case: Case, config_name: str, fp32_adapter: bool = True) -> Provider:
-    import peft
-
-    model = nn.Sequential()
-    model.add_module("layer", nn.Linear(case.d, case.d, dtype=case.dtype, device=case.device))
-    model.layer.load_state_dict(case.base.state_dict())
-    config = getattr(peft, config_name)(r=RANK, target_modules=["layer"])
-    model = peft.get_peft_model(model, config, autocast_adapter_dtype=fp32_adapter)
-    layer = model.base_model.model.layer
-    if config_name == "LoraConfig":
-        trained = [p for p in model.parameters() if p.requires_grad]
-        return Provider(case.step(model, trained).run, checked=False)  # another update than the others'
-    with torch.no_grad():
-        store = model.base_model
-        for ours, theirs in ((case.A, store.randlora_A["default"]), (case.B, store.randlora_B["default"])):
-            theirs.copy_(ours)
-        layer.scaling["default"] = case.scaling
-        layer.randlora_lambda["default"].copy_(case.lam)
-        layer.randlora_gamma["default"].copy_(case.gamma)
-    return case.step(model, [layer.randlora_lambda["default"], layer.randlora_gamma["default"]])
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_axes(parser)
+    parser.add_argument("--grid", action="store_true", help="strategies against the automatic choice")
 
 
-def backward_bmm(G: Tensor, A: Tensor, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-    """One product of the gradient's size, then two batched matrix-vector products over the bases."""
-    t = (G * A).transpose(0, 1)
-    return torch.bmm(t, gamma[:, :, None])[:, :, 0].T, torch.bmm(lam.T[:, None], t)[:, 0]
+def specs(options: argparse.Namespace, default: Sequence[Spec], over: dict[str, Iterable] | None = None) -> list[Spec]:
+    """All combinations of the axes that the options give; `default` if they give none.
+
+    Args:
+        over: field -> values where the options give none of this axis, but are to be combined all the same.
+    """
+    given = {field: getattr(options, f"axis_{field}") for field, _, _ in AXES.values()}
+    axes = (over or {}) | {field: found for field, found in given.items() if found}
+    if not axes:
+        return [Spec(**{**vars(spec), "device": options.device}) for spec in default]
+    return [
+        Spec(**dict(zip(axes, each, strict=True)), device=options.device) for each in itertools.product(*axes.values())
+    ]
 
 
-def scaled_base(case: Case, x: Tensor, lam: Tensor, gamma: Tensor) -> Tensor:
-    return ((lam * case.scaling)[:, :, None] * case.A * gamma).reshape(-1, case.d).to(x.dtype)
+def case(
+    question: str, spec: Spec, names: Sequence[str], options: argparse.Namespace, times_only: bool = False
+) -> Case:
+    """Of a layer's methods; with what each keeps, and its peak unless it is quick or asked not to be."""
+    memory = not options.quick and not options.no_memory and spec.which != "backward"
+
+    def set_up() -> Setup:
+        torch.compiler.reset()  # every case is the compiler's first
+        made = Layer(spec)
+
+        def extra(result: Comparison) -> tuple[Columns, bool]:
+            done = [name for name, timing in result.timings.items() if timing.samples]
+            found = {name: {"saved_bytes": made.saved[name]} for name in done}
+            if "randlora" in found:
+                found["randlora"]["bases_bytes"] = made.bases_bytes
+            if BASELINE in found:
+                found[BASELINE]["bases_bytes"] = sum(t.nbytes for t in made.drawn(spec.kind))
+            stopped = result.interrupted
+            if memory and not stopped:
+                peaks, stopped = questions.peaks(done, functools.partial(layers.peak_bytes, spec))
+                for name, peak in peaks.items():
+                    found[name]["peak_bytes"] = peak
+            print(memory_table(found))
+            return found, stopped
+
+        return Setup(
+            {name: functools.partial(made.provider, name) for name in names},
+            baseline=BASELINE if BASELINE in names else names[0],
+            check=lambda result: None,  # every provider has its own
+            dtype=getattr(torch, spec.dtype),
+            work=lambda: {name: made.work(name) for name in names},
+            extra=None if times_only else extra,
+        )
+
+    return Case(spec.title(question), spec.columns, set_up)
 
 
-def forward(case: Case, strategy: str, x: Tensor, lam: Tensor, gamma: Tensor) -> Tensor:
-    weight, bias, B2, S2 = case.base.weight, case.base.bias, case.B2, scaled_base(case, x, lam, gamma)
-    if strategy == "merged":
-        return F.linear(x, torch.addmm(weight, B2, S2), bias)
-    y = F.linear(x, weight, bias)
-    return torch.addmm(y, F.linear(x, S2), B2.T) if strategy == "factored" else torch.addmm(y, x, (B2 @ S2).T)
+def memory_table(found: Columns) -> str:
+    lines = []
+    for name, row in found.items():
+        sizes = {"kept": "saved_bytes", "peak": "peak_bytes", "bases": "bases_bytes"}
+        said = [f"{word} {row[column] / 2**20:.2f} MiB" for word, column in sizes.items() if column in row]
+        lines.append(f"  {name:{max(map(len, found))}}  {', '.join(said)}")
+    return "\n".join(lines)
 
 
-def plain(case: Case, strategy: str) -> Provider:
-    """The best plain PyTorch that, like randlora, keeps its inputs only and rebuilds the rest in backward."""
-    weight, B2 = case.base.weight, case.B2
-
-    class Layer(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x: Tensor, lam: Tensor, gamma: Tensor) -> Tensor:
-            ctx.save_for_backward(x, lam, gamma)
-            return forward(case, strategy, x, lam, gamma)
-
-        @staticmethod
-        def backward(ctx, g: Tensor) -> tuple[Tensor, ...]:
-            x, lam, gamma = ctx.saved_tensors
-            S2 = scaled_base(case, x, lam, gamma)
-            if strategy == "factored":
-                dh = g @ B2
-                dx, dS2 = torch.addmm(g @ weight, dh, S2), dh.T @ x
-            else:
-                update = torch.addmm(weight, B2, S2) if strategy == "merged" else B2 @ S2
-                dx = g @ update if strategy == "merged" else torch.addmm(g @ weight, g, update)
-                dS2 = B2.T @ (g.T @ x)
-            dS = (dS2 * case.scaling).view(*lam.shape, case.d).to(lam.dtype)
-            return dx, *backward_bmm(dS, case.A.to(lam.dtype), lam, gamma)
-
-    return case.step(lambda x: Layer.apply(x, case.lam, case.gamma), [case.lam, case.gamma])
+def methods_of(spec: Spec, options: argparse.Namespace) -> list[str]:
+    usual = [name for name in layers.names(spec) if not options.quick or "compiled" not in name]
+    return model.chosen(options.methods, layers.known(), usual, ";", "method")
 
 
-def plain_autograd(case: Case, strategy: str, compiled: bool = False) -> Provider:
-    """The same forward, differentiated by PyTorch, which keeps what it likes (merged: W + dW, and S2)."""
-    function = functools.partial(forward, case, strategy)
-    if compiled:
-        torch._dynamo.config.recompile_limit = 64  # one code object serves every case and strategy
-        function = torch.compile(function, fullgraph=True, dynamic=False)
-    return case.step(lambda x: function(x, case.lam, case.gamma), [case.lam, case.gamma])
-
-
-def ours(case: Case, strategy: str) -> Provider:
-    from randlora.functional import linear
-
-    def function(x: Tensor) -> Tensor:
-        return linear(x, case.base.weight, case.base.bias, case.A, case.B, case.lam, case.gamma, case.scaling,
-                      strategy=strategy)  # fmt: skip
-
-    return case.step(function, [case.lam, case.gamma])
-
-
-def providers(dtype: str) -> dict[str, Callable[[Case], Provider]]:
-    # In 16 bits the merged form rounds small updates away: it is no way to compute the same thing.
-    strategies = STRATEGIES if dtype == "float32" else STRATEGIES[:2]
-    found = {"randlora auto": functools.partial(ours, strategy="auto")}
-    found |= {f"randlora {s}": functools.partial(ours, strategy=s) for s in strategies}
-    found[BASELINE] = functools.partial(peft, config_name="RandLoraConfig")
-    if dtype != "float32":
-        found["PEFT RandLoRA, 16-bit"] = functools.partial(peft, config_name="RandLoraConfig", fp32_adapter=False)
-    found["PEFT LoRA"] = functools.partial(peft, config_name="LoraConfig")
-    found |= {f"PyTorch {s}": functools.partial(plain, strategy=s) for s in strategies}
-    if "merged" in strategies:
-        found["PyTorch merged, autograd"] = functools.partial(plain_autograd, strategy="merged")
-    found |= {
-        f"PyTorch {s}, compiled": functools.partial(plain_autograd, strategy=s, compiled=True) for s in strategies
-    }
-    found["floor: frozen layer"] = frozen
-    return found
+def default_cases(options: argparse.Namespace) -> Sequence[Spec]:
+    if options.quick:
+        return QUICK_CASES if multiplies_bfloat16(options.device) else QUICK_CASES[:1]
+    if torch.device(options.device).type == "cuda":
+        return CUDA_CASES
+    return CASES if multiplies_bfloat16(options.device) else CASES[:-1]  # one of them, for what it takes in memory
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else list(argv)
-    grid = "--grid" in argv
-    options = measure.parse("linear", __doc__ + "\nFurther option: --grid", [a for a in argv if a != "--grid"])
-    book = records.Book("linear-grid" if grid else "linear", ("dtype", "d", "T", "r"), options)
-    for d, T, dtype in GRID if grid else CASES:
-        title = f"linear {dtype} d={d} T={T}"
-        if options.only and options.only not in title:
-            continue
-        print(f"{title}, r = {RANK}")
-        case = Case(d, T, getattr(torch, dtype), options.device)
-        wanted = {k: v for k, v in providers(dtype).items() if not grid or k.startswith("randlora")}
-        result = measure.compare(
-            title,
-            {name: functools.partial(make, case) for name, make in wanted.items()},
-            baseline="randlora auto" if grid else BASELINE,
-            check=case.check,
-            options=options,
-        )
-        print(measure.table(result))
-        book.add({"dtype": dtype, "d": d, "T": T, "r": RANK}, result, {})
-        if result.interrupted:
-            break
-    if not grid:
-        plots.draw(book.path)
+    options = measure.parse("linear", __doc__, argv, add=add_options)
+    if options.grid:
+        over = {AXES[option][0]: chosen for option, chosen in GRID.items()}
+        wanted = [
+            case("grid", spec, ["randlora", *(name for name in FORCED if name in layers.names(spec))], options, True)
+            for spec in specs(options, (), over)
+        ]
+    else:
+        chosen = specs(options, default_cases(options))
+        wanted = [case("linear", spec, methods_of(spec, options), options) for spec in chosen]
+    questions.answer(
+        records.Book("linear-grid" if options.grid else "linear", layers.COLUMNS, options), wanted, options
+    )
     return 0
 
 

@@ -13,13 +13,13 @@ import argparse
 import dataclasses
 import gc
 import math
-import multiprocessing
 import os
 import random
+import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Provider:
     run: Callable[..., Any]
     prepare: Callable[[], Any] | None = None
     checked: bool = True  # False for a floor, which computes something simpler
+    check: Callable[[Any], float | None] | None = None  # instead of the case's
 
     def call(self) -> Any:
         return self.run() if self.prepare is None else self.run(self.prepare())
@@ -81,16 +82,30 @@ class Comparison:
 # ---- command line ----
 
 
-def parse(question: str, description: str | None, argv: list[str] | None) -> argparse.Namespace:
-    """The options that every question has; sets the thread count."""
+def parse(
+    question: str,
+    description: str | None,
+    argv: list[str] | None,
+    add: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> argparse.Namespace:
+    """The options that every question has and those that `add` adds; sets the thread count.
+
+    ``command`` of the result is the command line that asks the same question again.
+    """
     parser = argparse.ArgumentParser(
         prog=f"python -m bench {question}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    if add is not None:
+        add(parser)
     add = parser.add_argument
     add("--quick", action="store_true", help="few rounds, for a look; recorded apart from full runs")
-    add("--seconds", type=float, help="time to spend per case (default: 40; with --quick: 4)")
+    add(
+        "--seconds",
+        type=float,
+        help="time to spend per case (default: 10; with --quick: 3), but 5 rounds at least (--quick: 3)",
+    )
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)")
     add("--only", metavar="TEXT", help="cases whose title contains TEXT")
@@ -100,16 +115,28 @@ def parse(question: str, description: str | None, argv: list[str] | None) -> arg
         action="store_true",
         help="let PyTorch ask for 2 MB pages too (THP_MEM_ALLOC_ENABLE=1), as randlora's CPU operators always do",
     )
+    argv = sys.argv[1:] if argv is None else argv
     chosen = parser.parse_args(argv)
+    chosen.command = shlex.join(["python", "-m", "bench", question, *_without(argv, "--results")])
     if chosen.huge_pages and os.environ.get("THP_MEM_ALLOC_ENABLE") != "1":
         # PyTorch reads it once, when it allocates first: start over with it.
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"THP_MEM_ALLOC_ENABLE": "1"})
     if chosen.seconds is None:
-        chosen.seconds = 4.0 if chosen.quick else 40.0
+        chosen.seconds = 3.0 if chosen.quick else 10.0
     if torch.device(chosen.device).type == "cuda" and not torch.cuda.is_available():
         parser.error("this PyTorch sees no CUDA device")
     torch.set_num_threads(chosen.threads)
     return chosen
+
+
+def _without(argv: Sequence[str], option: str) -> Iterator[str]:
+    """`argv` without an option that takes a value: where results go is not what they depend on."""
+    rest = iter(argv)
+    for word in rest:
+        if word == option:
+            next(rest, None)
+        elif not word.startswith(f"{option}="):
+            yield word
 
 
 # ---- time ----
@@ -135,7 +162,7 @@ def compare(
     providers: dict[str, Provider] = {}
     interrupted = False
     load = os.getloadavg()[0]
-    timer = _CudaTimer() if torch.device(options.device).type == "cuda" else _CpuTimer()
+    clock = timer(options.device)
     bar = tqdm(desc=title, total=len(factories), unit="provider", leave=False, disable=None)
     try:
         turns = {}
@@ -144,18 +171,18 @@ def compare(
             try:
                 provider = factory()
                 result = provider.call()
-                timings[name].error = check(result) if provider.checked else None
+                timings[name].error = (provider.check or check)(result) if provider.checked else None
                 del result
-                once = timer.turn(provider, 1)
+                once = clock.turn(provider, 1)
             except Exception as problem:
-                timings[name].failed = _reason(problem)
+                timings[name].failed = reason(problem)
                 tqdm.write(f"{title}: {name} cannot run: {timings[name].failed}")
             else:
                 providers[name] = provider
                 timings[name].calls = max(1, min(100, math.ceil(TURN_SECONDS / max(once, 1e-7))))
                 turns[name] = once * (timings[name].calls + 1)
             bar.update()
-        rounds = max(3 if options.quick else 9, min(MAX_ROUNDS, int(options.seconds / max(sum(turns.values()), 1e-3))))
+        rounds = max(3 if options.quick else 5, min(MAX_ROUNDS, int(options.seconds / max(sum(turns.values()), 1e-3))))
         bar.reset(total=rounds * len(providers))
         bar.unit = "turn"
         load = os.getloadavg()[0]
@@ -171,7 +198,7 @@ def compare(
             shuffle(order)
             for name in order:
                 bar.set_postfix_str(name, refresh=False)
-                timings[name].samples.append(timer.turn(providers[name], timings[name].calls))
+                timings[name].samples.append(clock.turn(providers[name], timings[name].calls))
                 bar.update()
     except KeyboardInterrupt:
         interrupted = True
@@ -182,11 +209,17 @@ def compare(
     return Comparison(timings, baseline, interrupted, load)
 
 
-def _reason(problem: Exception) -> str:
-    if isinstance(problem, torch.OutOfMemoryError):
+def reason(problem: Exception) -> str:
+    """Why something cannot be measured, on one line."""
+    first = next(iter(str(problem).splitlines()), "")
+    if isinstance(problem, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in first:
         return "out of memory"
     kind = "wrong result" if isinstance(problem, AssertionError) else type(problem).__name__
-    return f"{kind}: {next(iter(str(problem).splitlines()), '')}"[:200]
+    return f"{kind}: {first}"[:200]
+
+
+def timer(device: str) -> _CpuTimer | _CudaTimer:
+    return _CudaTimer() if torch.device(device).type == "cuda" else _CpuTimer()
 
 
 class _CpuTimer:
@@ -227,47 +260,20 @@ class _CudaTimer:
         return sum(start.elapsed_time(end) for start, end in events) / 1000 / calls
 
 
-# ---- memory ----
-
-
-def peak_above_result(build: Callable[..., Callable[[], Any]], arguments: tuple, small: tuple) -> int:
-    """Bytes that a call takes at its peak beyond the tensors it returns, in a process of its own (CPU, Linux).
-
-    ``build(*arguments)`` must be importable by name and returns the call; ``build(*small)`` is a smaller case that
-    loads what loads at first use.
-    """
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_above_result, (torch.get_num_threads(), build, arguments, small))
-
-
-def _peak_above_result(threads: int, build: Callable[..., Callable[[], Any]], arguments: tuple, small: tuple) -> int:
-    torch.set_num_threads(threads)
-    build(*small)()
-    gc.collect()
-    # Importing took more than what is left of it now, so the high-water mark is set anew. Not getrusage's: ru_maxrss
-    # cannot be reset, and a process starts with the one of the process that started it.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status_bytes("VmRSS")
-    result = build(*arguments)()
-    return _status_bytes("VmHWM") - before - sum(t.nbytes for t in result)
-
-
-def _status_bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
-
-
 # ---- text ----
 
 
-def table(comparison: Comparison) -> str:
-    """What a person reads while it runs."""
+def table(comparison: Comparison, reached: Mapping[str, str] | None = None) -> str:
+    """What a person reads while it runs. `reached`: provider -> fraction of the floor."""
     width = max(map(len, comparison.timings))
-    lines = [f"  {'':{width}}  {'median':>10}  {'20% .. 80%':>19}  {'x ' + comparison.baseline:>8}"]
+    head = f"  {'':{width}}  {'median':>10}  {'20% .. 80%':>19}  {'x ' + comparison.baseline:>8}"
+    lines = [head + ("  floor / it" if reached else "")]
     for name, timing in comparison.timings.items():
         if not timing.samples:
             lines.append(f"  {name:{width}}  {timing.failed or 'not measured'}")
             continue
         spread = f"{1e3 * timing.quantile(0.2):.3f} .. {1e3 * timing.quantile(0.8):.3f}"
-        lines.append(f"  {name:{width}}  {1e3 * timing.median:7.3f} ms  {spread:>19}  {comparison.ratio(name):8.2f}")
+        line = f"  {name:{width}}  {1e3 * timing.median:7.3f} ms  {spread:>19}  {comparison.ratio(name):8.2f}"
+        part = f"{float(reached[name]):.0%}" if reached and name in reached else ""
+        lines.append(f"{line}  {part:>10}" if reached else line)
     return "\n".join(lines)

@@ -11,7 +11,6 @@ CUDA: the allocator's history, also written as a .pickle for https://pytorch.org
 from __future__ import annotations
 
 import contextlib
-import csv
 import gc
 import os
 import pickle
@@ -182,42 +181,6 @@ def columns(found: Timeline) -> dict[str, Any]:
     } | {f"{origin}_bytes": count for origin, count in at_peak.items()}
 
 
-class Book(records.Book):
-    """Rows without times; a new one replaces the old one of its key, and says so."""
-
-    def put(self, case: Mapping[str, Any], name: str, found: Mapping[str, Any]) -> None:
-        row = {**case, "provider": name, **self.run, "median_ms": "", **found, **self.environment}
-        row = {column: str(value) for column, value in row.items()}
-        rows = records.read(self.path) if self.path.exists() else []
-        place = next((i for i, old in enumerate(rows) if all(old.get(k, "") == row[k] for k in self.key)), None)
-        if place is None:
-            rows.append(row)
-        else:
-            old, rows[place] = rows[place], row
-            before, after = (_peak_of(r) for r in (old, row))
-            tqdm.write(f"  replaces {name}: {before} ({old['date']}, {old['commit']}) by {after}")
-        partial = self.path.with_suffix(".csv.part")
-        with partial.open("w", newline="") as file:
-            names = list(dict.fromkeys(column for r in reversed(rows) for column in r))
-            writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        partial.replace(self.path)
-
-
-def _peak_of(row: Mapping[str, str]) -> str:
-    peak = row.get("peak_total_bytes")
-    return f"a peak of {text_of(int(peak))}" if peak else f'"{row.get("failed", "")}"'
-
-
-def reason(problem: Exception) -> str:
-    """Why a method has no timeline, on one line."""
-    first = next(iter(str(problem).splitlines()), "")
-    if isinstance(problem, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(problem):
-        return "out of memory"
-    return f"{type(problem).__name__}: {first}"[:200]
-
-
 def table(found: Mapping[str, Timeline | str]) -> str:
     """Bytes by origin at each method's peak, as a person reads them."""
     width = max(map(len, found))
@@ -235,7 +198,7 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
 
 
-def profile(book: Book, options: Any, shape: Shape, size: Size, setting: Setting, title: str) -> bool:
+def profile(book: records.Book, options: Any, shape: Shape, size: Size, setting: Setting, title: str) -> bool:
     """One model under all methods; False after Ctrl-C."""
     names = question.chosen(options.methods, METHODS, DEFAULT_METHODS, ";", "method")
     case = question.columns(shape, size, setting)
@@ -254,11 +217,11 @@ def profile(book: Book, options: Any, shape: Shape, size: Size, setting: Setting
             go_on = False
             break
         except Exception as problem:
-            found[name] = reason(problem)
+            found[name] = measure.reason(problem)
             row = {"failed": found[name]}
         else:
             row = columns(found[name]) | {"trainable_parameters": trained, "failed": ""}
-        book.put(case, name, row)
+        book.put(case, {name: row})
         torch.compiler.reset()
         gc.collect()
         if book.run["device"] == "cuda":
@@ -280,7 +243,7 @@ def profile(book: Book, options: Any, shape: Shape, size: Size, setting: Setting
 
 def main(argv: list[str] | None = None) -> int:
     options = measure.parse("memory", __doc__, argv, add=question.add_options)
-    book = Book("memory", question.KEY, options)
+    book = records.Book("memory", question.KEY, options)
     for shape, size, setting, title in question.models(options, question.QUICK_MODELS if options.quick else SHAPES):
         if options.only and options.only not in title:
             continue

@@ -106,7 +106,10 @@ def accelerated(model: nn.Module, setting: Setting) -> nn.Module:
         return peft_randlora(model, setting)
 
 
-def plain_pytorch(model: nn.Module, setting: Setting, compile: bool = False) -> nn.Module:
+def plain_pytorch(
+    model: nn.Module, setting: Setting, function: str = "rebuilding", strategy: str | None = None
+) -> nn.Module:
+    """See :class:`bench.plain.Linear`."""
     import randlora
 
     found = layers(model.requires_grad_(False), setting)
@@ -119,16 +122,18 @@ def plain_pytorch(model: nn.Module, setting: Setting, compile: bool = False) -> 
         m, M = sorted(layer.weight.shape)
         if (m, M) not in flat:
             flat[m, M] = B[:M, : -(-m // setting.rank)].flatten(1)
-        adapted = plain.Linear(layer, A, flat[m, M], setting.alpha / setting.rank, compile)
+        adapted = plain.Linear(layer, A, flat[m, M], setting.alpha / setting.rank, function, strategy)
         model.set_submodule(name, adapted)
     return model
 
 
-def own(model: nn.Module, setting: Setting, kind: str = "dense", strategy: str = "auto") -> nn.Module:
+def own(
+    model: nn.Module, setting: Setting, kind: str = "dense", strategy: str = "auto", sparsity: float | None = None
+) -> nn.Module:
     import randlora
 
     config = randlora.RandLoraConfig(
-        r=setting.rank, randlora_alpha=setting.alpha, kind=kind, strategy=strategy,
+        r=setting.rank, randlora_alpha=setting.alpha, kind=kind, strategy=strategy, sparsity=sparsity,
         target_modules=list(layers(model, setting)),
     )  # fmt: skip
     return randlora.get_peft_model(model, config)
@@ -144,7 +149,7 @@ METHODS: dict[str, Callable[[nn.Module, Setting], nn.Module]] = {
     "PEFT RandLoRA, 16-bit": functools.partial(peft_randlora, fp32_adapter=False),
     "PEFT RandLoRA, accelerated": accelerated,
     "PyTorch": plain_pytorch,
-    "PyTorch, compiled": functools.partial(plain_pytorch, compile=True),
+    "PyTorch, compiled": functools.partial(plain_pytorch, function="compiled"),
     "randlora": own,
     "randlora sparse": functools.partial(own, kind="sparse"),
     "randlora very_sparse": functools.partial(own, kind="very_sparse"),

@@ -19,11 +19,13 @@ if not __package__:  # run as a file: python bench/model.py
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-from tqdm import tqdm
 
-from bench import measure, methods, plots, records
-from bench.methods import METHODS
-from bench.shapes import SHAPES
+from bench import measure, methods, questions, records
+from bench.floors import Work
+from bench.measure import Comparison
+from bench.methods import METHODS, Setting
+from bench.questions import Case, Columns, Setup
+from bench.shapes import SHAPES, Shape, Size, multiplies_bfloat16
 from bench.training import Training
 
 BASELINE = "PEFT LoRA"
@@ -41,7 +43,11 @@ def add_options(parser: argparse.ArgumentParser, known_methods=METHODS, known_mo
     add("--vocab", type=int, help="words")
     add("--batch", type=int, help="samples")
     add("--tokens", type=int, help="tokens of a sample, of a language model")
-    add("--dtype", choices=("float32", "bfloat16"), help="of the model")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of the model (default: as published; fp32 on a CPU without bf16)",
+    )
     add("--targets", metavar="NAME,...", help="layers that get adapters, by the ends of their names, or all-linear")
     add("--rank", type=int, default=32, help="default: 32")
 
@@ -62,6 +68,8 @@ def models(options: argparse.Namespace, default: Any, **sizes: int) -> Iterator[
         changes = {field: getattr(options, field) for field in ("depth", "vocab", "batch", "tokens")} | sizes
         if options.dtype:
             changes["dtype"] = getattr(torch, options.dtype)
+        elif not multiplies_bfloat16(options.device):
+            changes["dtype"] = torch.float32
         if shape.image:
             changes["tokens"] = changes["vocab"] = None
         size = shape.size(options.device, **changes)
@@ -79,27 +87,6 @@ def columns(shape, size, setting) -> dict[str, Any]:
     return shape.columns(size) | {"targets": targets, "r": setting.rank}
 
 
-def extra(training: Training, result: measure.Comparison, with_peak: bool) -> tuple[dict[str, dict[str, Any]], bool]:
-    """Trainable parameters, bytes and tokens per second of what has been timed; and whether this was interrupted."""
-    done = [name for name, timing in result.timings.items() if timing.samples]
-    frozen = {"multiply_adds": training.multiply_adds()} if done else {}
-    found = {name: training.found[name] | frozen for name in done}
-    for name in done:
-        found[name]["tokens_per_second"] = round(
-            training.size.batch * training.size.tokens / result.timings[name].median
-        )
-    if with_peak and not result.interrupted:
-        for name in tqdm(done, desc="memory", leave=False, disable=None):
-            try:
-                found[name]["peak_bytes"] = training.peak_bytes(name)
-            except KeyboardInterrupt:
-                tqdm.write("  stopped; what has been measured is kept")
-                return found, True
-            except Exception as problem:  # the times are worth keeping
-                tqdm.write(f"  the memory of {name} is not known: {type(problem).__name__}: {problem}")
-    return found, result.interrupted
-
-
 def table(found: dict[str, dict[str, Any]]) -> str:
     width = max(map(len, found), default=0)
     lines = [f"  {'':{width}}  {'trained':>12}  {'peak MiB':>9}  {'kept MiB':>9}  {'tokens/s':>9}"]
@@ -110,31 +97,46 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    options = measure.parse("model", __doc__, argv, add=add_options)
-    book = records.Book("model", KEY, options)
-    for shape, size, setting, title in models(options, QUICK_MODELS if options.quick else SHAPES):
-        if options.only and options.only not in title:
-            continue
-        print(title)
+def case(shape: Shape, size: Size, setting: Setting, title: str, options: argparse.Namespace) -> Case:
+    usual = [name for name in methods.suitable(size.dtype) if not options.quick or name in QUICK_METHODS]
+    names = chosen(options.methods, METHODS, usual, ";", "method")
+
+    def set_up() -> Setup:
         torch.compiler.reset()
         training = Training(shape, size, setting, options.device)
-        usual = [name for name in methods.suitable(size.dtype) if not options.quick or name in QUICK_METHODS]
-        names = chosen(options.methods, METHODS, usual, ";", "method")
-        result = measure.compare(
-            title,
+        linear = [module for module in training.model.modules() if isinstance(module, torch.nn.Linear)]
+        weights = sum(module.weight.nbytes for module in linear)
+
+        def extra(result: Comparison) -> tuple[Columns, bool]:
+            done = [name for name, timing in result.timings.items() if timing.samples]
+            found = {name: dict(training.found[name]) for name in done}
+            for name, row in found.items():
+                row["tokens_per_second"] = round(size.batch * size.tokens / result.timings[name].median)
+            stopped = result.interrupted
+            if not options.quick and not stopped:
+                peaks, stopped = questions.peaks(done, training.peak_bytes)
+                for name, bytes_ in peaks.items():
+                    found[name]["peak_bytes"] = bytes_
+            print(table(found))
+            return found, stopped
+
+        return Setup(
             {name: functools.partial(training.provider, name) for name in names},
             baseline=BASELINE if BASELINE in names else names[0],
             check=training.check,
-            options=options,
+            dtype=size.dtype,
+            # Of the frozen model, whose weights are read forward and backward: no method can do without.
+            work=Work(training.multiply_adds(), 2 * weights),
+            extra=extra,
         )
-        print(measure.table(result))
-        found, interrupted = extra(training, result, with_peak=not options.quick)
-        print(table(found))
-        book.add(columns(shape, size, setting), result, found)
-        if interrupted:
-            break
-    plots.draw(book.path)
+
+    return Case(title, columns(shape, size, setting), set_up)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = measure.parse("model", __doc__, argv, add=add_options)
+    cases = [case(*one, options) for one in models(options, QUICK_MODELS if options.quick else SHAPES)]
+    questions.answer(records.Book("model", KEY, options), cases, options)
     return 0
 
 

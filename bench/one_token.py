@@ -9,12 +9,11 @@ import argparse
 import copy
 import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from bench import measure, records
+from bench import floors, questions, records
 from bench.measure import Provider
 
 RANK = 32
@@ -77,23 +76,20 @@ def providers() -> dict[str, Callable[[Case], Provider]]:
     return {BASELINE: frozen, "randlora cached": cached, "randlora merged": merged, "randlora, no cache": uncached}
 
 
-def layers(options: argparse.Namespace) -> Path:
-    book = records.Book("generate-layer", ("dtype", "d", "r"), options)
-    for d, dtype in CASES:
-        title = f"one token, {dtype}, d = {d}"
-        if options.only and options.only not in title:
-            continue
-        print(f"{title}, r = {RANK}")
-        case = Case(d, getattr(torch, dtype), options.device)
-        result = measure.compare(
-            title,
-            {name: functools.partial(make, case) for name, make in providers().items()},
+def case(d: int, dtype: str, options: argparse.Namespace) -> questions.Case:
+    def set_up() -> questions.Setup:
+        made = Case(d, getattr(torch, dtype), options.device)
+        return questions.Setup(
+            {name: functools.partial(make, made) for name, make in providers().items()},
             baseline=BASELINE,
-            check=case.check,
-            options=options,
+            check=made.check,
+            dtype=made.x.dtype,
+            work=floors.frozen_layer("forward", 1, d, d, made.x.dtype.itemsize),
         )
-        print(measure.table(result))
-        book.add({"dtype": dtype, "d": d, "r": RANK}, result, {})
-        if result.interrupted:
-            break
-    return book.path
+
+    return questions.Case(f"one token, {dtype}, d={d} r={RANK}", {"dtype": dtype, "d": d, "r": RANK}, set_up)
+
+
+def layers(options: argparse.Namespace) -> None:
+    book = records.Book("generate-layer", ("dtype", "d", "r"), options)
+    questions.answer(book, [case(d, dtype, options) for d, dtype in CASES], options)

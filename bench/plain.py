@@ -1,6 +1,7 @@
-"""RandLoRA in plain PyTorch, as well as it can be written: what compiled code has to beat, in whole models.
+"""RandLoRA in plain PyTorch, as well as it can be written: what compiled code has to beat.
 
-``linear.py`` measures the formulations one by one; here each call takes the one with the fewest multiply-adds.
+``linear.py`` measures the formulations one by one; in whole models each call takes the one with the fewest
+multiply-adds.
 """
 
 from __future__ import annotations
@@ -85,13 +86,20 @@ class Linear(nn.Module):
     """Wraps an ``nn.Linear``; ``A`` and ``B2`` are tensors that layers share.
 
     Parameters are PEFT's: ``randlora_lambda [r, n]`` zeros, ``randlora_gamma [n, m]`` ``1 / max(in, out)``, fp32.
+
+    Args:
+        function: ``"rebuilding"``, or ``"autograd"``: PyTorch differentiates :func:`forward` and keeps what it likes
+            (merged: W + dW, and S2), or ``"compiled"``: the same under torch.compile.
+        strategy: None for the :func:`cheapest` of each call.
     """
 
-    def __init__(self, base_layer: nn.Linear, A: Tensor, B2: Tensor, scaling: float, compile: bool) -> None:
+    def __init__(
+        self, base_layer: nn.Linear, A: Tensor, B2: Tensor, scaling: float, function: str, strategy: str | None = None
+    ) -> None:
         super().__init__()
         weight = base_layer.weight.requires_grad_(False)
         M, m, r = max(weight.shape), min(weight.shape), A.shape[0]
-        self.base_layer, self.scaling, self.compile_it = base_layer, scaling, compile
+        self.base_layer, self.scaling, self.function, self.strategy = base_layer, scaling, function, strategy
         self.up = weight.shape[1] <= weight.shape[0]
         self.register_buffer("A", A[:, :, :m], persistent=False)
         self.register_buffer("B2", B2, persistent=False)
@@ -101,8 +109,8 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.base_layer.weight, self.base_layer.bias
         rows = x.reshape(-1, x.shape[-1])
-        strategy = cheapest(len(rows), max(weight.shape), min(weight.shape), self.B2.shape[1], x.dtype)
-        function = compiled() if self.compile_it else Rebuilding.apply
+        strategy = self.strategy or cheapest(len(rows), max(weight.shape), min(weight.shape), self.B2.shape[1], x.dtype)
+        function = {"rebuilding": Rebuilding.apply, "autograd": forward}.get(self.function) or compiled()
         y = function(
             rows, weight, bias, self.A, self.B2, self.randlora_lambda, self.randlora_gamma, self.scaling, self.up,
             strategy,

@@ -29,6 +29,8 @@ RESULTS = ROOT / "bench" / "results"
 # Of every question; its own columns come before these.
 RUN_KEY = ("provider", "device", "threads", "pages", "mode")
 
+EVERYTHING = "every provider"  # the provider of a row that says why a case could not be set up; other rows end it
+
 
 class Book:
     """The records of one question on this machine.
@@ -48,8 +50,10 @@ class Book:
             "pages": "2 MB" if options.huge_pages else "default",
             "mode": "quick" if options.quick else "full",
         }
-        self.environment = environment(options.device)
-        name = self.environment["gpu"] or f"{self.environment['cpu']} {os.cpu_count()} cores"
+        self.environment = {"command": options.command} | environment(options.device)
+        # Machines of one name may differ in what they can do, and then in which kernels run.
+        cpu, capability = self.environment["cpu"], self.environment["cpu_capability"]
+        name = self.environment["gpu"] or f"{cpu} {capability} {os.cpu_count()} cores"
         folder = options.results / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{question}.csv"
@@ -57,11 +61,11 @@ class Book:
 
     def add(self, case: Mapping[str, Any], comparison: Comparison, extra: Mapping[str, Mapping[str, Any]]) -> None:
         """Record a case. `extra`: provider -> further columns. Providers without samples or a reason are left alone."""
-        rows = []
+        rows = {}
         for name, timing in comparison.timings.items():
             if not timing.samples and not timing.failed:
                 continue
-            measured = {
+            rows[name] = {
                 "median_ms": _digits(1e3 * timing.median),
                 "fastest_ms": _digits(1e3 * min(timing.samples, default=math.nan)),
                 "q20_ms": _digits(1e3 * timing.quantile(0.2)) if timing.samples else "",
@@ -72,10 +76,19 @@ class Book:
                 "calls_per_sample": timing.calls,
                 "relative_error": _digits(timing.error),
                 "failed": timing.failed,
+                **extra.get(name, {}),
+                "load": _digits(comparison.load),
             }
-            surroundings = {"load": _digits(comparison.load)} | self.environment
-            rows.append({**case, "provider": name, **self.run, **measured, **extra.get(name, {}), **surroundings})
-        _merge(self.path, rows, self.key, comparison.interrupted)
+        self.put(case, rows, comparison.interrupted)
+
+    def put(self, case: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]], interrupted: bool = False) -> None:
+        """Record rows without times, or whatever :meth:`add` has found. `found`: provider -> columns."""
+        rows = [{**case, "provider": name, **self.run, **row, **self.environment} for name, row in found.items()]
+        missing = {column for row in rows for column in self.key if column not in row}
+        if missing:
+            raise ValueError(f"{self.path.name}: a row needs all of {self.key}, this one lacks {sorted(missing)}")
+        if rows:
+            _merge(self.path, rows, self.key, interrupted)
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -85,29 +98,55 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def _merge(path: Path, rows: list[dict[str, Any]], key: Sequence[str], interrupted: bool) -> None:
     table = read(path) if path.exists() else []
-    places = {tuple(row.get(k, "") for k in key): i for i, row in enumerate(table)}
+    if old := [row for row in table if any(column not in row for column in key)]:
+        # Nobody can tell which case they are: a program of another day told fewer things apart.
+        print(f"  drops {len(old)} rows of {path.name} (of {old[0]['date']}): they do not say all of {', '.join(key)}")
+        table = [row for row in table if row not in old]
+    places = {tuple(row[k] for k in key): i for i, row in enumerate(table)}
     for row in rows:
         row = {column: str(value) for column, value in row.items()}
         i = places.get(tuple(row[k] for k in key))
         if i is None:
+            places[tuple(row[k] for k in key)] = len(table)
             table.append(row)
             continue
         old = table[i]
-        if interrupted and int(row["samples"]) < int(old["samples"]):
-            print(f"  keeps {row['provider']}: {old['median_ms']} ms ({old['date']}, {old['samples']} samples)")
+        if interrupted and int(row["samples"]) < int(old["samples"] or 0):
+            print(f"  keeps {row['provider']}: {_said(old)} ({old['date']}, {old['samples']} samples)")
         else:
-            print(
-                f"  replaces {row['provider']}: {old['median_ms']} ms ({old['date']}, {old['commit']}) by "
-                f"{row['median_ms']} ms"
-            )
+            print(f"  replaces {row['provider']}: {_said(old)} ({old['date']}, {old['commit']}) by {_said(row)}")
             table[i] = row
-    columns = list(dict.fromkeys(column for row in reversed(table) for column in row))
+    done = {tuple(str(row[k]) for k in key if k != "provider") for row in rows if row["provider"] != EVERYTHING}
+    table = [
+        row
+        for row in table
+        if row["provider"] != EVERYTHING or tuple(row[k] for k in key if k != "provider") not in done
+    ]
+    columns = _columns(table)
     partial = path.with_suffix(".csv.part")
     with partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(table)
     partial.replace(path)
+
+
+def _columns(table: list[dict[str, str]]) -> list[str]:
+    """All columns there are, in the newest row's order, others before those of :func:`environment`."""
+    newest = list(table[-1])
+    other = dict.fromkeys(column for row in table for column in row if column not in newest)
+    at = newest.index("date") if "date" in newest else len(newest)
+    return [*newest[:at], *other, *newest[at:]]
+
+
+def _said(row: Mapping[str, str]) -> str:
+    """What a row says, in short."""
+    if row.get("failed"):
+        return f'"{row["failed"]}"'
+    if row.get("median_ms"):
+        return f"{row['median_ms']} ms"
+    peak = row.get("peak_total_bytes")
+    return f"a peak of {int(peak) / 2**20:.1f} MiB" if peak else "nothing"
 
 
 def _digits(value: float | None) -> str:

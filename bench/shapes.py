@@ -150,6 +150,11 @@ def _require_gradient(module: nn.Module, inputs: Any, output: Tensor) -> None:
     output.requires_grad_(torch.is_grad_enabled())
 
 
+def multiplies_bfloat16(device: str) -> bool:
+    """Whether 16-bit products are worth measuring there: a CPU without instructions for them takes ten times fp32's."""
+    return torch.device(device).type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 # ---- the models ----
 
 

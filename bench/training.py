@@ -6,17 +6,14 @@ gives the loss and the gradients that the formula gives, on bases that all of th
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import multiprocessing
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bench import measure, methods, reference, shapes
+from bench import methods, peak, reference, shapes
 from bench.measure import Provider
 from bench.methods import Setting
 from bench.shapes import Inputs, Shape, Size
@@ -112,7 +109,7 @@ class Training:
         arguments = self.shape.name, self.size, self.setting, self.device, name
         if torch.device(self.device).type == "cuda":
             return _peak_cuda(self.model, *arguments)
-        return _in_a_process(_peak_cpu, torch.get_num_threads(), *arguments)
+        return peak.in_a_process(_peak_cpu, torch.get_num_threads(), *arguments)
 
 
 def step(shape: Shape, adapted: nn.Module, inputs: Inputs) -> Callable[[], Tensor]:
@@ -158,31 +155,6 @@ def saved_bytes(adapted: nn.Module, forward: Callable[[], Tensor]) -> tuple[int,
     return sum(size for address, size in storages(kept).items() if address not in known), result
 
 
-def _in_a_process(function: Callable[..., int], *arguments: Any) -> int:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "peft"])  # imported once for all
-    ours, its = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(its, function, *arguments))
-    process.start()
-    its.close()
-    try:
-        result = ours.recv()
-    except EOFError:
-        process.join()
-        raise MemoryError(f"its process ended with exit code {process.exitcode}") from None
-    process.join()
-    if isinstance(result, Exception):
-        raise result
-    return result
-
-
-def _send(pipe: Any, function: Callable[..., int], *arguments: Any) -> None:
-    try:
-        pipe.send(function(*arguments))
-    except Exception as problem:
-        pipe.send(RuntimeError(f"{type(problem).__name__}: {problem}"))
-
-
 def _peak_cuda(model: nn.Module, shape: str, size: Size, setting: Setting, device: str, name: str) -> int:
     torch.compiler.reset()
     gc.collect()
@@ -213,11 +185,7 @@ def _peak_cpu(threads: int, shape: str, size: Size, setting: Setting, device: st
     run = step(shape, adapted, inputs)
     run()
     lasting = storages([*(p for p in adapted.parameters() if p.requires_grad), *run.state(), *methods.bases(adapted)])
-    gc.collect()
-    if hasattr(trim := ctypes.CDLL(None), "malloc_trim"):
-        trim.malloc_trim(0)  # what was freed, so that the step has to take it again
-    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is in use now
-    before = measure._status_bytes("VmRSS")
+    before = peak.start_counting()
     run()
-    above = measure._status_bytes("VmHWM") - before
+    above = peak.status_bytes("VmHWM") - before
     return above + sum(bytes_ for address, bytes_ in lasting.items() if address not in weights)

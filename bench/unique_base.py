@@ -6,6 +6,7 @@ twenty formulations that were tried (NOTES.md), for small and for large bases; `
 
 from __future__ import annotations
 
+import argparse
 import functools
 import sys
 from collections.abc import Callable
@@ -17,8 +18,10 @@ if not __package__:  # run as a file: python bench/unique_base.py
 import torch
 from torch import Tensor
 
-from bench import measure, plots, records
+from bench import measure, questions, records
+from bench.floors import Work
 from bench.measure import Provider
+from bench.questions import Case, Setup
 
 CASES = ((32, 128, 4096, "float32"), (32, 24, 768, "float32"), (32, 128, 4096, "bfloat16"), (32, 24, 768, "bfloat16"))
 PASSES = ("forward + backward", "forward", "backward")
@@ -164,38 +167,42 @@ class Check:
         return max(errors)
 
 
-def main(argv: list[str] | None = None) -> int:
-    options = measure.parse("unique_base", __doc__, argv)
-    book = records.Book("unique_base", ("pass", "dtype", "r", "n", "m"), options)
-    for r, n, m, dtype in CASES:
+def case(which: str, r: int, n: int, m: int, dtype: str, options: argparse.Namespace) -> Case:
+    def set_up() -> Setup:
         torch.manual_seed(0)
+        torch.compiler.reset()  # every case is the compiler's first
         like = {"dtype": getattr(torch, dtype), "device": options.device}
         A, G = torch.randn(r, 1, m, **like), torch.randn(r, n, m, **like)
         lam, gamma = torch.randn(r, n, **like).requires_grad_(), torch.randn(n, m, **like).requires_grad_()
-        for which in PASSES:
-            title = f"unique_base {which} {dtype} {r} x {n} x {m}"
-            if options.only and options.only not in title:
-                continue
-            print(title)
-            torch.compiler.reset()  # every case is the compiler's first
-            factories = {
-                name: functools.partial(provider, make, which, (A, lam, gamma), G)
-                for name, make in functions(G).items()
-            }
-            factories["floor: write S, read its gradient"] = functools.partial(floor, which, G)
-            result = measure.compare(
-                title,
-                factories,
-                baseline=BASELINE,
-                check=Check(which, (A, lam, gamma), G, TOLERANCE[dtype]),
-                options=options,
-            )
-            print(measure.table(result))
-            book.add({"pass": which, "dtype": dtype, "r": r, "n": n, "m": m}, result, {})
-            if result.interrupted:
-                plots.draw(book.path)
-                return 0
-    plots.draw(book.path)
+        factories = {
+            name: functools.partial(provider, make, which, (A, lam, gamma), G)
+            for name, make in functions(G).items()
+            if not options.quick or "compiled" not in name
+        }
+        factories["floor: write S, read its gradient"] = functools.partial(floor, which, G)
+        small = sum(t.nbytes for t in (A, lam, gamma))  # read forward; backward read, and lambda's and gamma's written
+        moved = {"forward": G.nbytes + small, "backward": G.nbytes + 2 * small}
+        return Setup(
+            factories,
+            baseline=BASELINE,
+            check=Check(which, (A, lam, gamma), G, TOLERANCE[dtype]),
+            dtype=like["dtype"],
+            work=Work(0, moved.get(which, sum(moved.values()))),
+        )
+
+    columns = {"pass": which, "dtype": dtype, "r": r, "n": n, "m": m}
+    return Case(f"unique_base {which} {dtype} {r} x {n} x {m}", columns, set_up)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = measure.parse("unique_base", __doc__, argv)
+    book = records.Book("unique_base", ("pass", "dtype", "r", "n", "m"), options)
+    cases = [
+        case(which, *sizes, options)
+        for sizes in CASES
+        for which in (PASSES if not options.quick or sizes == CASES[0] else PASSES[:1])
+    ]
+    questions.answer(book, cases, options)
     return 0
 
 

@@ -7,7 +7,6 @@ adapters that PEFT saved without their projections; such bases have one size.
 
 from __future__ import annotations
 
-import itertools
 import math
 import threading
 import weakref
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from . import fingerprint, patterns, peft_prng
 from .checks import require_dtype, require_float, require_int
+from .held import Ready, canonical, make_sure, make_sure_pattern, register
 from .patterns import Pattern
 
 KINDS = ("dense", "sparse", "very_sparse", "sign")
@@ -83,7 +83,7 @@ class RandomBases:
         self.seed = require_int("seed", seed, 0, 2**64 - 1)
         self.sparsity = sparsity_of(kind, self.min_dim, sparsity)
         self.dtype = require_dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
-        self.device = _canonical(torch.device("cpu" if device is None else device))
+        self.device = canonical(torch.device("cpu" if device is None else device))
         self.given: tuple[Tensor, Tensor] | None = None
         self._reset()
 
@@ -143,9 +143,9 @@ class RandomBases:
 
     def tensors(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """The stored A and B (see :attr:`scale`), one shared copy per dtype and device. Not to be written to."""
-        key = dtype or self.dtype, _canonical(device or self.device)
-        _make_sure(self._handle, *key)
-        held = self._held.get(key)
+        key = dtype or self.dtype, canonical(device or self.device)
+        name = make_sure(self._handle, *key)
+        held = getattr(self._ready, name, None)
         return self.tensors(*key) if held is None else held  # none: another thread let the store grow in between
 
     def pattern(self, min_dim: int, device: torch.device | None = None) -> tuple[Pattern, float] | None:
@@ -154,17 +154,16 @@ class RandomBases:
         They are kept in this form only (lists, planes or bits: :mod:`randlora.patterns`), unless :meth:`tensors` is
         called. Given bases are recognised where that makes them faster: the ternary ones that PEFT stores dense.
         """
-        device = _canonical(device or self.device)
-        if not self._may_have_lists or (self.prng == "philox" and not patterns.wanted(self.sparsity, device)):
+        device = canonical(device or self.device)
+        if self.prng == "philox" and not patterns.wanted(self.sparsity, device):
             return None
         if device.type == "meta":  # no values to look at
             return None
-        _make_sure_lists(self._handle, device, min_dim)
-        held = self._lists.get(device)
-        if held is None:
-            return self.pattern(min_dim, device) if self._may_have_lists else None
-        lists, scale = held
-        return lists.of(min_dim), scale
+        name = make_sure_pattern(self._handle, device, min_dim)
+        if name is None:
+            return None
+        found = getattr(self._ready, name, None)
+        return self.pattern(min_dim, device) if found is None else found  # as in tensors()
 
     @property
     def nbytes(self) -> int:
@@ -187,6 +186,7 @@ class RandomBases:
             self.num_bases = max(self.num_bases, num_bases)
             self._held.clear()  # the smaller copies are prefixes of the next ones
             self._lists.clear()
+            self._ready = Ready()
 
     def to(self, *args, **kwargs) -> RandomBases:
         """The same bases with another default ``dtype`` and/or ``device``, given as for ``nn.Module.to``."""
@@ -194,7 +194,7 @@ class RandomBases:
         other = self.__class__.__new__(self.__class__)
         other.__dict__.update(self.__dict__)
         other.dtype = self.dtype if dtype is None else require_dtype("dtype", dtype)
-        other.device = self.device if device is None else _canonical(device)
+        other.device = self.device if device is None else canonical(device)
         other._reset()
         return other
 
@@ -244,13 +244,13 @@ class RandomBases:
     def _reset(self) -> None:
         self._held: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
         self._lists: dict[torch.device, tuple[patterns.Form, float]] = {}
-        self._may_have_lists = True  # given ones: until one has looked at the values
+        self._without_lists: set[torch.device] = set()  # where those not drawn here were looked at in vain
+        self._ready = Ready()
         self._hashes: dict[tuple[int, int, int], str] = {}
         self._lock = threading.Lock()
-        self._handle = f"bases {next(_handles)}"  # torch.compile can take a string for a constant, not an object
-        _by_handle[self._handle] = self
+        self._handle = register(self)
         if self.given is not None:
-            self._held[self.given[0].dtype, _canonical(self.given[0].device)] = self.given
+            self._held[self.given[0].dtype, canonical(self.given[0].device)] = self.given
 
     def __deepcopy__(self, memo) -> RandomBases:
         return self
@@ -275,74 +275,12 @@ class RandomBases:
         )
 
 
-_handles = itertools.count()
-_by_handle: weakref.WeakValueDictionary[str, RandomBases] = weakref.WeakValueDictionary()
-_given_bases: weakref.WeakValueDictionary[tuple[int, int], RandomBases] = weakref.WeakValueDictionary()
-
-
-@torch.compiler.assume_constant_result
-def _make_sure(handle: str, dtype: torch.dtype, device: torch.device) -> bool:
-    """Generates the copy of these bases if there is none: at trace time under torch.compile, never in its graph."""
-    bases = _by_handle[handle]
-    if (dtype, device) not in bases._held:
-        # The copy outlives the context it is first asked for in, so it must not be that context's inference tensor or
-        # torch.func wrapper.
-        with bases._lock, torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad():
-            if (dtype, device) not in bases._held:
-                _refuse_capture(device)
-                drawn = bases.draw(dtype, device)
-                settle(device)
-                bases._held[dtype, device] = drawn
-    return True
-
-
-@torch.compiler.assume_constant_result
-def _make_sure_lists(handle: str, device: torch.device, min_dim: int) -> bool:
-    """As :func:`_make_sure`, for the lists."""
-    bases = _by_handle[handle]
-    with torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad(), bases._lock:
-        found = bases._lists.get(device)
-        if found is None:
-            _refuse_capture(device)
-            if bases.prng == "philox":
-                found = patterns.make(bases, device), bases.scale
-            else:
-                values = bases.draw(torch.float32, device) if bases.given is None else bases.given
-                found = patterns.of_tensors(*(t.to(device) for t in values), held=bases.given is not None)
-            if found is None:
-                bases._may_have_lists = False
-                return True
-            settle(device)
-            bases._lists[device] = found
-        found[0].of(min_dim)  # sliced here, so that no graph does it
-    return True
-
-
-def settle(device: torch.device) -> None:
-    """Waits for what the current stream made: it will be kept, and read on streams that know of no such wait."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
-
-
-def _refuse_capture(device: torch.device) -> None:
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "a layer generates its bases at its first call, which a CUDA graph cannot capture: "
-            "call the model once before the capture"
-        )
-
-
-def _canonical(device: torch.device | str) -> torch.device:
-    """With an index, so that ``cuda`` and ``cuda:0`` are one key."""
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
 def sparsity_of(kind: str, min_dim: int, sparsity: float | None) -> float | None:
     if sparsity is None:
         return {"dense": None, "sign": 1.0, "sparse": 3.0, "very_sparse": math.sqrt(min_dim)}[kind]
     if kind not in ("sparse", "very_sparse"):
         raise ValueError(f"kind={kind!r} has no free sparsity, got sparsity={sparsity}")
     return require_float("sparsity", sparsity, 1.0, 2.0**31)
+
+
+_given_bases: weakref.WeakValueDictionary[tuple[int, int], RandomBases] = weakref.WeakValueDictionary()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .bases import settle
+from .held import settle
 
 _DEFAULT_LIMIT = 1 << 30
 

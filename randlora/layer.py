@@ -244,21 +244,24 @@ class RandLoraLayer(Mergeable):
         found = self._pattern(adapter)
         return None if found is None else found[0]
 
-    def _pattern(self, adapter: str) -> tuple[Pattern, float] | None:
-        device = self.randlora_lambda[adapter].device
-        return self.bases[adapter].pattern(min(self.in_features, self.out_features), device)
+    def _bases(self, adapter: str) -> RandomBases:
+        return self.bases[adapter]
+
+    def _pattern(self, adapter: str, device: torch.device | None = None) -> tuple[Pattern, float] | None:
+        device = self.randlora_lambda[adapter].device if device is None else device
+        return self._bases(adapter).pattern(min(self.in_features, self.out_features), device)
+
+    def _tensors(self, adapter: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, float]:
+        """A, B and the factor that their product lacks."""
+        bases = self._bases(adapter)
+        return *bases.tensors(dtype, device), bases.scale
 
     def _update_arguments(self, adapter: str, scaling: float, device: torch.device | None = None) -> tuple:
         lam, gamma = self.randlora_lambda[adapter], self.randlora_gamma[adapter]
         device = lam.device if device is None else torch.device(device)
         dtype = torch.float64 if lam.dtype == torch.float64 else torch.float32
-        bases = self.bases[adapter]
-        return (
-            *bases.tensors(dtype, device),
-            lam.to(device, dtype),
-            gamma.to(device, dtype),
-            scaling * bases.scale,
-        )
+        A, B, factor = self._tensors(adapter, dtype, device)
+        return A, B, lam.to(device, dtype), gamma.to(device, dtype), scaling * factor
 
     # ---- small things ----
 

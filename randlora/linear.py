@@ -140,16 +140,19 @@ class Linear(nn.Linear, RandLoraLayer):
     def _update(
         self, x: Tensor, dtype: torch.dtype, adapter: str, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        bases, dropout = self.bases[adapter], self.randlora_dropout[adapter]
+        dropout = self.randlora_dropout[adapter]
         strategy = "auto" if self.strategy == "merged" and weight is None else self.strategy
-        found = bases.pattern(min(self.in_features, self.out_features), x.device)
+        found = self._pattern(adapter, x.device)
         if found is not None and strategy == "factored" and not is_planes(found[0]) and not x.is_cpu:
             found = None  # lists have a factored form on the CPU only
-        pattern, scale = found or (None, bases.scale)
-        tensors = bases.tensors(dtype, x.device) if pattern is None else (None, None)
+        A = B = pattern = None
+        if found is None:
+            A, B, factor = self._tensors(adapter, dtype, x.device)
+        else:
+            pattern, factor = found
         return linear(
-            x, weight, bias, *tensors, self.randlora_lambda[adapter], self.randlora_gamma[adapter],
-            self.scaling[adapter] * scale, dropout.p if isinstance(dropout, nn.Dropout) else 0.0, self.training,
+            x, weight, bias, A, B, self.randlora_lambda[adapter], self.randlora_gamma[adapter],
+            self.scaling[adapter] * factor, dropout.p if isinstance(dropout, nn.Dropout) else 0.0, self.training,
             strategy=strategy, out_features=self.out_features, weight_is_transposed=self.fan_in_fan_out,
             workspace=self.workspace, pattern=pattern,
         )  # fmt: skip
@@ -176,7 +179,7 @@ class Linear(nn.Linear, RandLoraLayer):
             dtype,
             x.device,
             adapters,
-            *((self.scaling[name], id(self.bases[name])) for name in adapters),
+            *((self.scaling[name], self._bases(name)._handle) for name in adapters),
         )
 
         def build() -> Tensor:

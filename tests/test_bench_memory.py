@@ -189,7 +189,7 @@ def test_sizes_for_people(count, text):
 def options(tmp_path):
     names = ("depth", "vocab", "batch", "tokens", "dtype", "targets", "only")
     return types.SimpleNamespace(
-        device="cpu", threads=1, huge_pages=False, quick=True, results=tmp_path, rank=4, model="MiniLM-L6",
+        command="", device="cpu", threads=1, huge_pages=False, quick=True, results=tmp_path, rank=4, model="MiniLM-L6",
         methods="PEFT LoRA; frozen; randlora; PEFT VeRA", **dict.fromkeys(names),
     )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common import make_layer, normal, on_devices
+from common import make_bases, make_layer, normal, on_devices
 from torch.func import functional_call, vmap
 
 SHAPES = [(41, 24, 5), (64, 64, 8), (341, 200, 32), (1000, 341, 32), (768, 768, 32), (1024, 1024, 16)]
@@ -66,6 +66,19 @@ def test_an_adapter_of_the_same_name_anew(device):
             expected = base + x @ layer.get_delta_weight("default").T
             for _ in range(3):
                 torch.testing.assert_close(layer(x), expected, rtol=1e-3, atol=1e-2)
+
+
+@on_devices
+def test_other_bases_between_two_calls(device):
+    """Those before are freed, and others may get their address."""
+    layer, x, _, base, _ = parts(SHAPES[0], device)
+    with torch.no_grad():
+        for seed in range(20):
+            layer(x), layer(x)
+            for replacement in (2 * seed, 2 * seed + 1):
+                layer.bases["default"] = None
+                layer.bases["default"] = make_bases(41, 24, 5, seed=replacement)
+            torch.testing.assert_close(layer(x), base + x @ layer.get_delta_weight("default").T, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.cuda

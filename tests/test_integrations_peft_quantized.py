@@ -10,7 +10,7 @@ from common import normal, over
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 bnb = pytest.importorskip("bitsandbytes")
-from peft_models import adapt, config, layers, llama, logits, randomize, tokens  # noqa: E402
+from peft_models import KINDS, adapt, config, layers, llama, logits, randomize, tokens  # noqa: E402
 
 import randlora.integrations.peft as integration  # noqa: E402
 from randlora import quantized  # noqa: E402
@@ -38,8 +38,8 @@ def quantize(model, bits):
     return model
 
 
-def one_layer(bits, shape, accelerated=True, dtype=torch.float32):
-    return adapt(quantize(layers(dtype, layer=SHAPES[shape]), bits), config("layer", r=8), accelerated)
+def one_layer(bits, shape, accelerated=True, dtype=torch.float32, kind="dense"):
+    return adapt(quantize(layers(dtype, layer=SHAPES[shape]), bits), config("layer", r=8, **KINDS[kind]), accelerated)
 
 
 bits_and_shapes = [
@@ -76,16 +76,18 @@ def test_forward_and_gradients(bits, shape, dtype):
         assert (a - b).abs().max() <= {torch.float32: 1e-4, torch.bfloat16: 0.03}[dtype] * b.abs().max()
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @over_bits_and_shapes
-def test_like_pefts_forward(bits, shape):
-    theirs = one_layer(bits, shape, False)
+def test_like_pefts_forward(bits, shape, kind):
+    theirs = one_layer(bits, shape, False, kind=kind)
     x = normal(5, SHAPES[shape][0], seed=9)
     plain = theirs(x)
     assert type(theirs.base_model.model.layer).__name__ in ("Linear8bitLt", "Linear4bit", "Linear")
     ours = integration.accelerate(copy.deepcopy(theirs))
     assert type(ours.base_model.model.layer) is _peft_layer.Linear
+    assert (ours.base_model.model.layer.pattern("default") is None) == (kind == "dense")
     torch.testing.assert_close(ours(x), plain, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(one_layer(bits, shape)(x), plain, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(one_layer(bits, shape, kind=kind)(x), plain, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:merging into")

@@ -12,7 +12,8 @@ from peft_models import KINDS, adapt, bases, both, config, conv1d, layers, llama
 
 import randlora.integrations.peft as integration  # noqa: E402
 
-SHAPES = {"wide": (24, 41), "tall": (41, 24), "square": (33, 33)}
+SHAPES = {"wide": (24, 41), "tall": (41, 24), "square": (33, 33), "large": (144, 170), "large tall": (170, 144)}
+FORMS = {"dense": None, "sparse": 3, "very_sparse": 5}  # lengths of the patterns of large layers: planes, lists
 MODES = {"fp32": (torch.float32, False), "bf16": (torch.bfloat16, False), "autocast": (torch.float32, True)}
 
 
@@ -56,6 +57,9 @@ def test_outputs_and_gradients(shape, mode, kind, autocast_adapter_dtype):
     arguments = {"autocast_adapter_dtype": autocast_adapter_dtype}
     theirs, ours = both(model_of(shape, dtype), config("layer", **KINDS[kind]), **arguments)
     layer = ours.base_model.model.layer
+    if "large" in shape:
+        pattern = layer.pattern("default")
+        assert (pattern and len(pattern)) == FORMS[kind]
     x, g = normal(7, layer.in_features, seed=9, dtype=dtype), normal(7, layer.out_features, seed=10, dtype=dtype)
     exact, got, plain = exact_run(theirs, x, g), run(ours, x, g, autocast), run(theirs, x, g, autocast)
     if mode == "bf16":
@@ -170,7 +174,10 @@ def test_one_copy_of_the_bases_per_dtype():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ternary_bases_are_exact_in_16_bits(kind):
-    """c of PEFT's (-c, 0, c) is no bf16 number: cast, it would make the whole update wrong by up to half a percent."""
+    """c of PEFT's (-c, 0, c) is no bf16 number: cast, it would make the whole update wrong by up to half a percent.
+
+    For where no pattern serves: on CUDA, and for strategies that lists do not know.
+    """
     model = adapt(layers(layer=(24, 41)), config("layer", **KINDS[kind]))
     pair = model.base_model.model.layer._pair("default")
     A, B, factor = pair.tensors(torch.bfloat16, torch.device("cpu"))
@@ -180,9 +187,10 @@ def test_ternary_bases_are_exact_in_16_bits(kind):
     torch.testing.assert_close(product, exact, rtol=1e-12, atol=1e-12)
 
 
-def test_torch_func():
+@pytest.mark.parametrize("kind", KINDS)
+def test_torch_func(kind):
     """Fact 18: the gradient of every sample by itself, which PEFT's autograd function cannot give."""
-    theirs, ours = both(layers(layer=(24, 41)), config("layer"))
+    theirs, ours = both(layers(layer=(24, 41)), config("layer", **KINDS[kind]))
     x, g, results = normal(3, 24, seed=9), normal(3, 41, seed=10), []
 
     def gradient(layer, values, x, g):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common import make_layer, normal, on_devices, reference_forward
+from common import make_bases, make_layer, normal, on_devices, reference_forward
 from torch.func import functional_call, grad, vmap
 
 
@@ -37,6 +37,39 @@ def test_compiled_dropout_draws_one_mask(device):
     (dx,) = torch.autograd.grad(y, x, g)
     torch.testing.assert_close((dx * x).sum(), (g * y).sum(), rtol=1e-12, atol=1e-12)
     assert not torch.equal(compiled(x), y)
+
+
+@on_devices
+@pytest.mark.parametrize("kind", ["dense", "sparse", "very_sparse"])
+def test_one_graph_asks_a_store_for_several_things(kind, device):
+    """In two dtypes, and for lists of two sizes: they are made while the graph is traced, and are no part of it."""
+    torch._dynamo.reset()
+    graphs, bases = [], make_bases(130, 110, 8, kind=kind)
+    a, b, c = (make_layer(*shape, 8, bases=bases, device=device) for shape in ((130, 104), (104, 110), (110, 120)))
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def use(x):
+        y = b(a(x))
+        with torch.autocast(device, torch.bfloat16):
+            return c(y)
+
+    x = normal(3, 130, device=device)
+    compiled = torch.compile(use, fullgraph=True, backend=backend)
+    assert torch.equal(compiled(x), use(x)) and torch.equal(compiled(x), use(x))
+    assert len(graphs) == 1 and "slice" not in graphs[0].code
+
+
+@on_devices
+def test_compile_with_bases_that_are_looked_at_in_vain(device):
+    """Tensors that might have been ternary."""
+    torch._dynamo.reset()
+    A, B = normal(5, 1, 24, device=device), normal(41, 5, 5, seed=1, device=device)
+    layer = make_layer(41, 24, randlora_A=A, randlora_B=B, device=device)
+    x = normal(3, 41, device=device)
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
 
 
 @on_devices

@@ -59,4 +59,16 @@ void run(const Args&... args) {
   }
 }
 
+// For kernels whose blocking depends on how many registers there are, and how wide: one for each instruction set.
+template <class Avx512, class Avx2, class Portable, class... Args>
+void run_fitted(const Args&... args) {
+  switch (isa()) {
+#if RANDLORA_X86
+    case Isa::avx512: return run_avx512<Avx512>(args...);
+    case Isa::avx2: return run_avx2<Avx2>(args...);
+#endif
+    default: return run_portable<Portable>(args...);
+  }
+}
+
 }  // namespace randlora::cpu

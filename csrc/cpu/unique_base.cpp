@@ -133,7 +133,7 @@ RANDLORA_INLINE void reduce_rows(const T* grad, int64_t grad_stride, Rows<acc_t<
     }
     store_some(dgamma + j, d, rest);
   }
-  for (int u = 0; u < Count; ++u) dlambda[u * dlambda_stride] = sum(sums[u]);
+  for (int u = 0; u < Count; ++u) dlambda[u * dlambda_stride] = sum<Acc, 64>(sums[u]);
 }
 
 template <class T>

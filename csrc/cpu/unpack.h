@@ -8,18 +8,21 @@
 
 namespace randlora::cpu {
 
-// The 16 elements of a word as -1, 0, +1.
+// The 16 elements of a word as -1, 0, +1. By halves of 8: compilers take comparisons of wider vectors than the
+// registers are apart, element by element.
 template <class Acc>
 RANDLORA_INLINE void unpack16(Acc* to, uint32_t plus, uint32_t minus) {
-  const I32x16 bit = {1 << 0, 1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
-                      1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
-  const I32x16 zero = {};
-  const I32x16 p = zero + int32_t(plus), q = zero + int32_t(minus);
-  const I32x16 value = ((q & bit) != 0) - ((p & bit) != 0);  // comparisons give -1 where they hold
-  if constexpr (std::is_same_v<Acc, float>) {
-    store(to, __builtin_convertvector(value, F32x16));
-  } else {
-    for (int l = 0; l < 16; ++l) to[l] = Acc(value[l]);
+  typedef int32_t Ints __attribute__((vector_size(32)));
+  typedef float Floats __attribute__((vector_size(32)));
+  for (int half = 0; half < 2; ++half, plus >>= 8, minus >>= 8, to += 8) {
+    const Ints bit = {1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 4, 1 << 5, 1 << 6, 1 << 7}, zero = {};
+    const Ints p = zero + int32_t(plus), q = zero + int32_t(minus);
+    const Ints value = ((q & bit) != 0) - ((p & bit) != 0);  // comparisons give -1 where they hold
+    if constexpr (std::is_same_v<Acc, float>) {
+      store_bits(to, __builtin_convertvector(value, Floats));
+    } else {
+      for (int l = 0; l < 8; ++l) to[l] = Acc(value[l]);
+    }
   }
 }
 

@@ -22,16 +22,16 @@ namespace randlora::cpu {
 template <class T>
 using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-template <class Acc>
+template <class Acc, int Bytes>
 struct VecOf {
-  static constexpr int kBytes = 64;
-  static constexpr int kLanes = kBytes / int(sizeof(Acc));
-  typedef Acc type __attribute__((vector_size(kBytes)));
+  typedef Acc type __attribute__((vector_size(Bytes)));
 };
-template <class Acc>
-using Vec = typename VecOf<Acc>::type;
-template <class Acc>
-inline constexpr int kLanes = VecOf<Acc>::kLanes;
+// Where sums are kept in many vectors at once, `Bytes` should be the width of the registers: compilers keep wider
+// vectors on the stack.
+template <class Acc, int Bytes = 64>
+using Vec = typename VecOf<Acc, Bytes>::type;
+template <class Acc, int Bytes = 64>
+inline constexpr int kLanes = Bytes / int(sizeof(Acc));
 
 typedef float F32x16 __attribute__((vector_size(64)));
 typedef uint32_t U32x16 __attribute__((vector_size(64)));
@@ -121,17 +121,15 @@ RANDLORA_INLINE void store_some(T* p, Vec<acc_t<T>> v, int64_t count) {
 }
 
 // Pairwise, in a fixed order: halves, quarters and so on are added to each other.
-RANDLORA_INLINE float sum(Vec<float> v) {
-  v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 0, 0, 0, 0, 0, 0, 0);
-  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
-  v += __builtin_shufflevector(v, v, 2, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
-  return v[0] + v[1];
-}
-
-RANDLORA_INLINE double sum(Vec<double> v) {
-  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 0, 0, 0);
-  v += __builtin_shufflevector(v, v, 2, 3, 0, 0, 0, 0, 0, 0);
-  return v[0] + v[1];
+template <class Acc, int Bytes>
+RANDLORA_INLINE Acc sum(Vec<Acc, Bytes> v) {
+  if constexpr (Bytes == 2 * sizeof(Acc)) {
+    return v[0] + v[1];
+  } else {
+    Vec<Acc, Bytes / 2> halves[2];
+    std::memcpy(&halves, &v, sizeof(v));
+    return sum<Acc, Bytes / 2>(halves[0] + halves[1]);
+  }
 }
 
 // ---- transposing ----

@@ -10,8 +10,9 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from .. import quantized
+from ..bases import RandomBases
 from ..cache import UpdateCache
-from ..functional import compute_dtype, linear
+from ..functional import compute_dtype
 from ..layer import RandLoraLayer
 from ..linear import Linear as OwnLinear
 from ..mixed import MixedBatch
@@ -57,37 +58,26 @@ class Linear(peft_randlora.Linear, OwnLinear):
         if names:
             RandLoraLayer.merge(self, safe_merge, names)
 
-    def _update(
-        self, x: Tensor, dtype: torch.dtype, adapter: str, weight: Tensor | None, bias: Tensor | None
-    ) -> Tensor:
-        A, B, factor = self._pair(adapter).tensors(dtype, x.device)
-        dropout = self.randlora_dropout[adapter]
-        return linear(
-            x, weight, bias, A, B, self.randlora_lambda[adapter], self.randlora_gamma[adapter],
-            self.scaling[adapter] * factor, dropout.p if isinstance(dropout, nn.Dropout) else 0.0, self.training,
-            strategy="auto" if self.strategy == "merged" and weight is None else self.strategy,
-            out_features=self.out_features, weight_is_transposed=self.fan_in_fan_out, workspace=self.workspace,
-        )  # fmt: skip
-
     def _update_arguments(self, adapter: str, scaling: float, device: torch.device | None = None) -> tuple:
         lam, gamma = self.randlora_lambda[adapter], self.randlora_gamma[adapter]
         device = lam.device if device is None else torch.device(device)
         dtype = torch.float64 if lam.dtype == torch.float64 else torch.float32
-        pair = self._pair(adapter)
         # In the dtype they are held in: a matrix is built once in a while, and an fp32 copy of them would stay.
-        A, B = pair.bases.tensors(pair.A.dtype, device)
+        A, B = self._bases(adapter).tensors(device=device)
         return A, B, lam.to(device, dtype), gamma.to(device, dtype), scaling
 
     def _pair(self, adapter: str) -> Pair:
         return self.randlora_A.pair(adapter)
 
-    def _base_is_plain(self) -> bool:
-        # accelerate's hooks, which move weights between devices, replace the module's forward.
-        return OwnLinear._base_is_plain(self) and "forward" not in vars(self.base_layer)
+    def _bases(self, adapter: str) -> RandomBases:
+        return self._pair(adapter).bases
+
+    def _tensors(self, adapter: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, float]:
+        return self._pair(adapter).tensors(dtype, device)
 
     @property
     def bases(self) -> dict:
-        return {adapter: self._pair(adapter).bases for adapter in self.randlora_lambda}
+        return {adapter: self._bases(adapter) for adapter in self.randlora_lambda}
 
     @property
     def _active_adapters(self) -> list[str]:

@@ -1,0 +1,108 @@
+"""Copies and patterns of bases that are kept: made once, complete before anyone reads them, never inside a graph.
+
+:class:`randlora.RandomBases` holds them; the functions here make them, at trace time under torch.compile.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+import weakref
+from typing import TYPE_CHECKING
+
+import torch
+
+from . import patterns
+
+if TYPE_CHECKING:
+    from .bases import RandomBases
+
+_handles = itertools.count()
+_by_handle: weakref.WeakValueDictionary[str, RandomBases] = weakref.WeakValueDictionary()
+
+
+def register(bases: RandomBases) -> str:
+    """A handle that is never given twice: torch.compile can take a string for a constant, not an object."""
+    handle = f"bases {next(_handles)}"
+    _by_handle[handle] = bases
+    return handle
+
+
+class Ready:
+    """What layers take, as attributes: torch.compile reads them when they are asked for, but a dict once per graph."""
+
+    @staticmethod
+    @functools.cache
+    def name(*key) -> str:
+        return re.sub(r"\W", "_", "_".join(map(str, key)))
+
+
+@torch.compiler.assume_constant_result
+def make_sure(handle: str, dtype: torch.dtype, device: torch.device) -> str:
+    """Generates the copy of these bases if there is none: at trace time under torch.compile, never in its graph.
+
+    Returns the name that :class:`Ready` has it under.
+    """
+    bases = _by_handle[handle]
+    name = Ready.name(dtype, device)
+    if not hasattr(bases._ready, name):
+        # The copy outlives the context it is first asked for in, so it must not be that context's inference tensor or
+        # torch.func wrapper.
+        with bases._lock, torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad():
+            if (dtype, device) not in bases._held:
+                _refuse_capture(device)
+                drawn = bases.draw(dtype, device)
+                settle(device)
+                bases._held[dtype, device] = drawn
+            setattr(bases._ready, name, bases._held[dtype, device])
+    return name
+
+
+@torch.compiler.assume_constant_result
+def make_sure_pattern(handle: str, device: torch.device, min_dim: int) -> str | None:
+    """As :func:`make_sure`, for the lists and the part of them that `min_dim` asks for; None if there are no lists."""
+    bases = _by_handle[handle]
+    name = Ready.name("pattern", min_dim, device)
+    if hasattr(bases._ready, name):
+        return name
+    if device in bases._without_lists:
+        return None
+    with torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad(), bases._lock:
+        found = bases._lists.get(device)
+        if found is None:
+            _refuse_capture(device)
+            if bases.prng == "philox":
+                found = patterns.make(bases, device), bases.scale
+            else:
+                values = bases.draw(torch.float32, device) if bases.given is None else bases.given
+                found = patterns.of_tensors(*(t.to(device) for t in values), held=bases.given is not None)
+            if found is None:
+                bases._without_lists.add(device)
+                return None
+            settle(device)
+            bases._lists[device] = found
+        setattr(bases._ready, name, (found[0].of(min_dim), found[1]))
+    return name
+
+
+def settle(device: torch.device) -> None:
+    """Wait for what the current stream has made to be kept: who reads it later, on any stream, knows of no wait."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+def _refuse_capture(device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a layer generates its bases at its first call, which a CUDA graph cannot capture: "
+            "call the model once before the capture"
+        )
+
+
+def canonical(device: torch.device | str) -> torch.device:
+    """With an index, so that ``cuda`` and ``cuda:0`` are one key."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
