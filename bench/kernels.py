@@ -1,0 +1,110 @@
+"""Each CUDA kernel of ours at the sizes of the targets: time, and the share of the memory bandwidth. For gpu.sh.
+
+`--ncu` runs every case once, between the profiler's marks, for `ncu --profile-from-start off`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+if not __package__:  # run as a file: python bench/kernels.py
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+
+import randlora
+
+BANDWIDTH = 3.35e12  # of an H100's memory, bytes per second
+ROUNDS = 20
+
+Case = tuple[str, float, Callable[[], object]]  # title, bytes that must move, call
+
+
+def cases(device: torch.device, d: int, tokens: int, r: int = 32) -> list[Case]:
+    """`d` features, `tokens` rows of the input; bytes count what the call reads and writes at least once."""
+    ops, n, bf16 = torch.ops.randlora, d // r, torch.bfloat16
+    found: list[Case] = []
+
+    for dtype, sparsity in ((torch.float32, None), (bf16, None), (torch.int8, 3.0)):
+        out = torch.empty(d, n, r, dtype=dtype, device=device)
+        name = str(dtype).removeprefix("torch.")
+        found.append((f"base {name}", out.nbytes, lambda out=out, z=sparsity: ops.fill_bases_(out, 1, 1, (0, 0, 0), z)))
+
+    lam, gamma = torch.randn(r, n, device=device), torch.randn(n, d, device=device)
+    for dtype in (torch.float32, bf16):
+        A, name = torch.randn(r, 1, d, dtype=dtype, device=device), str(dtype).removeprefix("torch.")
+        size = r * n * d * dtype.itemsize
+        found.append((f"scaled base {name}", size, lambda A=A, dtype=dtype: ops.unique_base(A, lam, gamma, 1.0, dtype)))
+        G = torch.randn(r, n, d, device=device)  # fp32, as a layer's backward has it
+        found.append((f"its gradient, A {name}", G.nbytes, lambda G=G, A=A: ops.unique_base_backward(G, A, lam, gamma)))
+
+    x, seed = torch.randn(tokens, d, dtype=bf16, device=device), torch.tensor([1], device=device)
+    found.append(("dropout bfloat16", 2 * x.nbytes, lambda: ops.dropout(x, seed, 0.1)))
+
+    bases = randlora.RandomBases(d, d, r, kind="very_sparse")
+    pattern = list(bases.pattern(d, device)[0])
+    columns, indices = pattern[0].numel(), pattern[4]
+    compact, read = columns * d, indices.nbytes
+    found.append(
+        ("very sparse update", 2 * compact + read, lambda: ops.sparse_update(pattern, lam, gamma, d, 1.0, None, bf16))
+    )
+    weight = torch.randn(d, d, dtype=bf16, device=device)
+    for title, w in (("rows", weight), ("columns", weight.t())):
+        found.append((f"very sparse update + weight by {title}", 2 * weight.nbytes + read,
+                      lambda w=w: ops.sparse_update(pattern, lam, gamma, d, 1.0, w, bf16)))  # fmt: skip
+    g = torch.randn(columns, d, device=device)
+    found.append(("very sparse gradient", g.nbytes + read,
+                  lambda: ops.sparse_update_backward(g, pattern, lam, gamma, 1.0, True, True)))  # fmt: skip
+    return found
+
+
+def seconds(call: Callable[[], object], device: torch.device, flush: torch.Tensor) -> float:
+    """Median over calls that find nothing in the L2 cache; on CUDA the device's own time."""
+    samples = []
+    for _ in range(ROUNDS if device.type == "cuda" else 1):
+        flush.zero_()
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record(), call(), end.record()
+            torch.cuda.synchronize()
+            samples.append(start.elapsed_time(end) / 1e3)
+        else:
+            begin = time.perf_counter()
+            call()
+            samples.append(time.perf_counter() - begin)
+    return statistics.median(samples)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the script (default: cuda)")
+    parser.add_argument("--ncu", action="store_true", help="one call each, between cudaProfilerStart and Stop")
+    parser.add_argument("--features", type=int, default=4096, help="default: 4096")
+    options = parser.parse_args(argv)
+    device = torch.device(options.device)
+    flush = torch.empty(256 << 20 if device.type == "cuda" else 1, dtype=torch.int8, device=device)
+    found = cases(device, options.features, 2 * options.features)
+    for _, _, call in found:
+        call()
+    if options.ncu:
+        torch.cuda.synchronize()
+        torch.cuda.cudart().cudaProfilerStart()
+        for _, _, call in found:
+            call()
+        torch.cuda.synchronize()
+        torch.cuda.cudart().cudaProfilerStop()
+        return 0
+    print("case,megabytes,microseconds,percent_of_3.35_TB_per_s")
+    for title, size, call in found:
+        taken = seconds(call, device, flush)
+        print(f'"{title}",{size / 1e6:.1f},{1e6 * taken:.1f},{100 * size / taken / BANDWIDTH:.0f}')
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
