@@ -74,7 +74,7 @@ def models(options: argparse.Namespace, default: Any, **sizes: int) -> Iterator[
             changes["tokens"] = changes["vocab"] = None
         size = shape.size(options.device, **changes)
         if options.quick and torch.device(options.device).type == "cpu":
-            size = dataclasses.replace(size, batch=changes["batch"] or min(size.batch, 4))
+            size = dataclasses.replace(size, batch=changes["batch"] or max(1, min(size.batch // 2, 4)))
         targets = shape.targets
         if options.targets:
             targets = options.targets if options.targets == "all-linear" else options.targets.split(",")

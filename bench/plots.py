@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 
@@ -21,6 +22,7 @@ Row = dict[str, str]
 
 COLORS = {"randlora": "#c8102e", "PEFT": "#404040", "floor": "#cccccc"}
 OTHERS = "#6b9ac4"
+PANEL_CHARACTERS = 72  # of a title over one panel
 
 
 def draw(path: Path) -> list[Path]:
@@ -75,7 +77,7 @@ def _picture(path: Path, panels: dict[tuple[str, ...], dict[str, Row]], title: s
     across = min(3 if len(panels) % 3 == 0 else 2, len(panels))
     down = -(-len(panels) // across)
     bars = max(map(len, panels.values()))
-    size = (6.5 * across, 0.7 + down * (0.8 + 0.26 * bars))
+    size = (6.5 * across, 1 + down * (0.9 + 0.26 * bars))
     figure, axes = plt.subplots(down, across, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
@@ -83,11 +85,9 @@ def _picture(path: Path, panels: dict[tuple[str, ...], dict[str, Row]], title: s
         _panel(axis, ", ".join(case), list(providers.values()))
     rows = [row for providers in panels.values() for row in providers.values()]
     floor = "; line: the floor" if any(row.get("floor_ms") for row in rows) else ""
-    figure.suptitle(
-        f"{title}, median ms with 20% and 80% quantiles; x: times faster than {rows[-1]['baseline']}{floor}\n"
-        f"{subtitle(rows)}",
-        fontsize=10,
-    )
+    heading = f"{title}, median ms with 20% and 80% quantiles; x: times faster than {rows[-1]['baseline']}{floor}"
+    width = PANEL_CHARACTERS * across
+    figure.suptitle("\n".join(textwrap.fill(line, width) for line in (heading, subtitle(rows))), fontsize=9)
     return _save(figure, path)
 
 
@@ -110,7 +110,7 @@ def _panel(axis, title: str, rows: list[Row]) -> None:
             axis.plot([float(row["floor_ms"])] * 2, [y - 0.4, y + 0.4], color="black", lw=1.5)
     axis.set_xlim(0, 1.4 * max(float(row["q80_ms"]) for row in rows))
     quick = " (quick)" if any(row["mode"] == "quick" for row in rows) else ""
-    axis.set_title(title + quick, fontsize=9, loc="left")
+    axis.set_title(textwrap.fill(title + quick, PANEL_CHARACTERS), fontsize=9, loc="left")
     axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
 
