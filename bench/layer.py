@@ -211,8 +211,8 @@ class Layer:
         pattern = bases.pattern(spec.d, torch.device(spec.device))
         form = planner.form(pattern and pattern[0])
         costs = planner._options(
-            spec.T, spec.d, spec.d, n, spec.r, self.dtype.itemsize, form, dropout=False, has_weight=True, need_x=True,
-            need_parameters=True,
+            spec.T, spec.d, spec.d, n, spec.r, self.dtype.itemsize, form, torch.device(spec.device).type, dropout=False,
+            has_weight=True, need_x=True, need_parameters=True,
         )  # fmt: skip
         if self.dtype.itemsize == 2:
             costs.pop("merged", None)

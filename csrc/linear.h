@@ -35,6 +35,18 @@ struct LayerArguments {
   std::vector<at::Tensor> pattern;  // in place of A and B: ternary bases, see sparse_update.h, packed_update.h
 };
 
+Strategy parse_strategy(std::string_view name);
+
+// Throws ValueError / TypeError unless the arguments describe one layer.
+void check(const LayerArguments& a);
+
+// Whether packed bases are made dense for this call.
+bool unpacks(const LayerArguments& a);
+
+// The dtype to compute in: fp32 for 16 bits on CPUs without products for them, where PyTorch's own loops take ten to a
+// hundred times as long as casting and an fp32 product do.
+at::ScalarType product_dtype(const at::Tensor& x, at::ScalarType dtype);
+
 // Rows k of A (all their bases) that are worked on at a time, so that temporaries stay below `workspace`.
 int64_t rows_per_chunk(const LayerArguments& a, int64_t tokens);
 

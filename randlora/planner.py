@@ -51,8 +51,9 @@ STRATEGIES = ("factored", "materialized", "merged")
 BALANCE = {("cpu", 8): 4.0, ("cpu", 4): 7.0, ("cpu", 2): 7.0, ("cuda", 8): 10.0, ("cuda", 4): 10.0, ("cuda", 2): 130.0}
 
 
-# Of the dense product's work, what ternary bases at two bits per element cost: a third, in code that is not quite MKL.
-PLANES = 0.42
+# Of the dense product's work, what ternary bases at two bits per element cost: a third, in code that is not quite MKL
+# (0.3 to 0.4 with AVX-512, 0.4 to 0.55 with AVX2).
+PLANES = 0.45
 
 # Bytes of B that the CPU makes dense at a time (csrc/packed_update.h: unpacked_rows).
 UNPACKED_GROUP = 4 << 20
