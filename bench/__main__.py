@@ -11,7 +11,7 @@ import importlib
 from bench import ROOT
 
 QUESTIONS = ("bases", "unique_base", "linear", "kinds", "model", "generate", "memory")
-COMMANDS = (*QUESTIONS, "plots", "report")
+COMMANDS = (*QUESTIONS, "kernels", "plots", "report")
 
 
 def summary(name: str) -> str:

@@ -81,7 +81,7 @@ def seconds(call: Callable[[], object], device: torch.device, flush: torch.Tenso
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench kernels", description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the script (default: cuda)")
     parser.add_argument("--ncu", action="store_true", help="one call each, between cudaProfilerStart and Stop")
     parser.add_argument("--features", type=int, default=4096, help="default: 4096")
