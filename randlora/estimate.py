@@ -159,8 +159,8 @@ def _notes(result: Estimate) -> list[str]:
     planes = [kind for kind, values in methods.items() if values["bases_form"] == "planes"]
     if lists:
         notes.append(f"{', '.join(lists)}: bases are lists of random length, bytes and operations expected values")
-    if planes:
-        notes.append(f"{', '.join(planes)}: additions from packed bases are weighed as the planner does")
+    if weighed := planes + (lists if result["device"] == "cpu" else []):
+        notes.append(f"{', '.join(weighed)}: additions in place of products are weighed as the planner does")
     if result["inputs"] == "counted":
         notes.append("saved activations: each input that nothing else keeps, once for all layers that share it")
     if first["file_bytes"] != first["file_bytes_without_projections"]:
