@@ -71,10 +71,12 @@ class Lists:
         self.a_entries = (2 * k + (A[k, j] < 0)).int()
         counts, indices = [], []
         for block in columns_of_B:
-            signs = torch.stack((block == 1, block == -1), 2).flatten(1)  # [max_dim, 2 p + (negative)]
-            where = signs.t().nonzero()
-            counts.append(signs.sum(0))
-            indices.append(where[:, 1].to(torch.int16 if max_dim <= 1 << 16 else torch.int32))
+            flat = block.t().flatten()
+            where = flat.nonzero()[:, 0]  # column by column
+            lists = 2 * (where // max_dim) + (flat[where] < 0)
+            counts.append(torch.bincount(lists, minlength=2 * block.shape[1]))
+            rows = (where % max_dim)[lists.argsort(stable=True)]
+            indices.append(rows.to(torch.int16 if max_dim <= 1 << 16 else torch.int32))
         self.b_starts, self.b_indices = _starts(torch.cat(counts)), torch.cat(indices)
         self._sorted_columns = columns.tolist()
         self._parts: dict[int, Pattern] = {}
