@@ -5,9 +5,9 @@ be known cheaply, as ``.data``, fused optimizers and other processes move no ver
 says that this does not happen. A scope holds the tensors itself, serves the thread that opened it, and drops everything
 when it closes: no two threads share an entry, and layers hold none.
 
-Building an update costs as much as computing with it for some d / 30 tokens of decoding (:mod:`randlora.planner`), and
-nobody knows how many will come. So a layer builds once its calls have spent that much on their updates: at the prompt
-if that is long, after some words if it is not. That is never more than twice the cost of the better choice.
+Building an update costs as much as decoding some dozens of tokens without it, and nobody knows how many will come. So a
+layer builds once its calls have spent that much on their updates (by :mod:`randlora.planner`): at the prompt if that is
+long, after some words if it is not. That is never more than twice the cost of the better choice.
 """
 
 from __future__ import annotations

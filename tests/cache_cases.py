@@ -3,6 +3,7 @@
 import threading
 
 import torch
+from common import reference_forward
 
 
 def call_until_kept(scope, layer, x, most=5000):
@@ -55,3 +56,10 @@ def hold_up(layer, methods, monkeypatch, then, after=False):
     for name in methods:
         monkeypatch.setattr(layer, name, first(getattr(layer, name)))
     return done
+
+
+def assert_exact(layer, x, adapters=("default",), calls=3):
+    """Calls under no_grad give what the present parameters of float64 layers say."""
+    with torch.no_grad():
+        for _ in range(calls):
+            torch.testing.assert_close(layer(x), reference_forward(layer, x, adapters), rtol=1e-10, atol=1e-10)

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from cache_cases import hold_up
+from cache_cases import assert_exact, hold_up
 from common import make_bases, make_layer, normal, randomize, reference_forward
 
 DOUBLE = dict(dtype=torch.float64)
@@ -17,12 +17,6 @@ def called_twice(x, **arguments):
     with torch.no_grad():
         layer(x), layer(x)
     return layer
-
-
-def assert_exact(layer, x, adapters=("default",)):
-    with torch.no_grad():
-        for _ in range(3):
-            torch.testing.assert_close(layer(x), reference_forward(layer, x, adapters), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["lambda", "gamma", "weight"])
