@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import quantized
+from . import cache, planner, quantized
 from .bases import RandomBases
-from .cache import UpdateCache
 from .functional import compute_dtype, linear
 from .layer import BaseTensors, RandLoraLayer
 from .mixed import add_updates
@@ -42,8 +41,8 @@ class Linear(nn.Linear, RandLoraLayer):
             takes the cheapest exact one per call (:func:`randlora.explain` shows it). Can be changed later.
 
     Attribute ``workspace``: bytes that temporaries may take, 0 (default) for no limit; see
-    :func:`randlora.functional.linear`. Under ``no_grad`` in eval mode repeated calls use a cached update
-    (:func:`randlora.inference_cache`).
+    :func:`randlora.functional.linear`. Inside :func:`randlora.inference_cache`, repeated calls under ``no_grad`` in
+    eval mode use an update that is built once.
 
     Parameters are fp32 next to 16-bit weights, otherwise in the weight's dtype. The state dict holds
     ``base_layer.*``, ``randlora_lambda.<adapter>`` and ``randlora_gamma.<adapter>``; never the bases.
@@ -86,7 +85,6 @@ class Linear(nn.Linear, RandLoraLayer):
         if strategy not in ("auto", *STRATEGIES):
             raise ValueError(f"strategy must be one of auto, {', '.join(STRATEGIES)}, got {strategy!r}")
         self.strategy, self.workspace = strategy, 0
-        self._cache = UpdateCache()
         self._init_randlora(base_layer, *features, fan_in_fan_out=transposed)
         self.update_layer(
             adapter_name,
@@ -113,6 +111,10 @@ class Linear(nn.Linear, RandLoraLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features]`` to ``[..., out_features]`` in the dtype that the base layer gives."""
+        kept = cache.current()
+        if kept is not None and (self.training or torch.is_grad_enabled()):
+            kept.forget(self)  # the step that may follow need not move a version counter
+            kept = None
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.mixed_batch is not None and not self.disable_adapters:
@@ -125,8 +127,8 @@ class Linear(nn.Linear, RandLoraLayer):
         if self.disable_adapters or not adapters:
             return quantized.product(self.base_layer, x)
         dtype = compute_dtype(x)
-        if not (self.training or torch.is_grad_enabled() or _must_not_cache(x)):
-            result = self._cached_forward(x, dtype, adapters)
+        if kept is not None and not _stand_for_others(x):
+            result = self._forward_with(kept, x, dtype, adapters)
             if result is not None:
                 return result
         if self._base_is_plain():
@@ -167,27 +169,31 @@ class Linear(nn.Linear, RandLoraLayer):
             and "forward" not in vars(base)  # accelerate's device map replaces it on the instance
         )
 
-    def _cached_forward(self, x: Tensor, dtype: torch.dtype, adapters: list[str]) -> Tensor | None:
+    def _forward_with(
+        self, kept: cache.InferenceCache, x: Tensor, dtype: torch.dtype, adapters: list[str]
+    ) -> Tensor | None:
+        """The output by a matrix that `kept` holds, or None."""
         weight = self.weight
         exact = dtype in (torch.float32, torch.float64) or self.strategy == "merged"
         merged = exact and weight.dtype == dtype and self._base_is_plain()
         sources = [p[name] for name in adapters for p in (self.randlora_lambda, self.randlora_gamma)]
         if merged:  # the update alone does not depend on the weight, which need not be an ordinary tensor
             sources.append(weight)
-        settings = (
-            merged,
-            dtype,
-            x.device,
-            adapters,
-            *((self.scaling[name], self._bases(name)._handle) for name in adapters),
-        )
+        if any(t.device != x.device for t in sources):
+            return None
+        stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None  # others would have to wait
+        key = merged, dtype, x.device, stream, *adapters
+        settings = tuple((self.scaling[name], self._bases(name)._handle) for name in adapters)
+
+        def price() -> tuple[float, float]:
+            return self._price_of_update(x, dtype, adapters)
 
         def build() -> Tensor:
             update = sum(self.get_delta_weight(name) for name in adapters)
             return (weight + update if merged else update).to(dtype)
 
         nbytes = self.in_features * self.out_features * dtype.itemsize  # a 4-bit weight has fewer elements
-        cached = self._cache.get(tuple(sources), settings, nbytes, build)
+        cached = kept.get(self, key, tuple(sources), settings, nbytes, price, build)
         if cached is None:
             return None
         if self.fan_in_fan_out:
@@ -201,14 +207,19 @@ class Linear(nn.Linear, RandLoraLayer):
         flat = torch.addmm(result.reshape(-1, self.out_features), x.reshape(-1, self.in_features).to(dtype), cached.t())
         return flat.view(result.shape)
 
-    def train(self, mode: bool = True):
-        if mode:
-            self._cache.clear()
-        return super().train(mode)
+    def _price_of_update(self, x: Tensor, dtype: torch.dtype, adapters: list[str]) -> tuple[float, float]:
+        """What a call with `x` spends on the updates of `adapters`, and what building them costs."""
+        tokens, size, device_type = x.numel() // self.in_features, (self.in_features, self.out_features), x.device.type
+        prices = [
+            planner.price_of_update(
+                tokens, *size, self.num_bases[name], self.r[name], dtype, device_type, self._pattern(name, x.device)
+            )
+            for name in adapters
+        ]
+        return sum(rent for rent, _ in prices), sum(building for _, building in prices)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        self._cache.clear()
         if self._unmerged_weight is not None:  # travels with the weight, but is no part of the state dict
             kept = self._unmerged_weight
             self._unmerged_weight = (quantized.moved(fn, kept[0]),) if isinstance(kept, tuple) else fn(kept)
@@ -239,8 +250,10 @@ def conv1d_types() -> tuple[type, ...]:
     return () if module is None else (module.Conv1D,)
 
 
-def _must_not_cache(x: Tensor) -> bool:
-    """Under torch.compile, torch.func or CUDA graph capture, where tensors stand for others that come later."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+def _stand_for_others(x: Tensor) -> bool:
+    """Whether tensors here stand for others that come later: in torch.func, CUDA graphs, torch.jit.trace, make_fx."""
+    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
+        return True
+    if torch._C._len_torch_dispatch_stack() > 0:
         return True
     return x.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -16,6 +16,7 @@ from torch import nn
 
 from . import combine, injection, specialise
 from .active import ActiveAdapters, restore
+from .cache import inference_cache
 from .config import RandLoraConfig
 from .injection import adapted_layers, saved_modules
 from .mixed import mixed_batch
@@ -159,8 +160,12 @@ class RandLoraModel(ActiveAdapters):
             return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """The wrapped model's ``generate``, with `adapter_names` as in a call (beams follow their sample)."""
-        with self._batch(adapter_names, exact=False):
+        """The wrapped model's ``generate``, with `adapter_names` as in a call (beams follow their sample).
+
+        It runs inside a scope of :func:`randlora.inference_cache`, which says what must not happen meanwhile: nobody
+        writes to the parameters in ways that move no version counter. A scope around it decides on the limit.
+        """
+        with inference_cache(), self._batch(adapter_names, exact=False):
             return self.model.generate(*args, **kwargs)
 
     def _batch(self, adapter_names: Sequence[str] | None, exact: bool):

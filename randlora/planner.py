@@ -247,6 +247,21 @@ def choose(
     return _cheapest(options, 0, balance), _cheapest(options, 1, balance)
 
 
+def price_of_update(
+    T: int, in_features: int, out_features: int, n: int, r: int, dtype: torch.dtype, device_type: str, pattern
+) -> tuple[float, float]:
+    """What T tokens under ``no_grad`` spend on the update at the least, and what building ``dW`` costs, in one unit."""
+    balance = BALANCE.get((device_type, dtype.itemsize), 10.0)
+    call, build = (
+        _options(
+            tokens, in_features, out_features, n, r, dtype.itemsize, form(pattern), device_type,
+            has_weight=False, need_x=False, need_parameters=False,
+        )
+        for tokens in (T, 0)
+    )  # fmt: skip
+    return min(cost[0].total(balance) for cost in call.values()), build["materialized"][0].total(balance)
+
+
 def form(pattern) -> Lists | str | None:
     """What the costs depend on: :class:`Lists`, ``"planes"``, ``"bits"``, or None for dense bases."""
     if pattern is None:

@@ -1,9 +1,20 @@
-"""The inference cache and torch.func: parameters that come and go are not mistaken for each other."""
+"""The inference cache and torch.func: parameters that come and go in a scope are not mistaken for each other."""
 
 import pytest
 import torch
 from common import make_bases, make_layer, normal, on_devices
 from torch.func import functional_call, vmap
+
+import randlora
+
+
+@pytest.fixture(autouse=True)
+def scope(monkeypatch):
+    """One in which the first call builds."""
+    monkeypatch.setattr(randlora.planner, "price_of_update", lambda *_: (1.0, 0.0))
+    with randlora.inference_cache() as scope:
+        yield scope
+
 
 SHAPES = [(41, 24, 5), (64, 64, 8), (341, 200, 32), (1000, 341, 32), (768, 768, 32), (1024, 1024, 16)]
 
@@ -18,7 +29,7 @@ def parts(shape, device):
 
 
 @on_devices
-def test_a_loop_over_temporary_parameters(device):
+def test_a_loop_over_temporary_parameters(device, scope):
     """Each tensor is freed before the next is made, often at its address: the cache must not take one for the other."""
     wrong = {}
     for shape in SHAPES:
@@ -28,6 +39,7 @@ def test_a_loop_over_temporary_parameters(device):
         errors = [((y - base - k * update).norm() / update.norm() / k).item() for k, y in enumerate(results, 1)]
         wrong[shape] = sum(error > 1e-3 for error in errors)
     assert not any(wrong.values()), f"calls out of 29 that used other parameters than they were given: {wrong}"
+    assert scope.nbytes > 0
 
 
 @on_devices
@@ -54,7 +66,7 @@ def test_vmap_over_data_at_inference(device):
 
 
 @on_devices
-def test_an_adapter_of_the_same_name_anew(device):
+def test_an_adapter_of_the_same_name_anew(device, scope):
     layer, x, _, base, _ = parts(SHAPES[2], device)
     bases, r = layer.bases["default"], layer.r["default"]
     with torch.no_grad():
@@ -66,10 +78,11 @@ def test_an_adapter_of_the_same_name_anew(device):
             expected = base + x @ layer.get_delta_weight("default").T
             for _ in range(3):
                 torch.testing.assert_close(layer(x), expected, rtol=1e-3, atol=1e-2)
+    assert scope.nbytes > 0
 
 
 @on_devices
-def test_other_bases_between_two_calls(device):
+def test_other_bases_between_two_calls(device, scope):
     """Those before are freed, and others may get their address."""
     layer, x, _, base, _ = parts(SHAPES[0], device)
     with torch.no_grad():
@@ -79,6 +92,7 @@ def test_other_bases_between_two_calls(device):
                 layer.bases["default"] = None
                 layer.bases["default"] = make_bases(41, 24, 5, seed=replacement)
             torch.testing.assert_close(layer(x), base + x @ layer.get_delta_weight("default").T, rtol=1e-4, atol=1e-3)
+    assert scope.nbytes > 0
 
 
 @pytest.mark.cuda

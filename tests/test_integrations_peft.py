@@ -1,5 +1,6 @@
 """Switching randlora on and off in PEFT, and PEFT's scripts while it is on."""
 
+import contextlib
 import copy
 import importlib
 import importlib.metadata
@@ -16,6 +17,7 @@ from peft_models import KINDS, adapt, both, config, layers, llama, logits, rando
 
 import randlora  # noqa: E402
 import randlora.integrations.peft as integration  # noqa: E402
+from randlora import cache  # noqa: E402
 from randlora.integrations import _peft_layer, _peft_model  # noqa: E402
 
 CONFIG = config("q_proj", "v_proj", "down_proj")
@@ -243,14 +245,39 @@ def test_biases_and_modules_to_save(tmp_path):
 
 
 def test_generate_takes_the_cache():
-    model = adapt(llama(), CONFIG).eval()
-    arguments = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    plain = adapt(llama(), CONFIG, False).eval()
-    expected = plain.generate(input_ids=tokens(), **arguments)
-    assert torch.equal(model.generate(input_ids=tokens(), **arguments), expected)
-    assert randlora.inference_cache()["used"] > 0
-    with torch.no_grad():
-        for name, parameter in (*model.named_parameters(), *plain.named_parameters()):
-            if "randlora_lambda" in name:
-                parameter.mul_(-1)
-    torch.testing.assert_close(logits(model), logits(plain))
+    """PEFT's models for a task ask the tuner; one without a task asks the base model, and takes a scope around it."""
+    arguments = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    kept = []
+
+    def watch(ids, scores, **_):
+        kept.append(cache.current().nbytes if cache.current() is not None else None)
+        return scores
+
+    for task in ("CAUSAL_LM", None):
+        settings = copy.copy(CONFIG)
+        settings.task_type = task
+        model, plain = adapt(llama(), settings).eval(), adapt(llama(), settings, False).eval()
+        for scoped in (False, True):
+            expected = plain.generate(input_ids=tokens(), **arguments)
+            with randlora.inference_cache() if scoped else contextlib.nullcontext():
+                got = model.generate(input_ids=tokens(), **arguments, logits_processor=[watch])
+            assert torch.equal(got, expected) and cache.current() is None
+            assert (kept[-1] is not None and kept[-1] > 0) == (scoped or task is not None)
+            for adapted in (model, plain):
+                for name, parameter in adapted.named_parameters():
+                    if "randlora_lambda" in name:
+                        parameter.data.mul_(-1)
+
+
+def test_generate_closes_the_cache_when_it_raises():
+    settings = copy.copy(CONFIG)
+    settings.task_type = "CAUSAL_LM"
+    model = adapt(llama(), settings).eval()
+
+    def fail(ids, scores, **_):
+        assert cache.current() is not None
+        raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        model.generate(input_ids=tokens(), max_new_tokens=3, logits_processor=[fail], pad_token_id=0)
+    assert cache.current() is None

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from cache_cases import call_until_kept
 from common import make_bases, normal, over, randomize, reference_update
 from quantized_layers import (
     DTYPES,
@@ -145,33 +146,30 @@ def test_cache_holds_the_update_alone(kind, dtype):
     x = normal(3, 41, dtype=dtype)
     layer = make_layer(kind, dtype=dtype).eval()
     layer.strategy = "merged"  # asks for W + dW, which a quantised weight cannot give
-    used = randlora.inference_cache()["used"]
     limit = max(allowed(kind, dtype), 2e-2 * (kind == "8bit"))
-    with torch.no_grad():
-        for _ in range(3):
+    with torch.no_grad(), randlora.inference_cache() as scope:
+        for _ in range(2):
+            call_until_kept(scope, layer, x)
             assert relative_error(layer(x), exact_forward(layer, x)) <= limit
-        assert randlora.inference_cache()["used"] - used == 41 * 24 * dtype.itemsize
-        torch.testing.assert_close(layer._cache._tensor.double(), reference_update(layer), rtol=1e-2, atol=1e-4)
-        layer.randlora_lambda["default"].mul_(-3)
-        assert relative_error(layer(x), exact_forward(layer, x)) <= limit
-        assert randlora.inference_cache()["used"] == used
-        layer(x)
+            assert scope.nbytes == 41 * 24 * dtype.itemsize
+            (entry,) = scope._layers[layer].values()
+            torch.testing.assert_close(entry.tensor.double(), reference_update(layer), rtol=1e-2, atol=1e-4)
+            layer.randlora_lambda["default"].mul_(-3)
+            assert relative_error(layer(x), exact_forward(layer, x)) <= limit
         layer.to("cpu")
-        assert randlora.inference_cache()["used"] == used
+        call_until_kept(scope, layer, x)
+        assert relative_error(layer(x), exact_forward(layer, x)) <= limit
 
 
 @over_kinds
 def test_cache_counts_the_update_and_not_the_weight(kind):
     """A 4-bit weight has half as many elements."""
     layer, x = make_layer(kind).eval(), normal(3, 41)
-    limits = randlora.inference_cache()
-    try:
-        randlora.inference_cache(limit=limits["used"] + 41 * 24 * 4 - 1)
-        with torch.no_grad():
-            layer(x), layer(x), layer(x)
-        assert layer._cache.nbytes == 0
-    finally:
-        randlora.inference_cache(limit=limits["limit"])
+    for limit in (41 * 24 * 4 - 1, 41 * 24 * 4):
+        with torch.no_grad(), randlora.inference_cache(limit) as scope:
+            for _ in range(100):
+                layer(x)
+            assert scope.nbytes == (limit == 41 * 24 * 4) * limit
 
 
 # ---- training --------------------------------------------------------------------------------------------------------

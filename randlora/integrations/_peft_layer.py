@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from .. import quantized
 from ..bases import RandomBases
-from ..cache import UpdateCache
 from ..functional import compute_dtype
 from ..layer import RandLoraLayer
 from ..linear import Linear as OwnLinear
@@ -82,10 +81,6 @@ class Linear(peft_randlora.Linear, OwnLinear):
     @property
     def _active_adapters(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.randlora_lambda]
-
-    @property
-    def _cache(self) -> UpdateCache:
-        return self.__dict__.setdefault("_update_cache", UpdateCache())
 
     def __repr__(self) -> str:
         return nn.Module.__repr__(self)

@@ -12,6 +12,7 @@ from peft.tuners.randlora.model import RandLoraModel as PeftRandLoraModel
 from torch import nn
 
 from .. import peft_prng
+from ..cache import inference_cache
 from ..checks import require_int
 from ..fast_path import disable_fast_path, restore_fast_path
 from ..mixed import mixed_batch
@@ -97,6 +98,11 @@ class RandLoraModel(PeftRandLoraModel):
         layers = [module for module in self.model.modules() if isinstance(module, Linear)]
         with mixed_batch(self.model, layers, kwargs.get("adapter_names")):
             yield
+
+    def generate(self, *args, **kwargs):
+        """The wrapped model's, inside a scope of :func:`randlora.inference_cache`. PEFT's models call it."""
+        with inference_cache():
+            return self.model.generate(*args, **kwargs)
 
 
 def accelerate(model: nn.Module) -> nn.Module:
