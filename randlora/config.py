@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from .bases import KINDS, PRNGS
 from .checks import require_float, require_int
+from .expressions import Expression
 from .planner import STRATEGIES
 
 CONFIG_NAME = "adapter_config.json"
@@ -219,10 +219,7 @@ def _own_type(peft_type: Any) -> str:
 def _check_patterns(name: str, value: list[str] | str | None) -> None:
     # Of these only layers_pattern takes regular expressions in a list.
     for pattern in [value] if isinstance(value, str) else value if value and name == "layers_pattern" else ():
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{name}={pattern!r} is not a regular expression: {error}") from error
+        Expression(name, pattern)
 
 
 def _names(name: str, value: Any, only_list: bool) -> list[str] | str | None:
