@@ -186,12 +186,10 @@ class RandLoraConfig:
         raise TypeError(f"config must be a randlora.RandLoraConfig, PEFT's, or a dict, got {type(config).__name__}")
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write ``adapter_config.json`` into `folder`."""
+        """Write ``adapter_config.json`` into `folder`, which is made if it is missing. Raises ``OSError``."""
         from .checkpoint import write_text
 
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / CONFIG_NAME, json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
+        write_text(Path(folder) / CONFIG_NAME, json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> RandLoraConfig:
