@@ -130,6 +130,20 @@ def open_adapter(folder: Path) -> Iterator[tuple[Any, dict[str, Any] | None, dic
     raise ValueError(f"{folder}: its files are replaced all the time: a pair that belongs together could not be read")
 
 
+def read_given(folder: Path) -> dict[str, Any] | None:
+    """What ``adapter_config.json`` says, or None if there is none."""
+    with contextlib.ExitStack() as stack:
+        config = OpenFile.if_there(folder / CONFIG_NAME, stack)
+        return None if config is None else _parse(config.path, config.read(LONGEST_CONFIG))
+
+
+@contextlib.contextmanager
+def open_file(path: Path) -> Iterator[tuple[OpenFile, Any, dict[str, Any] | None]]:
+    """Weights alone: the file, what safetensors makes of it, and what its metadata says. Raises ``ValueError``."""
+    with OpenFile(path) as weights, _parsed(weights) as (file, described):
+        yield weights, file, described
+
+
 @contextlib.contextmanager
 def _parsed(weights: OpenFile) -> Iterator[tuple[Any, dict[str, Any] | None]]:
     with contextlib.ExitStack() as stack:
