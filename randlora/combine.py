@@ -13,6 +13,7 @@ from .checks import require_float
 from .config import RandLoraConfig
 from .injection import adapted_layers
 from .layer import RandLoraLayer
+from .names import plain_name
 
 if TYPE_CHECKING:
     from .model import RandLoraModel
@@ -86,4 +87,4 @@ def _target(model: nn.Module, path: str) -> str:
     parent = path.rpartition(".")[0]
     attention = model.get_submodule(parent)
     whole = isinstance(attention, MultiheadAttention) and attention.projections != ("out_proj",)
-    return parent if whole else path
+    return plain_name(parent if whole else path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from .bases import KINDS, PRNGS
 from .checks import require_float, require_int
+from .expressions import Expression
 from .planner import STRATEGIES
 
 CONFIG_NAME = "adapter_config.json"
@@ -186,12 +186,10 @@ class RandLoraConfig:
         raise TypeError(f"config must be a randlora.RandLoraConfig, PEFT's, or a dict, got {type(config).__name__}")
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write ``adapter_config.json`` into `folder`."""
+        """Write ``adapter_config.json`` into `folder`, which is made if it is missing. Raises ``OSError``."""
         from .checkpoint import write_text
 
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / CONFIG_NAME, json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
+        write_text(Path(folder) / CONFIG_NAME, json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> RandLoraConfig:
@@ -219,10 +217,7 @@ def _own_type(peft_type: Any) -> str:
 def _check_patterns(name: str, value: list[str] | str | None) -> None:
     # Of these only layers_pattern takes regular expressions in a list.
     for pattern in [value] if isinstance(value, str) else value if value and name == "layers_pattern" else ():
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{name}={pattern!r} is not a regular expression: {error}") from error
+        Expression(name, pattern)
 
 
 def _names(name: str, value: Any, only_list: bool) -> list[str] | str | None:

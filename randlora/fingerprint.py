@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,23 @@ def sha256(bases: RandomBases, max_dim: int, min_dim: int, num_bases: int) -> st
     for block in _blocks(bases, max_dim, min_dim, num_bases):
         block = block.contiguous().cpu()
         digest.update((ctypes.c_char * block.nbytes).from_address(block.data_ptr()))
+    return digest.hexdigest()
+
+
+def sha256_of(A: Tensor, B: Tensor, bases: RandomBases, max_dim: int, min_dim: int, num_bases: int) -> str | None:
+    """The hash as :func:`sha256` makes it of `bases`, but of the values `A` and `B`, in unit variance, on any device.
+
+    None where they cannot be those of `bases`.
+    """
+    digest = hashlib.sha256(json.dumps(_definition(bases, max_dim, min_dim, num_bases), sort_keys=True).encode())
+    for values in (A[:, :, :min_dim], B[:max_dim, :num_bases]):
+        if _ternary(bases):
+            signs = values.sign()
+            if not torch.equal(signs * math.sqrt(bases.scale), values):
+                return None
+            values = signs.to(torch.int8)
+        values = values.to("cpu", torch.int8 if _ternary(bases) else torch.float32).contiguous()
+        digest.update((ctypes.c_char * values.nbytes).from_address(values.data_ptr()))
     return digest.hexdigest()
 
 

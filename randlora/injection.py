@@ -15,10 +15,10 @@ from .bases import RandomBases
 from .config import RandLoraConfig
 from .layer import RandLoraLayer
 from .linear import Linear
-from .mixed import BASE
 from .modules_to_save import ModuleToSave
+from .names import check_adapter_name, plain_name
 from .store import shared, shared_bases
-from .targets import find_targets, layer_sizes, peft_dims
+from .targets import endings_of, find_targets, layer_sizes, peft_dims
 
 # What PEFT trains and saves beside the adapter for these tasks, where the model has it.
 TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
@@ -223,10 +223,7 @@ class Places:
 
 def check_name(adapter_name: str, taken: Container[str]) -> None:
     """Raises ``TypeError`` or ``ValueError`` unless `adapter_name` can be that of a new adapter."""
-    if not isinstance(adapter_name, str):
-        raise TypeError(f"adapter_name must be a string, got {adapter_name!r}")
-    if not adapter_name or "." in adapter_name or "/" in adapter_name or adapter_name == BASE:
-        raise ValueError(f"adapter_name must not be empty, {BASE!r}, or contain '.' or '/', got {adapter_name!r}")
+    check_adapter_name(adapter_name)
     if hasattr(nn.ParameterDict, adapter_name) or hasattr(nn.ModuleDict(), adapter_name):
         raise ValueError(f"adapter_name {adapter_name!r} is taken by torch.nn's containers: choose another one")
     if adapter_name in taken:
@@ -267,16 +264,17 @@ def _slots(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, tuple[i
 def _find_saved(model: nn.Module, config: RandLoraConfig) -> list[str]:
     wanted = list(config.modules_to_save or ())
     names = [name for name, module in model.named_modules() if name and "modules_to_save" not in name.split(".")]
-    names = [name for name in names if "original_module" not in name.split(".")]
-    for head in TASK_HEADS.get(config.task_type or "", ()):
-        if head not in wanted and any(_is(name, head) for name in names):
-            wanted.append(head)
+    meant: dict[str, list[str]] = {}  # ending -> names
+    for name in names:
+        if "original_module" not in name.split(".") and not name.endswith("_orig_mod"):
+            for ending in endings_of(plain_name(name)):
+                meant.setdefault(ending, []).append(name)
+    wanted += [head for head in TASK_HEADS.get(config.task_type or "", ()) if head in meant and head not in wanted]
     found: list[str] = []
     for target in wanted:
-        here = [name for name in names if _is(name, target)]
-        if not here:
+        if target not in meant:
             raise ValueError(f"modules_to_save: {target!r} matches no module of this model")
-        for name in here:
+        for name in meant[target]:
             if not any(f"{name}.".startswith(f"{other}.") for other in found):
                 found.append(name)
     for name in found:
@@ -285,7 +283,3 @@ def _find_saved(model: nn.Module, config: RandLoraConfig) -> list[str]:
     if wanted:
         config.modules_to_save = wanted
     return found
-
-
-def _is(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")

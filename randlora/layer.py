@@ -17,6 +17,7 @@ from .checks import require_float, require_int
 from .functional import delta_weight, flat_bases, sparse_delta_weight
 from .merging import Mergeable
 from .mixed import MixedBatch
+from .names import check_adapter_name
 from .patterns import Pattern
 from .store import shared_bases
 
@@ -85,8 +86,7 @@ class RandLoraLayer(Mergeable):
 
         Arguments as for :class:`randlora.Linear`. Raises before anything is changed.
         """
-        if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
-            raise ValueError(f"adapter_name must be a non-empty string without dots, got {adapter_name!r}")
+        check_adapter_name(adapter_name)
         if adapter_name not in self.randlora_lambda and (
             hasattr(self.randlora_lambda, adapter_name) or hasattr(self.randlora_dropout, adapter_name)
         ):

@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from . import combine, injection, specialise
 from .active import ActiveAdapters, restore
@@ -38,6 +38,8 @@ def get_peft_model(model: nn.Module, config: Any, adapter_name: str = "default")
 class RandLoraModel(ActiveAdapters):
     """A model with RandLoRA adapters on its layers; attributes that it lacks are those of the wrapped ``model``.
 
+    Setting and deleting such an attribute does so in ``model``, if it has it and the name does not begin with "_".
+
     Everything but the adapters (and what their configs train beside them) is frozen. ``peft_config`` maps adapter names
     to configs. A call takes ``adapter_names=[...]``, one name per sample, ``"__base__"`` for none.
 
@@ -58,9 +60,9 @@ class RandLoraModel(ActiveAdapters):
         plan = config if isinstance(config, injection.Plan) else injection.plan(model, RandLoraConfig.of(config))
         for parameter in model.parameters():
             parameter.requires_grad_(False)
+        self._init_adapters()  # before there is a model that might have attributes of these names
         self.model = model
         self.__class__ = specialise.class_for(type(self), type(model))
-        self._init_adapters()
         self._add(adapter_name, plan)
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             self._require_input_gradients()
@@ -183,6 +185,24 @@ class RandLoraModel(ActiveAdapters):
                 raise
             return getattr(self.model, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value) if self._owns(name) else setattr(self.model, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name) if self._owns(name) else delattr(self.model, name)
+
+    def _owns(self, name: str) -> bool:
+        """Whether setting `name` means this object: what it has, what nobody has, private names, and ``model``."""
+        own = ("_parameters", "_buffers", "_modules")
+        return (
+            name.startswith("_")
+            or name in self.__dict__
+            or hasattr(type(self), name)
+            or any(name in self.__dict__.get(kind, ()) for kind in own)
+            or "model" not in self.__dict__.get("_modules", ())
+            or not hasattr(self.model, name)
+        )
+
     @property
     def base_model(self) -> RandLoraModel:
         """This object, so that ``model.base_model.model`` is the wrapped model, as in PEFT."""
@@ -237,19 +257,47 @@ class RandLoraModel(ActiveAdapters):
     # ---- files ----
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, selected_adapters: Sequence[str] | None = None,
+        self,
+        save_directory: str | os.PathLike,
+        selected_adapters: Sequence[str] | None = None,
         for_peft: bool | None = None,
-    ) -> None:  # fmt: skip
+        *,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        save_function: Callable | None = None,
+        safe_serialization: bool = True,
+    ) -> None:
         """Write adapters as PEFT does: ``"default"`` into the folder itself, others into folders of their names.
 
-        See :func:`randlora.checkpoint.save`.
+        See :func:`randlora.checkpoint.save` for `for_peft`, `state_dict` and errors. The others are what transformers,
+        PEFT and accelerate hand over.
+
+        Args:
+            is_main_process: False: nothing is written, as another process does it.
+            state_dict: this model's (``accelerator.get_state_dict(model)``), to take the numbers from.
+            save_function: ``accelerator.save`` and the like of torch. transformers calls it for pickles; here there are
+                none, and it is not called.
+            safe_serialization: only True.
+
+        Raises:
+            ValueError: ``safe_serialization=False``, or a `save_function` of another origin, which would not be called.
         """
         from . import checkpoint
 
-        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
-        for name in names:
-            self._check(name)
-        checkpoint.save(self, save_directory, names, for_peft)
+        names = self._names(list(self.peft_config) if selected_adapters is None else selected_adapters)
+        if not safe_serialization:
+            raise ValueError(
+                "safe_serialization must be True: adapters are safetensors files with a checksum, not pickles, which "
+                "run any code when they are loaded"
+            )
+        origin = str(getattr(getattr(save_function, "func", save_function), "__module__", "")).partition(".")[0]
+        if save_function is not None and origin not in ("accelerate", "safetensors", "torch", "torch_xla"):
+            raise ValueError(
+                f"save_function={save_function!r} would not be called: files are written by safetensors and replaced "
+                "as a whole. Write into a folder and copy it from there"
+            )
+        if is_main_process:
+            checkpoint.save(self, save_directory, names, for_peft, state_dict)
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> None:
         """Write the adapters as :meth:`save_pretrained` does and upload them to a repository of the Hugging Face hub.

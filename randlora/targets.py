@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import re
 import warnings
+from collections.abc import Callable, Iterator
 
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from .attention import MultiheadAttention
 from .config import ALL_LINEAR, RandLoraConfig
+from .expressions import Expression
 from .layer import RandLoraLayer
 from .linear import conv1d_types
+from .names import plain_name
 
 
 def find_targets(model: nn.Module, config: RandLoraConfig) -> dict[str, nn.Module]:
@@ -20,9 +22,11 @@ def find_targets(model: nn.Module, config: RandLoraConfig) -> dict[str, nn.Modul
 
     Adapted layers stand for themselves. ``nn.MultiheadAttention`` counts as one layer; its ``out_proj`` alone can be
     targeted too. A module that a model uses under several names is meant by each of them, and found under the first.
+    Names are matched as they are in a model that is not compiled (:func:`randlora.names.plain_name`).
 
     Raises:
-        ValueError: nothing matches (with the nearest names), or something that is not supported does.
+        ValueError: nothing matches (with the nearest names), something that is not supported does, or a regular
+            expression takes too long.
     """
     if is_supported(model):
         raise ValueError(
@@ -34,12 +38,13 @@ def find_targets(model: nn.Module, config: RandLoraConfig) -> dict[str, nn.Modul
     names: dict[int, list[str]] = {}
     for name, module in modules.items():
         names.setdefault(id(module), []).append(name)
-    excluded = {id(module) for name, module in modules.items() if _matches(name, config.exclude_modules)}
+    is_excluded = _matcher("exclude_modules", config.exclude_modules)
+    excluded = {id(module) for name, module in modules.items() if is_excluded(plain_name(name))}
     if config.exclude_modules and not excluded:
         warnings.warn(f"exclude_modules={config.exclude_modules!r} matches nothing in this model", stacklevel=2)
-    saved = list(config.modules_to_save or ())
+    saved, has_index = set(config.modules_to_save or ()), _index_matcher(config)
     allowed = {
-        key: [n for n in known if n and not _inside(n, saved) and _index_matches(n, config)]
+        key: [n for n in known if n and not _inside(plain_name(n), saved) and has_index(plain_name(n))]
         for key, known in names.items()
         if key not in excluded
     }
@@ -50,12 +55,14 @@ def find_targets(model: nn.Module, config: RandLoraConfig) -> dict[str, nn.Modul
         found = {n[0]: modules[n[0]] for n in (names[key] for key, left in allowed.items() if left)}
         linear = {name: m for name, m in found.items() if is_supported(m) and not name.startswith(inner)}
         return _some({name: m for name, m in linear.items() if m is not head}, model, config)
-    meant = [names[key][0] for key, left in allowed.items() if any(_matches(name, wanted) for name in left)]
+    is_wanted = _matcher("target_modules", wanted)
+    meant = [names[key][0] for key, left in allowed.items() if any(is_wanted(plain_name(name)) for name in left)]
     hits = {name: modules[name] for name in meant}
     _check_supported(hits, wanted)
     if isinstance(wanted, list):
+        endings = {ending for name in modules for ending in endings_of(plain_name(name))}
         for target in wanted:
-            if not any(_matches(name, [target]) for name in modules):
+            if target not in endings:
                 raise ValueError(f"target_modules: {target!r} matches no layer of this model{_meant([target], model)}")
     return _some(hits, model, config)
 
@@ -71,6 +78,11 @@ def _check_supported(found: dict[str, nn.Module], wanted: list[str] | str) -> No
         if getattr(module, "is_modules_to_save", False):
             raise ValueError(
                 f"target_modules={wanted!r} matches {name!r}, which another adapter has among its modules_to_save"
+            )
+        if name.endswith("_orig_mod"):
+            raise ValueError(
+                f"target_modules={wanted!r} matches {plain_name(name)!r}, which torch.compile has compiled by itself "
+                "and would go on calling as it was: adapt it before, or compile a module around it"
             )
         if not is_supported(module):
             inside = [f"{name}.{n}" for n, m in module.named_modules() if n and is_supported(m)][:3]
@@ -94,6 +106,8 @@ def _modules(model: nn.Module):
     inner: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):
         if name.startswith(tuple(inner)):
+            continue
+        if "_orig_mod" in module._modules:  # what torch.compile puts around a module, which comes next
             continue
         if isinstance(module, RandLoraLayer) or getattr(module, "is_modules_to_save", False):
             inner.append(f"{name}.")
@@ -123,28 +137,46 @@ def _wanted(model: nn.Module, config: RandLoraConfig) -> list[str] | str:
     return table[kind] if isinstance(table[kind], str) else sorted(table[kind])
 
 
-def _matches(name: str, wanted: list[str] | str | None) -> bool:
-    if wanted is None:
-        return False
+def _matcher(setting: str, wanted: list[str] | str | None) -> Callable[[str], bool]:
+    """Whether `wanted` means a name: a regular expression for it as a whole, or one of its endings."""
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in wanted)
+        expression = Expression(setting, wanted)
+        return lambda name: expression.fullmatch(name) is not None
+    named = set(wanted or ())
+    return lambda name: not named.isdisjoint(endings_of(name))
 
 
-def _inside(name: str, parents: list[str]) -> bool:
-    return any(f".{parent}." in f".{name}." for parent in parents)
+def endings_of(name: str) -> Iterator[str]:
+    """``"a.b.c"``: itself, ``"b.c"`` and ``"c"``, which all mean it in a list of names."""
+    while name:
+        yield name
+        name = name.partition(".")[2]
 
 
-def _index_matches(name: str, config: RandLoraConfig) -> bool:
-    """Whether the first number in the name (after `layers_pattern`, if given) is among ``layers_to_transform``."""
+def _inside(name: str, parents: set[str]) -> bool:
+    """Whether one of `parents` is `name` or a run of its parts."""
+    parts = name.split(".")
+    ends = range(1, len(parts) + 1)
+    return bool(parents) and any(".".join(parts[i:j]) in parents for j in ends for i in range(j))
+
+
+def _index_matcher(config: RandLoraConfig) -> Callable[[str], bool]:
+    """Whether the first number in a name (after `layers_pattern`, if given) is among ``layers_to_transform``."""
     if config.layers_to_transform is None:
-        return True
-    patterns = config.layers_pattern or [None]
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        before = r"(?:^|.*?\.)" + ("" if pattern is None else rf"(?:{pattern})\.")
-        if found := re.match(rf"{before}(\d+)(?:\.|$)", name):
-            return int(found.group(1)) in config.layers_to_transform
-    return False
+        return lambda name: True
+    patterns, wanted = config.layers_pattern or [None], set(config.layers_to_transform)
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    start, end = r"(?:^|.*?\.)", r"(?P<randlora_index>\d+)(?:\.|$)"
+    expressions = [
+        Expression("layers_pattern", "" if p is None else p, start + ("" if p is None else rf"(?:{p})\.") + end)
+        for p in patterns
+    ]
+
+    def has_index(name: str) -> bool:
+        found = next(filter(None, (expression.match(name) for expression in expressions)), None)
+        return found is not None and int(found["randlora_index"]) in wanted
+
+    return has_index
 
 
 def _some(found: dict[str, nn.Module], model: nn.Module, config: RandLoraConfig) -> dict[str, nn.Module]:
@@ -159,14 +191,14 @@ def _some(found: dict[str, nn.Module], model: nn.Module, config: RandLoraConfig)
 
 
 def _meant(wanted: list[str] | str, model: nn.Module) -> str:
-    names = [name for name, module in _modules(model) if is_supported(module) and name]
+    names = [plain_name(name) for name, module in _modules(model) if is_supported(module) and name]
     short = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
     if not short:
         return ", which has no layer that could be adapted"
     listing = ", ".join(short[:20]) + (", ..." if len(short) > 20 else "")
     if isinstance(wanted, str) and wanted in short:
         return f": a string is a regular expression for whole names; did you mean the list [{wanted!r}]?"
-    leaf = "" if isinstance(wanted, str) else wanted[0].rsplit(".", 1)[-1]
+    leaf = "" if isinstance(wanted, str) else wanted[0].rsplit(".", 1)[-1][:200]  # comparing is quadratic
     close = [name for name in short if leaf and leaf in name] or difflib.get_close_matches(leaf, short, 3, 0.5)
     if leaf in short:
         close = []  # the name is right, another rule leaves it out

@@ -20,7 +20,8 @@ def keys_of(folder):
 
 
 def described(folder):
-    return layout.read_description(folder / WEIGHTS)
+    with layout.open_adapter(folder) as (_, description, _):
+        return description
 
 
 def bases_of(model, name="default"):

@@ -199,7 +199,7 @@ BAD = [
     ({"randlora_alpha": float("nan")}, ValueError, "randlora_alpha must be finite, got nan"),
     ({"randlora_dropout": 1.0}, ValueError, "randlora_dropout must be at least 0 and below 1, got 1.0"),
     ({"num_bases": 0}, ValueError, "num_bases must be at least 1, got 0"),
-    ({"adapter_name": "a.b"}, ValueError, "adapter_name must be .* without dots, got 'a.b'"),
+    ({"adapter_name": "a.b"}, ValueError, "adapter_name must not .* contain .*, got 'a.b'"),
     ({"randlora_A": normal(5, 1, 24)}, ValueError, "must be given together, got only randlora_A"),
     ({"randlora_A": normal(5, 1, 23), "randlora_B": normal(41, 5, 5)}, ValueError, r"\[5, 1, 24\].*\[5, 1, 23\]"),
     ({"randlora_A": {}, "randlora_B": {}}, ValueError, "randlora_A has no entry for adapter 'default'; it has: none"),

@@ -56,7 +56,7 @@ def test_any_name_works_or_is_refused_in_words(name):
 def test_bad_names(name):
     layer = make_layer()
     before = books(layer)
-    with pytest.raises(ValueError, match="adapter_name must be a non-empty string without dots, got"):
+    with pytest.raises((ValueError, TypeError), match=r"adapter_name must .*, got"):
         layer.update_layer(name, r=5)
     assert books(layer) == before
 

@@ -7,9 +7,10 @@ PEFT would misread (bases that it cannot make, without projections) is written w
 Writing replaces whole files; reading checks everything before a model is changed.
 """
 
+from .checking import load
 from .layout import read_config
 from .reading import Loaded, read
 from .replace import write_text
 from .writing import save
 
-__all__ = ["Loaded", "read", "read_config", "save", "write_text"]
+__all__ = ["Loaded", "load", "read", "read_config", "save", "write_text"]

@@ -1,6 +1,6 @@
 """Trained biases: which ones a file holds, under which names, and where they go.
 
-Names are those of the unadapted model; wrappers put ``base_layer`` and ``original_module`` in between.
+Names are those of the unadapted and uncompiled model; wrappers put ``base_layer``, ``_orig_mod`` and others in between.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from ..attention import MultiheadAttention
 from ..injection import adapted_layers
+from ..names import plain_name
 
 _WRAPPERS = ("base_layer", "original_module")
 _BIASES = ("bias", "bias_k", "bias_v")
 
 
 def plain(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return ".".join(part for part in plain_name(name).split(".") if part not in _WRAPPERS)
 
 
 def is_bias(name: str) -> bool:
@@ -37,7 +38,7 @@ def biases_of(model: nn.Module, slots: Collection[str] = ()) -> dict[str, Tensor
         packed = isinstance(attention, nn.MultiheadAttention) and not isinstance(attention, MultiheadAttention)
         if packed and attention.in_proj_bias is not None:
             parts = attention.in_proj_bias.chunk(3)
-            found |= {f"{parent}.{n}_proj.bias": part for n, part in zip("qkv", parts, strict=True)}
+            found |= {plain(f"{parent}.{n}_proj.bias"): part for n, part in zip("qkv", parts, strict=True)}
     return found
 
 
@@ -45,8 +46,8 @@ def trained(model: nn.Module, mode: str, slots: Collection[str], saved: Collecti
     """What an adapter with ``bias=mode`` trains: plain name -> bias; those of `saved` modules are saved with them."""
     if mode == "none":
         return {}
-    adapted = {*slots, *adapted_layers(model)}
-    inside = tuple(f"{name}." for name in saved)
+    adapted = {plain(name) for name in (*slots, *adapted_layers(model))}
+    inside = tuple(f"{plain(name)}." for name in saved)
     return {
         name: bias
         for name, bias in biases_of(model, slots).items()

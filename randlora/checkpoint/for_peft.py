@@ -12,6 +12,7 @@ from ..attention import MultiheadAttention
 from ..bases import RandomBases
 from ..config import RandLoraConfig
 from ..layer import RandLoraLayer
+from ..names import plain_name
 from ..targets import peft_dims
 
 
@@ -58,10 +59,11 @@ def exact_targets(model: nn.Module, layers: Mapping[str, RandLoraLayer]) -> dict
         whole = isinstance(attention, MultiheadAttention) and any(
             f"{parent}.{part}" in layers for part in ("q_proj", "k_proj", "v_proj")
         )
-        target = parent if whole else path
+        target = plain_name(parent if whole else path)
         if target not in targets:
             targets.append(target)
     endings = tuple(f".{target}" for target in targets)
-    if any(name not in targets and name.endswith(endings) for name, _ in model.named_modules()):
+    names = (plain_name(name) for name, _ in model.named_modules())
+    if any(name not in targets and name.endswith(endings) for name in names):
         targets = "(?:" + "|".join(map(re.escape, targets)) + ")"
     return {"target_modules": targets, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..checks import FLOATS
 from ..config import CONFIG_NAME, OWN_PEFT_TYPE, RandLoraConfig
 from .hub import find_folder
+from .opening import OpenFile
+from .replace import is_replacing
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 # The only key of the metadata: safetensors writes several in random order, and equal adapters should be equal files.
@@ -38,6 +43,8 @@ NUMBERS = (
     "kind",
     "sparsity",
 )
+LONGEST_CONFIG = 16 << 20  # bytes; the names of 100,000 layers
+_ATTEMPTS = 100
 # What a damaged file makes of the libraries that read it.
 DAMAGE = (SafetensorError, OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError, RuntimeError)
 
@@ -45,74 +52,110 @@ DAMAGE = (SafetensorError, OSError, ValueError, TypeError, KeyError, OverflowErr
 def read_config(folder: str | os.PathLike) -> RandLoraConfig:
     """The config of the adapter in `folder`. Raises ``ValueError`` that names the file and what is wrong."""
     folder = find_folder(folder)
-    path = folder / WEIGHTS_NAME
-    return make_config(folder, read_description(path) if os.path.lexists(path) else None)
+    with open_adapter(folder) as (_, described, given):
+        return make_config(folder, described, given)
 
 
-def make_config(folder: Path, described: dict[str, Any] | None) -> RandLoraConfig:
-    """From ``adapter_config.json`` and, where randlora wrote it, what the weights' metadata says."""
+def make_config(folder: Path, described: dict[str, Any] | None, given: dict[str, Any] | None) -> RandLoraConfig:
+    """From what ``adapter_config.json`` says, `given`, and what the weights' metadata says, where randlora wrote it."""
     path = folder / CONFIG_NAME
-    if described is not None and not os.path.lexists(path):
+    if given is None and described is not None:
         # Saving was interrupted, or the file is not wanted: the metadata is complete.
         values = described["config"]
+    elif given is None:
+        raise ValueError(f"{path}: cannot be read: {os.strerror(errno.ENOENT)}")
+    elif described is None:
+        if given.get("peft_type") == OWN_PEFT_TYPE and os.path.lexists(folder / WEIGHTS_NAME):
+            raise ValueError(
+                f"{folder / WEIGHTS_NAME} has lost the metadata that its bases are made from (was it written anew "
+                "by another program?)"
+            )
+        values = {"prng": "peft"} | given  # PEFT wrote it, and drew the bases
     else:
-        given = _read_json(path)
-        if described is None:
-            if given.get("peft_type") == OWN_PEFT_TYPE and os.path.lexists(folder / WEIGHTS_NAME):
+        own = described["config"]
+        for name in NUMBERS:
+            if name in given and given[name] != own[name]:
                 raise ValueError(
-                    f"{folder / WEIGHTS_NAME} has lost the metadata that its bases are made from (was it written anew "
-                    "by another program?)"
+                    f"{path} says {name}={given[name]!r}, but {WEIGHTS_NAME} beside it was saved with "
+                    f"{name}={own[name]!r}: they do not belong together (without {CONFIG_NAME} the latter is taken)"
                 )
-            values = {"prng": "peft"} | given  # PEFT wrote it, and drew the bases
-        else:
-            own = described["config"]
-            for name in NUMBERS:
-                if name in given and given[name] != own[name]:
-                    raise ValueError(
-                        f"{path} says {name}={given[name]!r}, but {WEIGHTS_NAME} beside it was saved with "
-                        f"{name}={own[name]!r}: they do not belong together (without {CONFIG_NAME} the latter is taken)"
-                    )
-            values = own | given
+        values = own | given
     try:
         return RandLoraConfig.from_dict(values)
     except DAMAGE as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _parse(path: Path, text: bytes) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(text.decode())
         if not isinstance(values, dict):
             raise ValueError(f"a JSON object was expected, got {type(values).__name__}")
         return values
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: no valid JSON: {error}") from error
 
 
-# ---- our part of the metadata ----
+# ---- the two files ----
 
 
 @contextlib.contextmanager
-def open_weights(path: Path) -> Iterator[tuple[Any, dict[str, Any] | None]]:
-    """The open file and our part of its metadata, or ``ValueError``."""
+def open_adapter(folder: Path) -> Iterator[tuple[Any, dict[str, Any] | None, dict[str, Any] | None]]:
+    """The open weights, what their metadata says, and what the config says; None for what is not there.
+
+    While another process saves into the folder, these are the two files of one save: if one was replaced before both
+    were open, both are opened again.
+
+    Raises:
+        ValueError: a file that is damaged, too large or no regular file, or that changes all the time.
+    """
+    weights_path, config_path = folder / WEIGHTS_NAME, folder / CONFIG_NAME
+    for attempt in range(_ATTEMPTS):
+        with contextlib.ExitStack() as stack:
+            weights, config = (OpenFile.if_there(path, stack) for path in (weights_path, config_path))
+            text = None if config is None else config.read(LONGEST_CONFIG)
+            if not all(
+                not os.path.lexists(path) if file is None else file.is_current()
+                for path, file in ((weights_path, weights), (config_path, config))
+            ):
+                continue
+            file = described = None
+            if weights is not None:
+                file, described = stack.enter_context(_parsed(weights))
+            if described is None and config is None and is_replacing(folder) and attempt < _ATTEMPTS - 1:
+                time.sleep(0.01)  # the moment between PEFT's files and ours
+                continue
+            yield file, described, None if text is None else _parse(config_path, text)
+            return
+    raise ValueError(f"{folder}: its files are replaced all the time: a pair that belongs together could not be read")
+
+
+def read_given(folder: Path) -> dict[str, Any] | None:
+    """What ``adapter_config.json`` says, or None if there is none."""
+    with contextlib.ExitStack() as stack:
+        config = OpenFile.if_there(folder / CONFIG_NAME, stack)
+        return None if config is None else _parse(config.path, config.read(LONGEST_CONFIG))
+
+
+@contextlib.contextmanager
+def open_file(path: Path) -> Iterator[tuple[OpenFile, Any, dict[str, Any] | None]]:
+    """Weights alone: the file, what safetensors makes of it, and what its metadata says. Raises ``ValueError``."""
+    with OpenFile(path) as weights, _parsed(weights) as (file, described):
+        yield weights, file, described
+
+
+@contextlib.contextmanager
+def _parsed(weights: OpenFile) -> Iterator[tuple[Any, dict[str, Any] | None]]:
     with contextlib.ExitStack() as stack:
         try:
-            path.open("rb").close()  # safetensors calls every failure of this "No such file"
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-        try:
-            file = stack.enter_context(safe_open(path, framework="pt"))
+            file = stack.enter_context(safe_open(weights.path_of_descriptor(), framework="pt"))
             metadata = file.metadata()
         except DAMAGE as error:
-            raise ValueError(f"{path}: no readable safetensors file: {error}") from error
-        yield file, describe(path, metadata)
+            raise ValueError(f"{weights.path}: no readable safetensors file: {error}") from error
+        yield file, describe(weights.path, metadata)
 
 
-def read_description(path: Path) -> dict[str, Any] | None:
-    with open_weights(path) as (_, described):
-        return described
+# ---- our part of the metadata ----
 
 
 def describe(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any] | None:
@@ -142,6 +185,17 @@ def describe(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any] |
     if not valid:
         raise ValueError(f"{path}: its metadata is damaged: {metadata[METADATA_KEY][:200]!r}")
     return found
+
+
+def check_numbers(what: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """``ValueError`` that begins with `what`, unless `tensor` can be loaded into one of `dtype`."""
+    if not dtype.is_floating_point:
+        if tensor.dtype != dtype:
+            raise ValueError(f"{what} must be {dtype}, got {tensor.dtype}")
+    elif tensor.dtype not in FLOATS:
+        raise ValueError(f"{what} must be floating-point numbers, got {tensor.dtype}")
+    elif not torch.isfinite(tensor.to(dtype)).all():
+        raise ValueError(f"{what} holds NaN, infinity or numbers too large for {dtype}")
 
 
 def checksum(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
+import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,9 @@ from .. import injection
 from ..bases import RandomBases
 from ..checks import FLOATS
 from ..injection import Plan, adapted_layers
+from ..names import plain_name
 from ..store import shared
+from ..targets import is_supported, layer_sizes
 from . import biases
 from .hub import find_folder
 from .layout import (
@@ -29,10 +33,11 @@ from .layout import (
     PROJECTIONS,
     WEIGHTS_NAME,
     as_bytes,
+    check_numbers,
     checksum,
     is_projection,
     make_config,
-    open_weights,
+    open_adapter,
 )
 
 
@@ -67,19 +72,51 @@ def read(model: nn.Module, folder: str | os.PathLike) -> Loaded:
     """
     folder = find_folder(folder)
     path = folder / WEIGHTS_NAME
-    with _Weights.open(path) as file:
-        config = make_config(folder, file.described)
-        tensors = file.tensors()
-        if file.described is not None and checksum(file.described, tensors) != file.described["sha256"]:
-            raise ValueError(f"{path} is damaged, or was changed since it was written: its checksum does not match")
+    with _Weights.open(folder) as file:
+        config = make_config(folder, file.described, file.given)
         try:
             # The first bases only stand in, until it is known that the file has the layers of this model.
             plan = injection.plan(model, config, RandomBases(1, 1, config.r))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{folder} does not fit this model: {error}") from error
-        loaded = _assign(path, model, plan, tensors, file.described is not None)
+        # By the header first: nothing is read that is larger than what it is for.
+        shapes = file.shapes()
+        places = _assign(path, model, plan, shapes, file.described is not None)
+        _check_projections(path, model, plan, shapes)
+        tensors = file.tensors()
+        if file.described is not None and checksum(file.described, tensors) != file.described["sha256"]:
+            raise ValueError(f"{path} is damaged, or was changed since it was written: its checksum does not match")
+        values = places.read(path, tensors)
         bases = _bases(file, plan)
-    return dataclasses.replace(loaded, plan=dataclasses.replace(plan, bases=bases))
+    return Loaded(dataclasses.replace(plan, bases=bases), *values)
+
+
+class _Place(NamedTuple):
+    """A tensor of the file, and the dtype of what it will be copied into."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where in the file the tensors of :class:`Loaded` are."""
+
+    parameters: dict[str, dict[str, _Place]]
+    saved: dict[str, dict[str, _Place]]
+    biases: dict[str, _Place]
+
+    def read(self, path: Path, tensors: Mapping[str, Tensor]) -> tuple:
+        """The same with the tensors, or ``ValueError`` for what cannot be copied."""
+
+        def values(places: Mapping[str, _Place]) -> dict[str, Tensor]:
+            for key, _, dtype in places.values():
+                check_numbers(f"{path}: {key}", tensors[key], dtype)
+            return {name: tensors[place.key] for name, place in places.items()}
+
+        parameters, saved = ({k: values(v) for k, v in group.items()} for group in (self.parameters, self.saved))
+        return parameters, saved, values(self.biases)
 
 
 @dataclass(frozen=True)
@@ -89,18 +126,31 @@ class _Weights:
     path: Path
     file: Any
     described: dict[str, Any] | None
+    given: dict[str, Any] | None  # adapter_config.json
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, path: Path) -> Iterator[_Weights]:
-        pickles = sorted(p.name for p in path.parent.glob("adapter_model.*") if p.suffix in (".bin", ".pt", ".pth"))
-        if pickles and not os.path.lexists(path):
-            raise ValueError(
-                f"{path.parent / pickles[0]} is a pickle, which can run any code when it is loaded: load it with PEFT, "
-                "if you trust it, and save it anew with safe_serialization=True"
-            )
-        with open_weights(path) as (file, described):
-            yield cls(path, file, described)
+    def open(cls, folder: Path) -> Iterator[_Weights]:
+        path = folder / WEIGHTS_NAME
+        with open_adapter(folder) as (file, described, given):
+            pickles = sorted(p.name for p in folder.glob("adapter_model.*") if p.suffix in (".bin", ".pt", ".pth"))
+            if file is None and pickles:
+                raise ValueError(
+                    f"{folder / pickles[0]} is a pickle, which can run any code when it is loaded: load it with PEFT, "
+                    "if you trust it, and save it anew with safe_serialization=True"
+                )
+            if file is None:
+                raise ValueError(f"{path}: cannot be read: {os.strerror(errno.ENOENT)}")
+            yield cls(path, file, described, given)
+
+    def shapes(self) -> dict[str, _Place]:
+        """Shapes of all tensors by their names in a model that is not compiled, from the header alone."""
+        found: dict[str, _Place] = {}
+        for key in self.file.keys():  # noqa: SIM118
+            if (name := plain_name(key)) in found:
+                raise ValueError(f"{self.path} holds {name} twice, as {found[name].key} and as {key}")
+            found[name] = _Place(key, tuple(self.file.get_slice(key).get_shape()))
+        return found
 
     def get(self, key: str) -> Tensor:
         """The tensor, which may be a view of the file itself."""
@@ -122,7 +172,7 @@ class _Weights:
             raise ValueError(f"{self.path} holds only one of randlora_A and randlora_B")
         A, B = (self.get(key) for key in first)
         for key, tensor in zip(first, (A, B), strict=True):
-            _check_floats(self.path, key, tensor, tensor.dtype)
+            check_numbers(f"{self.path}: {key}", tensor, tensor.dtype if tensor.dtype in FLOATS else torch.float32)
         return A, B
 
 
@@ -181,42 +231,58 @@ def _given(path: Path, plan: Plan, projections: tuple[Tensor, Tensor]) -> Random
     return bases
 
 
-def _assign(path: Path, model: nn.Module, plan: Plan, tensors: dict[str, Tensor], complete: bool) -> Loaded:
+def _check_projections(path: Path, model: nn.Module, plan: Plan, shapes: dict[str, _Place]) -> None:
+    """PEFT sizes projections by the layers of the model's first adapter: none of this model's can need larger ones."""
+    r, largest = plan.config.r, max(max(layer_sizes(m)) for m in model.modules() if is_supported(m))
+    num_bases = max(plan.config.num_bases or 0, -(-largest // r))
+    for name, (key, shape, _) in shapes.items():
+        limit = r * largest if name.endswith("A") else r * largest * num_bases
+        if is_projection(name) and math.prod(shape) > limit:
+            raise ValueError(
+                f"{path}: {key} {list(shape)} is too large: bases for this model, whose layers have at most {largest} "
+                f"features, have at most {limit} numbers there"
+            )
+
+
+def _assign(path: Path, model: nn.Module, plan: Plan, shapes: dict[str, _Place], complete: bool) -> _Places:
     """Every tensor of the file to where it belongs, or ``ValueError``."""
-    tensors = dict(tensors)
-    parameters: dict[str, dict[str, Tensor]] = {}
+    shapes = {name: place for name, place in shapes.items() if not is_projection(name)}
+    parameters: dict[str, dict[str, _Place]] = {}
     for slot, sizes in plan.slots.items():
         n = plan.num_bases(slot)
         for part, shape in zip(PARAMETERS, ((plan.config.r, n), (n, min(sizes))), strict=True):
-            key = f"{PREFIX}{slot}.{part}"
-            parameters.setdefault(slot, {})[part] = _take(path, tensors, key, shape, torch.float32)
-    saved: dict[str, dict[str, Tensor]] = {}
+            key = f"{PREFIX}{plain_name(slot)}.{part}"
+            parameters.setdefault(slot, {})[part] = _take(path, shapes, key, shape, torch.float32)
+    saved: dict[str, dict[str, _Place]] = {}
     modules = dict(model.named_modules())
     for name in plan.saved:
-        module = modules[name]
+        module, prefix = modules[name], PREFIX + plain_name(name)
         state = (module.original_module if hasattr(module, "modules_to_save") else module).state_dict()
-        saved[name] = {k: _take(path, tensors, f"{PREFIX}{name}.{k}", v.shape, v.dtype) for k, v in state.items()}
+        saved[name] = {
+            k: _take(path, shapes, f"{prefix}.{plain_name(k)}", tuple(v.shape), v.dtype) for k, v in state.items()
+        }
         for copied in ("original_module", "modules_to_save"):  # PEFT 0.21 writes their biases once more
-            tensors.pop(f"{PREFIX}{name}.{copied}.bias", None)
-    found = _assign_biases(path, model, plan, tensors, complete)
-    if tensors:
-        raise ValueError(f"{path} holds what this adapter has no place for: {', '.join(sorted(tensors)[:3])}")
-    return Loaded(plan, parameters, saved, found)
+            shapes.pop(f"{prefix}.{copied}.bias", None)
+    found = _assign_biases(path, model, plan, shapes, complete)
+    if shapes:
+        raise ValueError(f"{path} holds what this adapter has no place for: {', '.join(sorted(shapes)[:3])}")
+    return _Places(parameters, saved, found)
 
 
 def _assign_biases(
-    path: Path, model: nn.Module, plan: Plan, tensors: dict[str, Tensor], complete: bool
-) -> dict[str, Tensor]:
+    path: Path, model: nn.Module, plan: Plan, shapes: dict[str, _Place], complete: bool
+) -> dict[str, _Place]:
     if plan.config.bias == "none":
         return {}
     present, found = biases.biases_of(model, plan.slots), {}
-    for key in filter(biases.is_bias, list(tensors)):
+    for key in filter(biases.is_bias, list(shapes)):
         name = biases.plain(key.removeprefix(PREFIX))
         if name in present:
-            found[name] = _take(path, tensors, key, present[name].shape, present[name].dtype)
+            found[name] = _take(path, shapes, key, tuple(present[name].shape), present[name].dtype)
     missing = set(biases.trained(model, plan.config.bias, plan.slots, plan.saved)) - set(found)
     if missing and complete and plan.config.bias == "randlora_only":  # other adapters' layers need not be in it
-        missing = {name for name in missing if name.rpartition(".")[0] in plan.slots}
+        slots = set(map(plain_name, plan.slots))
+        missing = {name for name in missing if name.rpartition(".")[0] in slots}
     if missing and complete:
         raise ValueError(f"{path} lacks the trained biases of this model, such as {min(missing)}")
     if missing and not found:
@@ -228,24 +294,14 @@ def _assign_biases(
     return found
 
 
-def _take(path: Path, tensors: dict[str, Tensor], key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Remove `key`, a tensor of this shape that can be copied into one of this dtype, or ``ValueError``."""
-    tensor = tensors.pop(key, None)
-    if tensor is None:
-        raise ValueError(f"{path} has no {key}: it is not an adapter of this model")
-    if tensor.shape != torch.Size(shape):
+def _take(path: Path, shapes: dict[str, _Place], name: str, shape: tuple[int, ...], dtype: torch.dtype) -> _Place:
+    """Remove `name`, a tensor of this shape that is meant for one of this dtype, or ``ValueError``."""
+    place = shapes.pop(name, None)
+    if place is None:
+        raise ValueError(f"{path} has no {name}: it is not an adapter of this model")
+    if place.shape != shape:
         raise ValueError(
-            f"{path}: {key} must have shape {list(shape)}, got {list(tensor.shape)}: it is of another model or rank"
+            f"{path}: {place.key} must have shape {list(shape)}, got {list(place.shape)}: it is of another model or "
+            "rank, or damaged"
         )
-    if dtype.is_floating_point:
-        _check_floats(path, key, tensor, dtype)
-    elif tensor.dtype != dtype:
-        raise ValueError(f"{path}: {key} must be {dtype}, got {tensor.dtype}")
-    return tensor
-
-
-def _check_floats(path: Path, key: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    if tensor.dtype not in FLOATS:
-        raise ValueError(f"{path}: {key} must be floating-point numbers, got {tensor.dtype}")
-    if not torch.isfinite(tensor.to(dtype)).all():
-        raise ValueError(f"{path}: {key} holds NaN, infinity or numbers too large for {dtype}")
+    return place._replace(dtype=dtype)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 _TEMPORARY = ".randlora-", ".tmp"
+_OLD = ".old"  # in the temporary folder: the file that describes the others, until they are replaced
 
 
 def write_text(path: Path, text: str) -> None:
@@ -23,9 +24,12 @@ def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], Any]], de
 
     Files that go together cannot be renamed together, so the one named `described_by`, if it changes, is removed before
     and put in place last: a crash in between leaves none, never one that describes other files. Saving waits while
-    another process saves into the same folder.
+    another process saves into the same folder, which is made if it is missing.
+
+    Raises:
+        OSError: no access, a full disk; what was there is there again then, and nothing else.
     """
-    with _alone_in(folder) as alone:
+    with _made(folder), _alone_in(folder) as alone:
         if alone:  # then what is there was left by a process that was killed
             for stale in folder.glob("*".join(_TEMPORARY)):
                 shutil.rmtree(stale, ignore_errors=True)
@@ -38,13 +42,37 @@ def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], Any]], de
                 _sync(temporary / name)
             if described_by is not None and not _same(temporary / described_by, folder / described_by):
                 with contextlib.suppress(FileNotFoundError):
-                    (folder / described_by).unlink()
+                    os.rename(folder / described_by, temporary / _OLD)
                     _sync(folder)
-            for name in sorted(writers, key=lambda name: name == described_by):
-                os.replace(temporary / name, folder / name)
+            for i, name in enumerate(sorted(writers, key=lambda name: name == described_by)):
+                try:
+                    os.replace(temporary / name, folder / name)
+                except OSError:
+                    if i == 0 and (temporary / _OLD).exists():
+                        os.rename(temporary / _OLD, folder / described_by)
+                    raise
                 _sync(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_replacing(folder: Path) -> bool:
+    """Whether files of `folder` are being replaced, or were when that was interrupted."""
+    return any(folder.glob("*".join(_TEMPORARY)))
+
+
+@contextlib.contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Makes `folder` and its parents where they are missing, and removes what it made if that stays empty."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
 
 
 @contextlib.contextmanager

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,53 +22,75 @@ from ..bases import RandomBases
 from ..config import ALL_LINEAR, CONFIG_NAME, OWN_PEFT_TYPE, RandLoraConfig
 from ..injection import adapted_layers, saved_modules
 from ..layer import RandLoraLayer
+from ..names import plain_name
 from . import biases
 from .for_peft import drawn_dims, exact_targets, misread
-from .layout import FORMAT, METADATA_KEY, OWN_SETTINGS, PARAMETERS, PREFIX, WEIGHTS_NAME, checksum
+from .layout import FORMAT, METADATA_KEY, OWN_SETTINGS, PARAMETERS, PREFIX, WEIGHTS_NAME, check_numbers, checksum
 from .replace import replace_files
 
 if TYPE_CHECKING:
     from ..model import RandLoraModel
 
 
-def save(model: RandLoraModel, folder: str | os.PathLike, names: list[str], for_peft: bool | None = None) -> None:
+def save(
+    model: RandLoraModel,
+    folder: str | os.PathLike,
+    names: list[str],
+    for_peft: bool | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write the adapters `names`: ``"default"`` into `folder`, others into ``folder/<name>``.
 
     With ``save_projection=False`` a file holds the trained numbers and nothing else. Bases that came from a file, and
-    so cannot be made again, are always written. The same adapter always gives the same bytes.
+    so cannot be made again, are always written. The same adapter always gives the same bytes. All numbers are copied
+    first: what is written is what was checked, whatever other threads do to the model meanwhile.
 
     Args:
         for_peft: True: raise ``ValueError``, with nothing written, where PEFT could not compute the same. None: write
             it so that PEFT refuses to load it. False: write no projections, whatever the config says.
+        state_dict: the model's, to take the numbers from, as it is gathered from processes that hold a part each.
 
     Raises:
-        ValueError: see above, or an adapter whose layers differ in what its one config says. OSError: the folder cannot
-            be written.
+        ValueError: see above; an adapter whose layers differ in what its one config says; NaN, infinity and whatever
+            else could not be loaded again, by name. Nothing is written then.
+        OSError: the folder cannot be written, or the disk is full; the old files are as they were then.
     """
-    prepared = [(name, *_contents(model, name, for_peft)) for name in names]
+    prepared = [(name, *_contents(model, name, for_peft, state_dict)) for name in names]
     for name, config, tensors, projections, metadata in prepared:
         target = Path(folder) if name == "default" else Path(folder) / name
-        target.mkdir(parents=True, exist_ok=True)
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        complete = _apart(tensors | projections())
+        complete = tensors | _apart(projections())
         writers = {
-            WEIGHTS_NAME: lambda path, t=complete, m=metadata: save_file(t, path, m),
+            WEIGHTS_NAME: lambda path, t=complete, m=metadata: _write(path, t, m),
             CONFIG_NAME: lambda path, text=text: path.write_text(text, encoding="utf-8"),
         }
         replace_files(target, writers, described_by=CONFIG_NAME)
 
 
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:  # what the system says is in its text
+        if found := re.search(r"os error (\d+)", str(error)):
+            number = int(found.group(1))
+            raise OSError(number, os.strerror(number), str(path)) from error
+        raise
+
+
 def _contents(
-    model: RandLoraModel, name: str, for_peft: bool | None
+    model: RandLoraModel, name: str, for_peft: bool | None, state_dict: Mapping[str, Tensor] | None
 ) -> tuple[dict, dict[str, Tensor], Callable[[], dict[str, Tensor]], dict[str, str]]:
     """The config, the trained numbers, what makes the projections (none are held before they are written), metadata."""
-    config = model.peft_config[name]
+    config = copy.deepcopy(model.peft_config[name])
     layers = {path: layer for path, layer in adapted_layers(model.model).items() if name in layer.randlora_lambda}
     bases = _same_everywhere(name, config, layers)
     slots = {path: (layer.in_features, layer.out_features) for path, layer in layers.items()}
     dims = injection.required(config, slots)
     for_all = drawn_dims(model.model, config, layers)
     given = bases.prng == "none"
+    if given:
+        pair = (_copy(name, f"randlora_{x}", t, t.dtype) for x, t in zip("AB", bases.given, strict=True))
+        bases = RandomBases.from_tensors(*pair)
     with_bases = given or (config.save_projection and for_peft is not False)
     reason = misread(model.model, config, layers, bases, for_all, with_bases)
     if for_peft and reason:
@@ -73,7 +98,7 @@ def _contents(
     if reason:
         with_bases = given  # only PEFT has a use for others
 
-    tensors = _trained(model, name, config, layers)
+    tensors = _trained(model, name, config, layers, state_dict)
 
     def projections() -> dict[str, Tensor]:
         made = _projections(bases, dims if reason else for_all) if with_bases else ()
@@ -135,20 +160,65 @@ def _same_everywhere(name: str, config: RandLoraConfig, layers: dict[str, RandLo
 
 
 def _trained(
-    model: RandLoraModel, name: str, config: RandLoraConfig, layers: dict[str, RandLoraLayer]
+    model: RandLoraModel,
+    name: str,
+    config: RandLoraConfig,
+    layers: dict[str, RandLoraLayer],
+    state_dict: Mapping[str, Tensor] | None,
 ) -> dict[str, Tensor]:
+    """Copies of what the adapter trains, by their names in the file."""
+    given = None if state_dict is None else {_in_state(key): value for key, value in state_dict.items()}
+
+    def copy_of(key: str, live: Any, dtype: torch.dtype | None = None) -> Tensor:
+        value = live if given is None else given.get(key)
+        if value is None:
+            raise ValueError(f"adapter {name!r} cannot be saved: state_dict has no {key}, which this model has")
+        if isinstance(value, Tensor) and value.shape != live.shape:
+            raise ValueError(
+                f"adapter {name!r} cannot be saved: state_dict has {key} of shape {list(value.shape)}, where this "
+                f"model's is {list(live.shape)}"
+            )
+        return _copy(name, key, value, dtype)
+
     tensors = {
-        f"{PREFIX}{slot}.{part}": getattr(layer, part)[name] for slot, layer in layers.items() for part in PARAMETERS
+        f"{PREFIX}{plain_name(slot)}.{part}": copy_of(
+            plain_name(f"model.{slot}.{part}.{name}"), getattr(layer, part)[name], torch.float32
+        )
+        for slot, layer in layers.items()
+        for part in PARAMETERS
     }
     saved = {path: m for path, m in saved_modules(model.model).items() if name in m.modules_to_save}
     for path, module in saved.items():
-        state = module.modules_to_save[name].state_dict()
-        tensors |= {f"{PREFIX}{path}.{key}": value for key, value in state.items()}
+        for key, value in module.modules_to_save[name].state_dict().items():
+            source = plain_name(f"model.{path}.modules_to_save.{name}.{key}")
+            tensors[plain_name(f"{PREFIX}{path}.{key}")] = copy_of(source, value)
+    adapted = set(map(plain_name, layers))
     for path, bias in biases.trained(model.model, config.bias, layers, saved).items():
         owner = path.rpartition(".")[0]
         # As in a model that has this adapter only.
-        tensors[f"{PREFIX}{owner}.base_layer.bias" if owner in layers else f"{PREFIX}{path}"] = bias
+        key = f"{PREFIX}{owner}.base_layer.bias" if owner in adapted else f"{PREFIX}{path}"
+        tensors[key] = copy_of(f"model.{path}", bias)
     return tensors
+
+
+def _in_state(key: str) -> str:
+    """A key of the model's state dict, also as DistributedDataParallel and torch.compile give it; biases: plain."""
+    key = plain_name(key).removeprefix("module.")
+    return biases.plain(key) if biases.is_bias(key) and ".modules_to_save." not in key else key
+
+
+def _copy(name: str, key: str, value: Any, dtype: torch.dtype | None) -> Tensor:
+    """A copy on the CPU of a tensor that can be loaded into one of `dtype` (default: its own), or ``ValueError``."""
+    what = f"adapter {name!r} cannot be saved: {key}"
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{what} must be a tensor, got {type(value).__name__}")
+    if value.is_meta:
+        raise ValueError(f"{what} is on the meta device and has no numbers: load or train it first")
+    if hasattr(value, "full_tensor"):
+        raise ValueError(f"{what} is one part of a tensor that several processes hold: give state_dict, gathered")
+    result = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    check_numbers(what, result, dtype or result.dtype)
+    return result
 
 
 def _projections(bases: RandomBases, dims: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
@@ -166,14 +236,9 @@ def _projections(bases: RandomBases, dims: tuple[int, int, int]) -> tuple[Tensor
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, contiguous, each with memory of its own: safetensors writes no tied or partial tensors."""
-    seen: set[int] = set()
+    """On the CPU, contiguous, each with memory of its own: safetensors writes no partial tensors."""
     result = {}
     for key, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:
-            tensor = tensor.clone()
-        seen.add(tensor.untyped_storage().data_ptr())
-        result[key] = tensor
+        result[key] = tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
     return result

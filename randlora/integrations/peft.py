@@ -99,11 +99,20 @@ def _replacements(tuner: type) -> list[tuple[Any, Any, Any]]:
     """Everything in PEFT that is replaced, as (object, attribute or key, replacement)."""
     import peft
 
+    from . import _peft_files
+
+    reading = peft.utils.save_and_load
+    set_state_dict = _peft_files.renaming(reading.set_peft_model_state_dict)
     return [
         (peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING, peft.PeftType.RANDLORA, tuner),  # what PEFT looks tuners up in
         (peft, "RandLoraModel", tuner),  # these for those who construct it themselves
         (peft.tuners, "RandLoraModel", tuner),
         (peft.tuners.randlora, "RandLoraModel", tuner),
+        (reading, "safe_load_file", _peft_files.checked(reading.safe_load_file)),
+        *(
+            (where, "set_peft_model_state_dict", set_state_dict)
+            for where in (peft, peft.utils, peft.peft_model, reading)
+        ),
     ]
 
 
