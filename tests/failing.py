@@ -2,6 +2,8 @@
 
 import sys
 
+import torch
+
 # Undoing must not fail as well, and an exception at the end of a block is past the point where it could be undone.
 UNDOING = ("randlora/undo.py", "contextlib.py")
 
@@ -40,9 +42,11 @@ def _run(operation, arguments, k):
             sys.setprofile(None)
             raise Failure(f"{event} {made}: {frame.f_code.co_name} {getattr(function, '__name__', '')}")
 
+    gradients = torch.is_grad_enabled()
     sys.setprofile(watch)
     try:
         operation(*arguments)
     finally:
         sys.setprofile(None)
+        torch.set_grad_enabled(gradients)  # the failure may have been that of switching them back
     return made
