@@ -164,13 +164,14 @@ def unload(
         from tqdm import tqdm
 
         bar = tqdm(bar, desc="merge and unload" if merged else "unload", unit="layer")
-    with all_or_nothing(model):
-        before = ties.before_unloading(model, merged)
-        ties.part(model, merged)
+    shared = ties.before_unloading(model, merged)
     if low_memory:
+        with all_or_nothing(model):
+            ties.part(model, merged)
         _merge(bar, safe_merge, keep=False)
     with all_or_nothing(model), merged_or_not(() if low_memory else wanted):
         if not low_memory:
+            ties.part(model, merged)
             _merge(bar, safe_merge, keep=True)
         attentions = {n: m for n, m in model.named_modules() if isinstance(m, MultiheadAttention)}
         places = Places(model)
@@ -185,7 +186,7 @@ def unload(
         for module in model.modules():
             if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
                 restore_fast_path(module)
-        ties.forget(model, before)
+        ties.forget(model, shared)
     return model
 
 

@@ -158,7 +158,7 @@ class RandLoraModel(ActiveAdapters):
 
     def unload(self) -> nn.Module:
         """The model as it was before, without adapters; this object is of no use afterwards."""
-        with self._unmerged():
+        with all_or_nothing(self), self._unmerged():
             return injection.unload(self.model, [])
 
     # ---- calls ----

@@ -41,7 +41,7 @@ def part(model: nn.Module, merged: Iterable[str]) -> None:
         warnings.warn(
             f"{name!r} shares its weight with {_names(others)}: merging gives it one of its own, they are no longer "
             "tied",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
