@@ -15,6 +15,7 @@ from .layer import BaseTensors, RandLoraLayer
 from .mixed import add_updates
 from .patterns import is_planes
 from .planner import STRATEGIES
+from .undo import all_or_nothing
 
 
 class Linear(nn.Linear, RandLoraLayer):
@@ -97,8 +98,9 @@ class Linear(nn.Linear, RandLoraLayer):
             bases=bases,
             num_bases=num_bases,
         )
-        base_layer.requires_grad_(False)
-        quantized.prepare(base_layer)
+        with all_or_nothing(base_layer):
+            base_layer.requires_grad_(False)
+            quantized.prepare(base_layer)
 
     @property
     def weight(self) -> Tensor:

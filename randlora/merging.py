@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import quantized
 from .checks import require_dtype
@@ -16,7 +17,7 @@ class Mergeable:
     """The merging half of :class:`randlora.RandLoraLayer`, whose attributes it uses.
 
     ``merged_adapters`` names what is in the weight; ``_unmerged_weight`` is the weight as it was before: a tensor, or
-    for quantised layers the parameter itself in a tuple.
+    for quantised layers the parameter itself in a tuple. It is None in a merged layer whose weight was not kept.
     """
 
     @property
@@ -38,7 +39,7 @@ class Mergeable:
             safe_merge: raise ``ValueError``, with nothing changed, if the merged weight is not finite.
 
         Raises:
-            TypeError: a weight of a dtype that updates cannot be added to.
+            TypeError, ValueError: see :meth:`check_merge`. Nothing is changed then, or if memory runs out.
         """
         if isinstance(adapter_names, str):
             adapter_names = [adapter_names]
@@ -50,21 +51,41 @@ class Mergeable:
             names = [name for name in names if name not in repeated]
         if not names:
             return
+        self.check_merge(names)
         base, kept = self.get_base_layer(), self._unmerged_weight
         weight = base.weight
-        if isinstance(kept, tuple) or quantized.is_quantized(base):
+        if self._is_quantized():
             self._merge_quantized(base, names, safe_merge)
             return
-        require_dtype("the base weight's dtype", weight.dtype)
         with torch.no_grad():
             merged = sum((self.get_delta_weight(name).to(weight.device) for name in names), start=weight)
             merged = merged.to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"merging {', '.join(names)} gives NaN or infinity in the weight; nothing was changed")
-            if kept is None:
+        with merged_or_not([self]), torch.no_grad():
+            if kept is None and not self.merged:
                 self._unmerged_weight = weight.detach().clone()
+            self.merged_adapters.extend(names)
             weight.copy_(merged)
-        self.merged_adapters.extend(names)
+
+    def check_merge(self, adapter_names: Sequence[str]) -> None:
+        """Raise what :meth:`merge` would raise whatever the numbers are; for a look at all layers before the first.
+
+        Raises:
+            ValueError: a weight that the base layer computes anew at every call, such as a parametrised or pruned one:
+                what is added to it would be lost.
+            TypeError: a weight of a dtype that updates cannot be added to.
+        """
+        base = self.get_base_layer()
+        if not isinstance(base._parameters.get("weight"), nn.Parameter):
+            raise ValueError(_recomputed(base))
+        if not self._is_quantized():
+            require_dtype("the base weight's dtype", base.weight.dtype)
+        if self._unmerged_weight is None and self.merged and self._is_quantized():
+            raise ValueError(_NOT_KEPT)
+
+    def _is_quantized(self) -> bool:
+        return isinstance(self._unmerged_weight, tuple) or quantized.is_quantized(self.get_base_layer())
 
     def _merge_quantized(self, base: nn.Module, names: list[str], safe_merge: bool) -> None:
         kept = self._unmerged_weight
@@ -74,10 +95,11 @@ class Mergeable:
             parameter, stands_for, loss = quantized.merged_parameter(base, update, original)
             if safe_merge and not torch.isfinite(stands_for).all():
                 raise ValueError(f"merging {', '.join(names)} gives NaN or infinity in the weight; nothing was changed")
-        before = quantized.replace_weight(base, parameter)
-        if kept is None:
-            self._unmerged_weight = (before,)
-        self.merged_adapters.extend(names)
+        with merged_or_not([self]):
+            before = quantized.replace_weight(base, parameter)
+            if kept is None:
+                self._unmerged_weight = (before,)
+            self.merged_adapters.extend(names)
         if loss is not None:
             warnings.warn(loss, stacklevel=3)
 
@@ -86,11 +108,86 @@ class Mergeable:
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        base, kept = self.get_base_layer(), self._unmerged_weight
-        if isinstance(kept, tuple):
-            quantized.replace_weight(base, kept[0])
-        else:
-            with torch.no_grad():
-                base.weight.copy_(kept)
-        self._unmerged_weight = None
-        self.merged_adapters.clear()
+        with unmerged([self]):
+            pass
+
+
+@contextlib.contextmanager
+def unmerged(layers: Iterable[Mergeable]) -> Iterator[None]:
+    """Gives the base weights of these merged layers back; if that or the block raises, they are merged again."""
+    layers, done = list(layers), []
+    if any(layer._unmerged_weight is None for layer in layers):
+        raise ValueError(_NOT_KEPT)
+    try:
+        for layer in layers:
+            _exchange(layer)
+            done.append((layer, layer._unmerged_weight, list(layer.merged_adapters)))
+        yield
+        for layer in layers:
+            layer._unmerged_weight = None
+            layer.merged_adapters.clear()
+    except BaseException:
+        for layer, merged, names in done:
+            layer._unmerged_weight, layer.merged_adapters[:] = merged, names
+            _exchange(layer)
+        raise
+
+
+def _exchange(layer: Mergeable) -> None:
+    """Lets the merged weight and the kept one change places: it can be undone, and needs memory for one layer only."""
+    base, kept = layer.get_base_layer(), layer._unmerged_weight
+    if isinstance(kept, tuple):
+        layer._unmerged_weight = (quantized.replace_weight(base, kept[0]),)
+        return
+    with torch.no_grad():
+        merged = base.weight.detach().clone()
+        try:
+            base.weight.copy_(kept)
+            kept.copy_(merged)
+        except BaseException:
+            base.weight.copy_(merged)
+            raise
+
+
+@contextlib.contextmanager
+def merged_or_not(layers: Iterable[Mergeable]) -> Iterator[None]:
+    """If the block, which merges adapters into some of `layers`, raises, all of them are as they were before it.
+
+    The weights as they were come from what the layers keep; of layers that are merged already a copy is made.
+    """
+    before = [(layer, layer._unmerged_weight, list(layer.merged_adapters), _current(layer)) for layer in layers]
+    try:
+        yield
+    except BaseException:
+        for layer, kept, names, weight in before:
+            base = layer.get_base_layer()
+            if isinstance(weight, nn.Parameter):
+                if base.weight is not weight:
+                    quantized.replace_weight(base, weight)
+            elif (source := layer._unmerged_weight if weight is None else weight) is not None:
+                with torch.no_grad():
+                    base.weight.copy_(source)
+            layer._unmerged_weight, layer.merged_adapters[:] = kept, names
+        raise
+
+
+def _current(layer: Mergeable) -> Tensor | None:
+    """What the layer's weight must be set to again: None where the layer will keep it itself."""
+    if layer._is_quantized():
+        return layer.get_base_layer().weight
+    return layer.get_base_layer().weight.detach().clone() if layer.merged else None
+
+
+_NOT_KEPT = "the weight as it was before merging was not kept (merge_and_unload with low_memory=True)"
+
+
+def _recomputed(base: nn.Module) -> str:
+    """Why this layer cannot be merged into, and what to do."""
+    what = "computed anew from others at every call, so that a merged update would be lost"
+    way = "remove what computes it, for example with torch.nn.utils.prune.remove or remove_weight_norm"
+    if torch.nn.utils.parametrize.is_parametrized(base, "weight"):
+        way = "torch.nn.utils.parametrize.remove_parametrizations(layer.get_base_layer(), 'weight') removes that"
+    elif not base._forward_pre_hooks:
+        what = "a tensor that no state dict holds"
+        way = "layer.get_base_layer().weight = torch.nn.Parameter(layer.weight.detach()) makes it one"
+    return f"the weight of this {type(base).__name__} is no parameter but {what}: {way}; nothing was changed"

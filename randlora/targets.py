@@ -54,7 +54,7 @@ def find_targets(model: nn.Module, config: RandLoraConfig) -> dict[str, nn.Modul
         inner = tuple(f"{name}." for name, module in modules.items() if is_attention(module))
         found = {n[0]: modules[n[0]] for n in (names[key] for key, left in allowed.items() if left)}
         linear = {name: m for name, m in found.items() if is_supported(m) and not name.startswith(inner)}
-        return _some({name: m for name, m in linear.items() if m is not head}, model, config)
+        return _some({n: m for n, m in linear.items() if m is not head and all(layer_sizes(m))}, model, config)
     is_wanted = _matcher("target_modules", wanted)
     meant = [names[key][0] for key, left in allowed.items() if any(is_wanted(plain_name(name)) for name in left)]
     hits = {name: modules[name] for name in meant}
@@ -83,6 +83,11 @@ def _check_supported(found: dict[str, nn.Module], wanted: list[str] | str) -> No
             raise ValueError(
                 f"target_modules={wanted!r} matches {plain_name(name)!r}, which torch.compile has compiled by itself "
                 "and would go on calling as it was: adapt it before, or compile a module around it"
+            )
+        if is_supported(module) and not all(layer_sizes(module)):
+            raise ValueError(
+                f"target_modules={wanted!r} matches {name!r}, a {type(module).__name__} with (in, out) = "
+                f"{layer_sizes(module)}: without numbers there is nothing to adapt; exclude_modules leaves it out"
             )
         if not is_supported(module):
             inside = [f"{name}.{n}" for n, m in module.named_modules() if n and is_supported(m)][:3]
@@ -215,7 +220,8 @@ def peft_dims(model: nn.Module, config: RandLoraConfig, found: dict[str, nn.Modu
 def layer_sizes(module: nn.Module) -> tuple[int, int]:
     """in_features and out_features of a layer that :func:`is_supported`."""
     if is_attention(module):
-        return max(module.embed_dim, module.kdim, module.vdim), module.embed_dim
+        sizes = module.embed_dim, module.kdim, module.vdim
+        return max(sizes) if all(sizes) else 0, module.embed_dim
     if hasattr(module, "in_features"):
         return module.in_features, module.out_features
     return tuple(module.weight.shape)  # Conv1D
