@@ -6,6 +6,7 @@ Environment variables:
     TORCH_CUDA_ARCH_LIST  GPU architectures, as everywhere in PyTorch; "native" means the GPUs of this machine
     CUDA_HOME             the CUDA toolkit, where it is neither on PATH nor in /usr/local/cuda
     MAX_JOBS              how many files to compile at once
+    RANDLORA_SANITIZE     1: with AddressSanitizer and UndefinedBehaviorSanitizer, for "make asan"
 """
 
 import importlib.util
@@ -26,6 +27,9 @@ ROOT = Path(__file__).resolve().parent
 # sm_80 code runs on every Ampere and Ada GPU, sm_90a is Hopper with all its instructions, and the PTX of compute_90
 # is compiled by the driver on anything newer.
 DEFAULT_ARCHS = "8.0;9.0a;9.0+PTX"
+
+# The process ends at the first error.
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
 
 class CudaMissing(Exception):
@@ -153,6 +157,10 @@ def extension_with_torch():
         "nvcc": ["-O3", "-lineinfo", "-Xcompiler", "-fvisibility=hidden"],
     }
     extension.include_dirs.insert(0, str(ROOT / "csrc"))
+    sanitize = os.environ.get("RANDLORA_SANITIZE") == "1"
+    if sanitize:
+        extension.extra_compile_args["cxx"] += ["-O1", "-g1", *SANITIZERS]
+        extension.extra_link_args += SANITIZERS
 
     class Build(cpp_extension.BuildExtension):
         def finalize_options(self):
@@ -161,6 +169,7 @@ def extension_with_torch():
             # build/; kept for editable installs too, for which setuptools would take a temporary folder. Linking is
             # always done anew, compiling only where something changed: ninja knows.
             tag = f"{sys.implementation.cache_tag}-torch-{torch.__version__}-{'cuda' if toolkit else 'cpu'}"
+            tag += "-sanitized" if sanitize else ""
             self.build_temp = str(ROOT / "build" / "objects" / tag)
             self.force = True
 

@@ -1,11 +1,35 @@
 #include "bases.h"
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 
+#include <c10/core/GradMode.h>
 #include <c10/util/Exception.h>
 
+#include "sizes.h"
+
 namespace randlora {
+namespace {
+
+// Whether no two elements can be the same memory, as those of expanded tensors are: ordered by stride, each axis steps
+// over all that the ones before it reach.
+bool is_apart(const at::Tensor& t) {
+  std::array<int, 3> axes{0, 1, 2};
+  std::sort(axes.begin(), axes.end(), [&](int a, int b) {
+    return t.stride(a) < t.stride(b);
+  });
+  int64_t reach = 1;
+  for (const int axis : axes) {
+    if (t.size(axis) == 1) continue;
+    if (t.stride(axis) < reach) return false;
+    reach += (t.size(axis) - 1) * t.stride(axis);
+  }
+  return true;
+}
+
+}  // namespace
 
 uint32_t ternary_threshold(double sparsity) {
   TORCH_CHECK_VALUE(sparsity >= 1.0 && sparsity <= 2147483648.0,
@@ -15,8 +39,7 @@ uint32_t ternary_threshold(double sparsity) {
 
 BaseSlice make_base_slice(const at::Tensor& out, int64_t seed, int64_t stream, c10::IntArrayRef offsets,
                           std::optional<double> sparsity) {
-  const bool floating = out.scalar_type() == at::kFloat || out.scalar_type() == at::kDouble ||
-                        out.scalar_type() == at::kBFloat16 || out.scalar_type() == at::kHalf;
+  const bool floating = is_float(out.scalar_type());
   TORCH_CHECK_TYPE(floating || (sparsity.has_value() && out.scalar_type() == at::kChar),
                    "out must be float64, float32, bfloat16 or float16", sparsity.has_value() ? " or int8" : "",
                    sparsity.has_value() ? "" : " (int8 holds ternary bases only: give a sparsity)", ", got ",
@@ -24,6 +47,11 @@ BaseSlice make_base_slice(const at::Tensor& out, int64_t seed, int64_t stream, c
   TORCH_CHECK_VALUE(out.dim() == 3, "out must have 3 dimensions (A: [r, 1, m], B: [M, n, r]), got shape ", out.sizes());
   TORCH_CHECK_VALUE(out.stride(2) == 1 || out.size(2) <= 1, "out must be contiguous along its last axis, got strides ",
                     out.strides());
+  TORCH_CHECK_VALUE(out.numel() == 0 || is_apart(out),
+                    "out must have an element of memory for each of its elements, got shape ", out.sizes(),
+                    " and strides ", out.strides(), ": fill a contiguous tensor and expand that");
+  TORCH_CHECK_VALUE(!out.requires_grad() || !c10::GradMode::is_enabled(),
+                    "out requires a gradient, and what writes into it has none: use torch.no_grad()");
   TORCH_CHECK_VALUE(stream == 0 || stream == 1, "stream must be 0 (A) or 1 (B), got ", stream);
   TORCH_CHECK_VALUE(offsets.size() == 3, "offsets must be 3 integers, one per axis of out, got ", offsets);
   TORCH_CHECK_VALUE(stream == 1 || (out.size(1) <= 1 && offsets[1] == 0),
@@ -34,6 +62,7 @@ BaseSlice make_base_slice(const at::Tensor& out, int64_t seed, int64_t stream, c
                       "a base has at most 2^31 - 1 elements along an axis, got offset ", offsets[axis], " and size ",
                       out.size(axis), " along axis ", axis);
   }
+  out.unsafeGetTensorImpl()->bump_version();  // autograd tells by it that what it has kept was written to
   BaseSlice slice{};
   slice.size0 = out.size(0);
   slice.size1 = out.size(1);

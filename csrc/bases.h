@@ -27,7 +27,7 @@ struct BaseSlice {
   RANDLORA_HD int64_t quads_per_row() const { return (start2 % 4 + size2 + 3) / 4; }
 };
 
-// Checks the arguments (ValueError, TypeError) and describes the slice.
+// Checks the arguments (ValueError, TypeError), marks `out` as written to and describes the slice.
 BaseSlice make_base_slice(const at::Tensor& out, int64_t seed, int64_t stream, c10::IntArrayRef offsets,
                           std::optional<double> sparsity);
 

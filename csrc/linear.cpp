@@ -138,7 +138,7 @@ class Layer {
           },
           factored);
     }
-    if (dx_update.defined()) dx.add_(dropped(dx_update));
+    if (dx_update.defined()) dx = dx.defined() ? dx.add_(dropped(dx_update)) : dropped(dx_update);
     const auto none = [](const at::Tensor& like) {
       return at::empty({0}, like.options());
     };
@@ -320,6 +320,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(
     const std::optional<at::Tensor>& seed, bool weight_is_transposed, int64_t workspace, at::TensorList pattern,
     bool need_x, bool need_lambda, bool need_gamma) {
   const PlainKernels guard;
+  TORCH_CHECK_VALUE(grad.dim() == x.dim() && grad.dim() >= 1,
+                    "grad must have shape [..., out] with the leading shape of x ", x.sizes(), ", got ", grad.sizes());
   LayerArguments a{x,
                    weight,
                    std::nullopt,
@@ -337,6 +339,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(
                    workspace,
                    pattern.vec()};
   check(a);
+  check_tensor(grad, "grad", x);
   TORCH_CHECK_VALUE(grad.sizes().slice(0, grad.dim() - 1) == x.sizes().slice(0, x.dim() - 1),
                     "grad must have the leading shape of x ", x.sizes(), ", got ", grad.sizes());
   a.dtype = product_dtype(x, dtype);

@@ -37,6 +37,9 @@ struct LayerArguments {
 
 Strategy parse_strategy(std::string_view name);
 
+// Throws ValueError / TypeError unless `t` is a strided tensor of floats where x is.
+void check_tensor(const at::Tensor& t, const char* name, const at::Tensor& x);
+
 // Throws ValueError / TypeError unless the arguments describe one layer.
 void check(const LayerArguments& a);
 

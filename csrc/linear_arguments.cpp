@@ -3,8 +3,11 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/Exception.h>
 
+#include "dropout.h"
 #include "linear.h"
 #include "packed_update.h"
+#include "sizes.h"
+#include "sparse_update.h"
 
 namespace randlora {
 namespace {
@@ -17,6 +20,14 @@ bool multiplies(const char* query) {
 
 }  // namespace
 
+void check_tensor(const at::Tensor& t, const char* name, const at::Tensor& x) {
+  TORCH_CHECK_TYPE(is_float(t.scalar_type()), name, " must be float64, float32, bfloat16 or float16, got ",
+                   t.scalar_type());
+  TORCH_CHECK_VALUE(t.layout() == at::kStrided && t.device() == x.device(), name,
+                    " must be a strided tensor on the device of x, ", x.device(), ", got ", t.layout(), " on ",
+                    t.device());
+}
+
 Strategy parse_strategy(std::string_view name) {
   if (name == "factored") return Strategy::factored;
   if (name == "materialized") return Strategy::materialized;
@@ -26,22 +37,29 @@ Strategy parse_strategy(std::string_view name) {
 
 void check(const LayerArguments& a) {
   TORCH_CHECK_VALUE(a.x.dim() >= 1, "x must have shape [..., in], got a tensor without dimensions");
+  TORCH_CHECK_TYPE(is_float(a.dtype), "dtype must be float64, float32, bfloat16 or float16, got ", a.dtype);
+  check_tensor(a.x, "x", a.x);
+  check_tensor(a.lambda, "randlora_lambda", a.x);
+  check_tensor(a.gamma, "randlora_gamma", a.x);
+  if (a.weight.has_value()) check_tensor(*a.weight, "weight", a.x);
+  if (a.bias.has_value()) check_tensor(*a.bias, "bias", a.x);
   const int64_t in = a.x.size(-1), out = a.out_features, m = std::min(in, out), M = std::max(in, out);
-  TORCH_CHECK_VALUE(m >= 1, "in and out features must be at least 1, got ", in, " and ", out);
+  check_size("in features", in);
+  check_size("out features", out);
   if (a.weight.has_value()) {
     const at::Tensor& w = *a.weight;
     const int64_t in_axis = a.weight_is_transposed ? 0 : 1;
     TORCH_CHECK_VALUE(w.dim() == 2 && w.size(in_axis) == in && w.size(1 - in_axis) == out, "weight must have shape ",
                       a.weight_is_transposed ? "[in, out]" : "[out, in]", " with in = ", in, " as in x ", a.x.sizes(),
                       " and out = ", out, ", got ", w.sizes());
-    TORCH_CHECK_VALUE(w.device() == a.x.device(), "weight must be on the device of x, ", a.x.device(), ", got ",
-                      w.device());
   }
   TORCH_CHECK_VALUE(!a.bias.has_value() || (a.bias->dim() == 1 && a.bias->size(0) == out && a.weight.has_value()),
                     "bias must have shape [out] = [", out, "] and come with a weight");
   TORCH_CHECK_VALUE(a.lambda.dim() == 2 && a.lambda.numel() > 0, "randlora_lambda must have shape [r, n], got ",
                     a.lambda.sizes());
   const int64_t r = a.lambda.size(0), n = a.lambda.size(1);
+  check_size("r", r);
+  check_size("n", n);
   TORCH_CHECK_VALUE(a.gamma.dim() == 2 && a.gamma.size(0) == n && a.gamma.size(1) == m,
                     "randlora_gamma must have shape [n, m] = [", n, ", ", m, "], got ", a.gamma.sizes());
   if (a.pattern.empty()) {
@@ -50,19 +68,19 @@ void check(const LayerArguments& a) {
                       "A must have shape [r, 1, >= m] = [", r, ", 1, >= ", m, "], got ", a.A->sizes());
     TORCH_CHECK_VALUE(a.B->dim() == 3 && a.B->size(0) >= M && a.B->size(1) >= n && a.B->size(2) == r,
                       "B must have shape [>= M, >= n, r] = [>= ", M, ", >= ", n, ", ", r, "], got ", a.B->sizes());
-    for (const at::Tensor& t : {*a.A, *a.B})
-      TORCH_CHECK_VALUE(t.device() == a.x.device(), "bases must be on the device of x, ", a.x.device(), ", got ",
-                        t.device());
+    check_tensor(*a.A, "A", a.x);
+    check_tensor(*a.B, "B", a.x);
   } else {
     TORCH_CHECK_VALUE(a.strategy != Strategy::factored || is_packed(a.pattern) || a.x.is_cpu(),
                       "very sparse bases have a factored strategy on the CPU only, got ", a.x.device());
-    if (is_packed(a.pattern)) check_packed(a.pattern, r, n, m, M, a.x);
+    if (is_packed(a.pattern))
+      check_packed(a.pattern, r, n, m, M, a.x);
+    else
+      check_pattern(a.pattern, a.lambda, a.gamma, M);
   }
-  for (const at::Tensor& t : {a.lambda, a.gamma})
-    TORCH_CHECK_VALUE(t.device() == a.x.device(), "bases and parameters must be on the device of x, ", a.x.device(),
-                      ", got ", t.device());
   TORCH_CHECK_VALUE(a.dropout >= 0 && a.dropout < 1, "dropout must be at least 0 and below 1, got ", a.dropout);
   TORCH_CHECK_VALUE(a.dropout == 0 || a.seed.has_value(), "dropout needs a seed");
+  if (a.dropout > 0) check_dropout(a.x, *a.seed, a.dropout);
   TORCH_CHECK_VALUE(a.strategy != Strategy::merged || (a.dropout == 0 && a.weight.has_value()),
                     "the merged strategy needs the base weight and takes no dropout");
   TORCH_CHECK_VALUE(a.workspace >= 0, "workspace must be 0 (no limit) or a number of bytes, got ", a.workspace);

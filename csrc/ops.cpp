@@ -25,6 +25,10 @@ TORCH_LIBRARY(randlora, m) {
       "sparse_update_backward(Tensor grad, Tensor[] pattern, Tensor randlora_lambda, Tensor randlora_gamma,"
       " float scale, bool need_lambda, bool need_gamma) -> (Tensor, Tensor)");
 
+  // Nothing, or an error if these are not the lists, planes or bits of any bases. Ops do it by themselves; who makes a
+  // pattern does it for a call that must not wait for the device, such as one under graph capture.
+  m.def("check_pattern(Tensor[] pattern) -> ()");
+
   // Rows of packed ternary bases made dense, see packed_update.h.
   m.def(
       "packed_expand(Tensor[] pattern, int n, int min_dim, int max_dim, ScalarType dtype, int first=0, int? rows=None)"

@@ -2,8 +2,11 @@
 
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
+#include <torch/library.h>
 
+#include "contents.h"
 #include "ops.h"
+#include "sizes.h"
 #include "sparse_update.h"
 
 namespace randlora {
@@ -29,14 +32,26 @@ void for_groups(at::TensorList pattern, const SparsePattern& s, at::ScalarType d
 
 }  // namespace
 
+void check_packed_lists(const at::Tensor& starts, const at::Tensor& entries) {
+  for (const at::Tensor& t : {starts, entries}) {
+    TORCH_CHECK_TYPE(t.scalar_type() == at::kInt, "a_starts and a_entries must be int32, got ", t.scalar_type());
+    TORCH_CHECK_VALUE(t.layout() == at::kStrided && t.dim() == 1 && t.is_contiguous(),
+                      "a_starts and a_entries must be contiguous vectors, got shape ", t.sizes());
+  }
+  largest_of_lists(starts, entries, "a_entries");  // columns that the layer does not have are left out
+}
+
 PackedPattern check_packed(at::TensorList pattern, int64_t r, int64_t n, int64_t m, int64_t M, const at::Tensor& like) {
   TORCH_CHECK_VALUE(is_packed(pattern),
                     "pattern must be a_starts, a_entries and b_planes, or a_planes and b_planes, got ", pattern.size(),
                     " tensors");
-  TORCH_CHECK_VALUE(M >= 1, "max_dim must be at least 1, got ", M);
+  check_size("r", r);
+  check_size("n", n);
+  check_size("m", m);
+  check_size("max_dim", M);
   for (const at::Tensor& t : pattern)
-    TORCH_CHECK_VALUE(t.is_contiguous() && t.device() == like.device(), "pattern must be contiguous on ", like.device(),
-                      ", got shape ", t.sizes(), " on ", t.device());
+    TORCH_CHECK_VALUE(t.layout() == at::kStrided && t.is_contiguous() && t.device() == like.device(),
+                      "pattern must be contiguous on ", like.device(), ", got shape ", t.sizes(), " on ", t.device());
   PackedPattern s{};
   if (is_bits(pattern)) {
     const at::Tensor& a = pattern[0];
@@ -47,11 +62,10 @@ PackedPattern check_packed(at::TensorList pattern, int64_t r, int64_t n, int64_t
     s.a_words = a.size(2);
   } else {
     const at::Tensor &starts = pattern[0], &entries = pattern[1];
-    TORCH_CHECK_TYPE(starts.scalar_type() == at::kInt && entries.scalar_type() == at::kInt,
-                     "a_starts and a_entries must be int32, got ", starts.scalar_type(), " and ",
-                     entries.scalar_type());
-    TORCH_CHECK_VALUE(starts.dim() == 1 && starts.numel() == r + 1 && entries.dim() == 1,
-                      "a_starts must have shape [r + 1] = [", r + 1, "], got ", starts.sizes());
+    check_packed_lists(starts, entries);
+    TORCH_CHECK_VALUE(starts.numel() == r + 1, "a_starts must have shape [r + 1] = [", r + 1, "], got ",
+                      starts.sizes());
+    TORCH_CHECK_VALUE(m <= int64_t{1} << 30, "entries reach to 2^30 columns, got m = ", m);
     s.planes = 2;
     s.a_starts = starts.const_data_ptr<int32_t>();
     s.a_entries = entries.const_data_ptr<int32_t>();
@@ -69,14 +83,14 @@ PackedPattern check_packed(at::TensorList pattern, int64_t r, int64_t n, int64_t
 
 Expansion make_expansion(at::TensorList pattern, int64_t n, int64_t m, int64_t M, at::ScalarType dtype, int64_t first,
                          std::optional<int64_t> rows) {
-  TORCH_CHECK_VALUE(is_packed(pattern) && pattern[0].dim() >= 1 && n >= 1 && m >= 1, "n and m must be at least 1, got ",
-                    n, " and ", m, ", and a pattern of 2 or 3 tensors, got ", pattern.size());
-  TORCH_CHECK_TYPE(dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
-                   "dtype must be float64, float32, bfloat16 or float16, got ", dtype);
+  TORCH_CHECK_VALUE(is_packed(pattern) && pattern[0].dim() >= 1,
+                    "pattern must be 2 or 3 tensors, the first with r or r + 1 rows, got ", pattern.size());
+  TORCH_CHECK_TYPE(is_float(dtype), "dtype must be float64, float32, bfloat16 or float16, got ", dtype);
   const int64_t r = is_bits(pattern) ? pattern[0].size(0) : pattern[0].size(0) - 1;
-  Expansion e{check_packed(pattern, r, n, m, M, pattern[0]), first, rows.value_or(r - first), {}, {}};
-  TORCH_CHECK_VALUE(first >= 0 && e.rows >= 1 && first + e.rows <= r, "rows must lie in [0, r) = [0, ", r, "), got ",
-                    e.rows, " from ", first, " on");
+  Expansion e{check_packed(pattern, r, n, m, M, pattern[0]), std::clamp<int64_t>(first, 0, r), 0, {}, {}};
+  e.rows = rows.value_or(r - e.first);
+  TORCH_CHECK_VALUE(e.first == first && e.rows >= 1 && e.rows <= r - first, "rows must lie in [0, r) = [0, ", r,
+                    "), got ", e.rows, " from ", first, " on");
   e.A = at::empty({e.rows, 1, m}, pattern[0].options().dtype(dtype));
   e.B2t = at::empty({e.rows * n, M}, e.A.options());
   return e;
@@ -124,6 +138,22 @@ std::tuple<at::Tensor, at::Tensor> unpacked_update_backward(const at::Tensor& gr
   };
   return {need_lambda ? dlambda.to(lambda.scalar_type()) : none(lambda),
           need_gamma ? dgamma.to(gamma.scalar_type()) : none(gamma)};
+}
+
+namespace {
+
+void check_pattern_contents(at::TensorList pattern) {
+  TORCH_CHECK_VALUE(is_packed(pattern) || pattern.size() == 5, "pattern must be 5 lists, or 3 or 2 tensors of ",
+                    "packed bases, got ", pattern.size(), " tensors");
+  if (pattern.size() == 5) check_lists(pattern, pattern[0].device());
+  if (pattern.size() == 3) check_packed_lists(pattern[0], pattern[1]);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(randlora, CompositeExplicitAutograd, m) { m.impl("check_pattern", &check_pattern_contents); }
+TORCH_LIBRARY_IMPL(randlora, Meta, m) {
+  m.impl("check_pattern", [](at::TensorList) {});
 }
 
 }  // namespace randlora

@@ -47,7 +47,10 @@ inline bool is_unpacked(at::TensorList pattern, at::Device device) {
   return is_bits(pattern) || (is_packed(pattern) && device.is_cuda());
 }
 
-// Checks types, sizes, devices (ValueError, TypeError).
+// Checks what is not bits: types and, once per pattern, contents (ValueError, TypeError).
+void check_packed_lists(const at::Tensor& a_starts, const at::Tensor& a_entries);
+
+// Checks types, sizes, devices and, once per pattern, contents (ValueError, TypeError).
 PackedPattern check_packed(at::TensorList pattern, int64_t r, int64_t n, int64_t m, int64_t M, const at::Tensor& like);
 
 // What packed_expand was asked for; checks it.

@@ -3,12 +3,10 @@
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
+#include "contents.h"
+#include "sizes.h"
+
 namespace randlora {
-namespace {
-
-bool is_float(at::ScalarType t) { return t == at::kFloat || t == at::kDouble || t == at::kBFloat16 || t == at::kHalf; }
-
-}  // namespace
 
 SparsePattern all_rows(const at::Tensor& lambda, const at::Tensor& gamma, int64_t M) {
   TORCH_CHECK_VALUE(lambda.dim() == 2 && lambda.numel() > 0, "randlora_lambda must have shape [r, n], got ",
@@ -20,7 +18,10 @@ SparsePattern all_rows(const at::Tensor& lambda, const at::Tensor& gamma, int64_
                    gamma.scalar_type());
   TORCH_CHECK_VALUE(lambda.device() == gamma.device(), "parameters must be on one device, got ", lambda.device(),
                     " and ", gamma.device());
-  TORCH_CHECK_VALUE(M >= 1, "max_dim must be at least 1, got ", M);
+  check_size("r", lambda.size(0));
+  check_size("n", lambda.size(1));
+  check_size("m", gamma.size(1));
+  check_size("max_dim", M);
   SparsePattern s{};
   s.r = lambda.size(0);
   s.n = lambda.size(1);
@@ -29,24 +30,34 @@ SparsePattern all_rows(const at::Tensor& lambda, const at::Tensor& gamma, int64_
   return s;
 }
 
-SparsePattern check_pattern(at::TensorList pattern, const at::Tensor& lambda, const at::Tensor& gamma, int64_t M) {
+ListsExtent check_lists(at::TensorList pattern, at::Device device) {
   TORCH_CHECK_VALUE(pattern.size() == 5, "pattern must be columns, a_starts, a_entries, b_starts and b_indices, got ",
                     pattern.size(), " tensors");
-  SparsePattern s = all_rows(lambda, gamma, M);
   for (size_t i = 0; i < pattern.size(); ++i) {
     const at::Tensor& t = pattern[i];
     TORCH_CHECK_TYPE(t.scalar_type() == at::kInt || (i == 4 && t.scalar_type() == at::kShort),
                      "pattern must be int32 (b_indices: or int16), got ", t.scalar_type(), " at ", i);
-    TORCH_CHECK_VALUE(t.dim() == 1 && t.is_contiguous() && t.device() == gamma.device(),
-                      "pattern must be contiguous vectors on ", gamma.device(), ", got shape ", t.sizes(), " on ",
-                      t.device(), " at ", i);
+    TORCH_CHECK_VALUE(t.layout() == at::kStrided && t.dim() == 1 && t.is_contiguous() && t.device() == device,
+                      "pattern must be contiguous vectors on ", device, ", got shape ", t.sizes(), " on ", t.device(),
+                      " at ", i);
   }
-  s.count = pattern[0].numel();
-  TORCH_CHECK_VALUE(s.count <= s.m, "m must be at least the number of columns, ", s.count, ", got ", s.m);
-  TORCH_CHECK_VALUE(pattern[1].numel() == s.count + 1, "a_starts must have ", s.count + 1, " elements, got ",
-                    pattern[1].numel());
+  TORCH_CHECK_VALUE(pattern[1].numel() == pattern[0].numel() + 1, "a_starts must have ", pattern[0].numel() + 1,
+                    " elements, got ", pattern[1].numel());
+  largest_of_lists(pattern[3], pattern[4], "b_indices");  // rows that the layer does not have are left out
+  return {largest_of_lists({}, pattern[0], "columns") + 1,
+          (largest_of_lists(pattern[1], pattern[2], "a_entries") >> 1) + 1};
+}
+
+SparsePattern check_pattern(at::TensorList pattern, const at::Tensor& lambda, const at::Tensor& gamma, int64_t M) {
+  SparsePattern s = all_rows(lambda, gamma, M);
+  const ListsExtent extent = check_lists(pattern, gamma.device());
+  TORCH_CHECK_VALUE(extent.columns <= s.m, "these bases have a column ", extent.columns - 1,
+                    ", so m must be larger, got randlora_gamma ", gamma.sizes());
+  TORCH_CHECK_VALUE(extent.rows <= s.r, "these bases have a row ", extent.rows - 1,
+                    ", so r must be larger, got randlora_lambda ", lambda.sizes());
   TORCH_CHECK_VALUE(pattern[3].numel() >= 2 * s.n * s.r + 1, "b_starts must have at least ", 2 * s.n * s.r + 1,
                     " elements, got ", pattern[3].numel());
+  s.count = pattern[0].numel();
   s.columns = pattern[0].const_data_ptr<int32_t>();
   s.a_starts = pattern[1].const_data_ptr<int32_t>();
   s.a_entries = pattern[2].const_data_ptr<int32_t>();

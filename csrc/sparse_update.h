@@ -40,7 +40,15 @@ struct SparsePattern {
 // Checks the parameters: the sizes of a layer whose update has all m rows (packed_update.h).
 SparsePattern all_rows(const at::Tensor& lambda, const at::Tensor& gamma, int64_t M);
 
-// Checks types, sizes, devices (ValueError, TypeError); what the tensors contain is the caller's affair.
+// The smallest m and r of a layer that these lists fit.
+struct ListsExtent {
+  int64_t columns, rows;
+};
+
+// Checks types, devices and, once per pattern, contents (ValueError, TypeError).
+ListsExtent check_lists(at::TensorList pattern, at::Device device);
+
+// check_lists, and the sizes of a layer with these parameters.
 SparsePattern check_pattern(at::TensorList pattern, const at::Tensor& lambda, const at::Tensor& gamma, int64_t M);
 
 // Checks `weight`; an uninitialised result of the same layout, or the compact one without it.

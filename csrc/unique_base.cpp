@@ -3,15 +3,13 @@
 #include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
+#include "sizes.h"
+
 namespace randlora {
 namespace {
 
-bool supported(at::ScalarType type) {
-  return type == at::kDouble || type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
-}
-
 void check_tensor(const at::Tensor& t, const char* name, const char* shape, int64_t dim, const at::Device& device) {
-  TORCH_CHECK_TYPE(supported(t.scalar_type()), name, " must be float64, float32, bfloat16 or float16, got ",
+  TORCH_CHECK_TYPE(is_float(t.scalar_type()), name, " must be float64, float32, bfloat16 or float16, got ",
                    t.scalar_type());
   TORCH_CHECK_VALUE(t.dim() == dim, name, " must have shape ", shape, ", got ", t.sizes());
   TORCH_CHECK_VALUE(t.numel() > 0, name, " must not be empty, got shape ", t.sizes());
@@ -21,6 +19,7 @@ void check_tensor(const at::Tensor& t, const char* name, const char* shape, int6
 }  // namespace
 
 UniqueBaseShape check_unique_base(const at::Tensor& A, const at::Tensor& lambda, const at::Tensor& gamma) {
+  TORCH_CHECK_TYPE(A.defined(), "A must be a tensor [r, 1, m], got None");
   check_tensor(A, "A", "[r, 1, m]", 3, A.device());
   TORCH_CHECK_VALUE(A.size(1) == 1, "A must have shape [r, 1, m], got ", A.sizes());
   check_tensor(lambda, "randlora_lambda", "[r, n]", 2, A.device());
@@ -45,7 +44,7 @@ at::ScalarType unique_base_dtype(const at::Tensor& A, const at::Tensor& lambda, 
                                  std::optional<at::ScalarType> dtype) {
   const at::ScalarType type =
       dtype.value_or(c10::promoteTypes(A.scalar_type(), c10::promoteTypes(lambda.scalar_type(), gamma.scalar_type())));
-  TORCH_CHECK_TYPE(supported(type), "dtype must be float64, float32, bfloat16 or float16, got ", type);
+  TORCH_CHECK_TYPE(is_float(type), "dtype must be float64, float32, bfloat16 or float16, got ", type);
   return type;
 }
 

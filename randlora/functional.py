@@ -11,7 +11,7 @@ from torch import Tensor
 from . import planner
 from .linear_op import Linear as LinearOp
 from .ops import UniqueBaseGrad
-from .patterns import is_planes
+from .patterns import Pattern, is_planes
 
 
 def unique_base(
@@ -112,6 +112,8 @@ def sparse_delta_weight(
     out_features: int,
 ) -> Tensor:
     """:func:`delta_weight` of ternary bases, from what :meth:`randlora.RandomBases.pattern` gives. Differentiable."""
+    if isinstance(pattern, Pattern):
+        pattern.require(randlora_lambda, in_features, out_features)
     m, M = min(in_features, out_features), max(in_features, out_features)
     dtype = torch.promote_types(randlora_lambda.dtype, randlora_gamma.dtype)
     rows = torch.ops.randlora.sparse_update(pattern, randlora_lambda, randlora_gamma, M, scaling * scale, None, dtype)
@@ -177,6 +179,16 @@ def linear(
     dtype = compute_dtype(x)
     if weight is not None and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(f"x and weight must have the same dtype, got {x.dtype} and {weight.dtype}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+    if out_features < 1 or not x.shape[-1] or randlora_lambda.dim() != 2 or not randlora_lambda.numel():
+        raise ValueError(
+            f"x must have shape [..., in], weight two dimensions and randlora_lambda [r, n], none of them 0, got "
+            f"{list(x.shape)}, {out_features if weight is None else list(weight.shape)} and "
+            f"{list(randlora_lambda.shape)}"
+        )
+    if isinstance(pattern, Pattern):
+        pattern.require(randlora_lambda, x.shape[-1], out_features)
     p = dropout if training else 0.0
     if p > 0 and seed is None:
         seed = torch.randint(0, 2**63 - 1, (1,), device=x.device)

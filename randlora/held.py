@@ -69,9 +69,9 @@ def make_sure_pattern(handle: str, device: torch.device, min_dim: int) -> str | 
     if device in bases._without_lists:
         return None
     with torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad(), bases._lock:
+        _refuse_capture(device)  # what is made is looked at, too
         found = bases._lists.get(device)
         if found is None:
-            _refuse_capture(device)
             if bases.prng == "philox":
                 found = patterns.make(bases, device), bases.scale
             else:

@@ -24,9 +24,40 @@ if TYPE_CHECKING:
 PLANES_FROM, LISTS_FROM = 2.5, 10.0
 _BLOCK = 1 << 22  # elements of B generated at a time
 
-# What the ops take. Lists: columns, a_starts, a_entries, b_starts, b_indices. Planes: a_starts, a_entries, b_planes.
-# Bits: a_planes, b_planes.
-Pattern = tuple[Tensor, ...]
+
+class Pattern(tuple[Tensor, ...]):
+    """What the ops take. Lists: columns, a_starts, a_entries, b_starts, b_indices. Planes: a_starts, a_entries,
+    b_planes. Bits: a_planes, b_planes.
+
+    Their contents are checked here, once (ValueError, TypeError), and again by the op that gets tensors which were
+    written to meanwhile. The sizes are those of the bases, which the tensors alone do not tell in every form.
+    """
+
+    r: int
+    num_bases: int
+    min_dim: int
+    max_dim: int
+
+    def __new__(cls, tensors: Sequence[Tensor], r: int, num_bases: int, min_dim: int, max_dim: int) -> Pattern:
+        self = super().__new__(cls, tensors)
+        torch.ops.randlora.check_pattern(list(self))
+        self.r, self.num_bases, self.min_dim, self.max_dim = r, num_bases, min_dim, max_dim
+        return self
+
+    def __reduce__(self):
+        return Pattern, (tuple(self), self.r, self.num_bases, self.min_dim, self.max_dim)
+
+    def require(self, randlora_lambda: Tensor, in_features: int, out_features: int) -> None:
+        """Raises ``ValueError`` unless a layer of these sizes can have these bases."""
+        m, M = min(in_features, out_features), max(in_features, out_features)
+        shape = randlora_lambda.shape
+        fits = len(shape) == 2 and shape[0] == self.r and shape[1] <= self.num_bases
+        if not fits or m > self.min_dim or self.max_dim < M:
+            raise ValueError(
+                f"this pattern is of bases with r = {self.r}, at most {self.num_bases} of them, for layers of up to "
+                f"{self.min_dim} and {self.max_dim} features, got randlora_lambda {list(shape)} and a {in_features} "
+                f"-> {out_features} layer: ask RandomBases.pattern(min_dim) of bases that are large enough"
+            )
 
 
 def is_planes(pattern: Sequence[Tensor]) -> bool:
@@ -64,6 +95,7 @@ class Lists:
 
     def __init__(self, A: Tensor, columns_of_B: Iterator[Tensor], max_dim: int) -> None:
         """`A` is int8 ``[r, m]``; `columns_of_B` yields int8 ``[max_dim, columns]`` blocks of B2, in order."""
+        self.r, self.max_dim = A.shape[0], max_dim
         entries = A.t().nonzero()  # (j, k), ascending
         j, k = entries.unbind(1)
         columns, counts = torch.unique_consecutive(j, return_counts=True)
@@ -89,9 +121,9 @@ class Lists:
         part = self._parts.get(min_dim)
         if part is None:
             count = bisect.bisect_left(self._sorted_columns, min_dim)  # columns of A with a non-zero
-            part = self._parts[min_dim] = (
-                self.columns[:count], self.a_starts[: count + 1], self.a_entries, self.b_starts, self.b_indices
-            )  # fmt: skip
+            tensors = self.columns[:count], self.a_starts[: count + 1], self.a_entries, self.b_starts, self.b_indices
+            num_bases = self.b_starts.numel() // (2 * self.r)
+            part = self._parts[min_dim] = Pattern(tensors, self.r, num_bases, min_dim, self.max_dim)
         return part
 
 
@@ -103,13 +135,14 @@ class Planes:
         self.a_starts = _starts(torch.bincount(k, minlength=A.shape[0]))
         self.a_entries = (2 * j + (A[k, j] < 0)).int()
         self.b_planes = torch.cat([_bits(block) for block in columns_of_B])
+        self._pattern = _whole((self.a_starts, self.a_entries, self.b_planes), A, max_dim)
 
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.a_starts, self.a_entries, self.b_planes))
 
     def of(self, min_dim: int) -> Pattern:
-        return self.a_starts, self.a_entries, self.b_planes
+        return self._pattern
 
 
 class Bits:
@@ -118,16 +151,23 @@ class Bits:
     def __init__(self, A: Tensor, columns_of_B: Iterator[Tensor], max_dim: int, planes: int = 2) -> None:
         self.a_planes = _bits(A.t(), planes)
         self.b_planes = torch.cat([_bits(block, planes) for block in columns_of_B])
+        self._pattern = _whole((self.a_planes, self.b_planes), A, max_dim)
 
     @property
     def nbytes(self) -> int:
         return self.a_planes.nbytes + self.b_planes.nbytes
 
     def of(self, min_dim: int) -> Pattern:
-        return self.a_planes, self.b_planes
+        return self._pattern
 
 
 Form = Lists | Planes | Bits
+
+
+def _whole(tensors: tuple[Tensor, ...], A: Tensor, max_dim: int) -> Pattern:
+    """Planes or bits, which layers of any size take as they are."""
+    r, min_dim = A.shape
+    return Pattern(tensors, r, tensors[-1].shape[0] // r, min_dim, max_dim)
 
 
 def _bits(block: Tensor, planes: int = 2) -> Tensor:
@@ -135,7 +175,10 @@ def _bits(block: Tensor, planes: int = 2) -> Tensor:
 
     One plane: for -1 alone.
     """
-    rows = torch.nn.functional.pad(block.t().contiguous(), (0, -block.shape[0] % 16))
+    length, columns = block.shape
+    # Made anew, as a view in another dtype needs its strides: those of an axis of size 1 are anything in a transpose.
+    rows = block.new_zeros((columns, length + -length % 16))
+    rows[:, :length] = block.t()
     # Eight bytes of 0 or 1 at a time: the factor moves byte i's bit to bit 56 + i, and never two to the same place.
     gather = sum(1 << 56 - 7 * i for i in range(8))
     found = [((rows == sign).view(torch.int64) * gather >> 56).to(torch.uint8) for sign in (1, -1)[-planes:]]
