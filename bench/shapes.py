@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.measure import dtype_name
 from bench.methods import Setting
 
 Inputs = dict[str, Tensor]
@@ -132,7 +133,7 @@ class Shape:
         batch = f"{size.batch} x {size.tokens} tokens"
         if training and (size.batch < self.full.batch or size.tokens < self.full.tokens):
             batch += f" (published: {self.full.batch} x {self.full.tokens})"
-        return f"{self.name}{reduced}, {batch}, {str(size.dtype).removeprefix('torch.')}"
+        return f"{self.name}{reduced}, {batch}, {dtype_name(size.dtype)}"
 
     def columns(self, size: Size) -> dict[str, Any]:
         """Of the CSV: what :meth:`title` says."""
@@ -142,7 +143,7 @@ class Shape:
             "vocab": f"{size.vocab}/{self.full.vocab}" if size.vocab else "",
             "batch": size.batch,
             "tokens": size.tokens,
-            "dtype": str(size.dtype).removeprefix("torch."),
+            "dtype": dtype_name(size.dtype),
         }
 
 
