@@ -23,7 +23,7 @@ from bench import measure, methods, model, one_token, questions, records, refere
 from bench.floors import Work
 from bench.measure import Comparison, Provider
 from bench.questions import Case, Columns, Setup
-from bench.shapes import SHAPES, Shape, Size
+from bench.shapes import PUBLISHED, SHAPES, Shape, Size
 
 BASELINE = "PEFT LoRA"
 KEY = ("model", "depth", "vocab", "batch", "tokens", "dtype", "targets", "r", "new_tokens")
@@ -189,7 +189,7 @@ def case(shape: Shape, size: Size, setting: methods.Setting, names: list[str], o
 
 def whole_models(options: argparse.Namespace) -> None:
     on_cpu = torch.device(options.device).type == "cpu"
-    default = MODELS[:1] if on_cpu or options.quick else MODELS
+    default = MODELS[:1] if on_cpu or options.quick else [name for name in MODELS if name in PUBLISHED]
     usual = [name for name in PROVIDERS if not options.quick or name in QUICK]
     names = model.chosen(options.methods, PROVIDERS, usual, ";", "method")
     batches = (options.batch,) if options.batch else BATCHES[:1] if options.quick else BATCHES

@@ -170,6 +170,10 @@ def _llama(depth: int, vocab: int, **sizes: Any) -> nn.Module:
     return transformers.LlamaForCausalLM(config)
 
 
+def tiny_llama(depth: int, vocab: int) -> nn.Module:
+    return _llama(depth, vocab, hidden_size=64, intermediate_size=96, num_attention_heads=8)
+
+
 def llama_3b(depth: int, vocab: int) -> nn.Module:
     return _llama(depth, vocab, hidden_size=3072, intermediate_size=8192, num_attention_heads=24,
                   tie_word_embeddings=True)  # fmt: skip
@@ -217,6 +221,8 @@ def clip_l14(depth: int, vocab: int) -> nn.Module:
 
 BF16, FP32 = torch.bfloat16, torch.float32
 ENCODER_LAYERS = ["query", "key", "value", "dense"]  # the paper's GLUE/run_glue.py
+
+TINY = "tiny Llama"  # to try a script with; no question measures it unless asked to
 
 SHAPES = {
     shape.name: shape
@@ -279,5 +285,16 @@ SHAPES = {
             width=4096,
             causal=True,
         ),
+        Shape(
+            TINY,
+            tiny_llama,
+            full=Size(2, 256, 2, 16, BF16),
+            cpu=Size(2, 256, 2, 16, BF16),
+            cuda=Size(2, 256, 2, 16, BF16),
+            targets=["q_proj", "v_proj"],
+            width=64,
+            causal=True,
+        ),
     )
 }
+PUBLISHED = tuple(name for name in SHAPES if name != TINY)
