@@ -61,7 +61,7 @@ from_source() {
     >>"$log" 2>&1 && PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} computes
 }
 
-if [[ $device == cuda ]] && from_wheel; then
+if from_wheel; then
   how="the wheel in .gpu"
 elif computes; then
   how="the installed one"

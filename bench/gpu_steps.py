@@ -74,7 +74,7 @@ class Steps:
         """With TF32; on a CPU one layer."""
         small = "--depth 1 --batch 1 --tf32 --quick --seconds 0 --no-picture"
         full = f"--batch {batch} --tf32 --seconds 4 --no-picture"
-        return self.bench("model", full, small, model=name, methods="frozen; randlora" if self.tiny else methods)
+        return self.bench("model", full, small, model=name, methods="randlora" if self.tiny else methods)
 
     # ---- the first call ----
 
@@ -108,7 +108,7 @@ class Steps:
             "--kernel-name-base", "demangled", "-k", "regex:randlora", "--metrics", ",".join(KERNEL_METRICS),
             "--log-file", str(self.results / "ncu.csv"),
         )  # fmt: skip
-        return Step("ncu", self.bench("kernels", "--ncu", "--ncu --features 64"), 30, 50, command)
+        return Step("ncu", self.bench("kernels", "--ncu", "--ncu --features 256"), 30, 50, command)
 
     def deep(self) -> list[list[Step]]:
         together = ("-n", str(max(1, min(6, (os.cpu_count() or 1) // 2)))) if importlib.util.find_spec("xdist") else ()
@@ -119,7 +119,7 @@ class Steps:
                 self.sanitizer("racecheck"),
                 Step("tests", tests, 70, 110, in_checkout=False),
             ],
-            [Step("kernels", self.bench("kernels", "", "--features 64"), 12, 30)],
+            [Step("kernels", self.bench("kernels", "", "--features 256"), 12, 30)],
             [Step("all-linear", self.llama("model", "--targets all-linear --batch 8 --tokens 1024",
                                            "--targets all-linear", LARGE_BATCH), 75, 100)],
             [Step("vit", self.vision("ViT-B/32", 128, VISION), 40, 60)],
