@@ -16,7 +16,7 @@ Row = dict[str, str]
 CASE_COLUMNS = ("model", "targets", "pass", "kind", "d", "T", "dim", "n", "m", "batch", "tokens", "new_tokens", "dtype")
 LAUNCHES = ("kind", "strategy", "d", "T", "launches", "from_the_code", "device_ms", "host_ms", "step_ms", "graph_ms",
             "waits", "failed")  # fmt: skip
-NOTEWORTHY = re.compile(r"passed|failed|[Ee]rror|ERROR SUMMARY|wrong|hazard|out of memory|cannot|do not believe")
+NOTEWORTHY = re.compile(r"passed|failed|skipped|[Ee]rror|ERROR SUMMARY|wrong|hazard|out of memory|cannot|do not believe")
 NCU = {
     "gpu__time_duration.sum": "us", "dram__throughput.avg.pct_of_peak_sustained_elapsed": "dram %",
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "sm %",
