@@ -24,13 +24,14 @@ CPP_FILES = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*
 # What the binary is made from. The folders are listed too: their times change when a file is removed.
 SOURCES := setup.py pyproject.toml $(shell find csrc build_backend -name __pycache__ -prune -o -print)
 
-.PHONY: help demo test pytest ctest bench lint format clean distclean FORCE
+.PHONY: help demo test pytest ctest bench gpu-build lint format clean distclean FORCE
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      adapt a pretrained model to a real text classification task (a few minutes)"
 	@echo "make test      build, then run the Python and the C++ tests"
 	@echo "make bench     run the benchmarks (40 minutes; ARGS=--quick: ten), then write bench/results/REPORT.md"
+	@echo "make gpu-build a wheel with CUDA kernels for bench/gpu.sh on a machine with a Hopper GPU (PYTHON=python3.12)"
 	@echo "make lint      check style; make format: mend it"
 	@echo "make clean     remove what was built; make distclean: the virtual environments too"
 	@echo "The first lines of the Makefile name the variables, such as TORCH=torch==2.13.0 and MAX_JOBS=2."
@@ -58,6 +59,10 @@ bench: $(VENV)/.installed $(VENV)/.model
 	for question in $(or $(BENCH),$$all); do echo "== $$question"; $(BIN)/python -m bench $$question $(ARGS); done; \
 	echo "== report"; $(BIN)/python -m bench report
 
+# In an environment of its own, with the torch of the GPU's machine: bench/gpu_build.sh says which.
+gpu-build:
+	bench/gpu_build.sh
+
 lint: $(VENV)/.linters
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -73,7 +78,7 @@ clean:
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf .venv .venv-cuda
+	rm -rf .venv .venv-cuda .venv-gpu .gpu
 
 # --- the environment; each step leaves a stamp, so that it is taken again only when something changed -----------------
 

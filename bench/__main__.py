@@ -11,7 +11,7 @@ import importlib
 from bench import ROOT
 
 QUESTIONS = ("bases", "unique_base", "linear", "kinds", "model", "generate", "memory")
-COMMANDS = (*QUESTIONS, "kernels", "plots", "report")
+COMMANDS = (*QUESTIONS, "correct", "kernels", "launches", "gpu", "plots", "report")
 
 
 def summary(name: str) -> str:

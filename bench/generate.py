@@ -23,7 +23,7 @@ from bench import measure, methods, model, one_token, questions, records, refere
 from bench.floors import Work
 from bench.measure import Comparison, Provider
 from bench.questions import Case, Columns, Setup
-from bench.shapes import SHAPES, Shape, Size
+from bench.shapes import PUBLISHED, SHAPES, Shape, Size
 
 BASELINE = "PEFT LoRA"
 KEY = ("model", "depth", "vocab", "batch", "tokens", "dtype", "targets", "r", "new_tokens")
@@ -41,19 +41,22 @@ class Decoding:
         self.shape, self.size, self.setting, self.new = shape, size, setting, new
         self.model = shape.build(size.depth, size.vocab, dtype=size.dtype, device=device).eval()
         self.prompt = shape.inputs(size, device)["input_ids"]
+        self.peak: dict[str, int] = {}  # provider -> bytes above the model's weights, on CUDA
         self._reference: tuple[str, nn.Module] | None = None  # of one kind at a time: it is a model in fp32
 
     def provider(self, name: str) -> Provider:
         method, change = PROVIDERS[name]
+        before = allocated(self.prompt.device)
         adapted = methods.adapt(method, self.model, self.setting, own_weights=change is merge).eval()
         if method in methods.FAMILY and method.startswith("PEFT"):
             methods.set_bases(adapted)
         methods.set_random(adapted)
         set_random_lora(adapted)
-        kind = reference.kind_of(method)
+        kind, without = reference.kind_of(method), allocated(self.prompt.device)
         if self._reference is None or self._reference[0] != kind:
             self._reference = None  # freed before the next one is made
             self._reference = kind, reference.merged(self.model, adapted, kind)[0].eval()
+        before += allocated(self.prompt.device) - without  # the reference is no part of the method
         change(adapted)
         decode = one_token.InScope(greedy, 16 << 30) if change is keep_updates else greedy
         if change is keep_updates:  # a layer builds once its calls have cost as much: long prompts are quick at that
@@ -61,7 +64,13 @@ class Decoding:
                 decode(adapted, self.prompt.repeat(1, -(-self.shape.width // self.prompt.numel())), 1)
         run = functools.partial(decode, adapted, self.prompt, self.new)
         run()
-        error = self._check(*run())
+        if self.prompt.is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        found = run()
+        if self.prompt.is_cuda:
+            own = sum(p.nbytes for p in self.model.parameters()) if change is merge else 0
+            self.peak[name] = torch.cuda.max_memory_allocated() - before - own
+        error = self._check(*found)
         return Provider(lambda: (*run(), error))
 
     @torch.no_grad()
@@ -75,6 +84,10 @@ class Decoding:
         short = ((expected.amax(2) - chosen) / expected.abs().amax(2)).max().item()
         assert short < allowed, f"a token was chosen whose logit is {short:.1e} below the largest"
         return error
+
+
+def allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 @torch.no_grad()
@@ -123,8 +136,11 @@ PROVIDERS: dict[str, tuple[str, Callable[[nn.Module], None]]] = {
     "frozen": (methods.FROZEN, as_it_is),
     BASELINE: ("PEFT LoRA", as_it_is),
     "PEFT LoRA, merged": ("PEFT LoRA", merge),
+    "PEFT LoRA, 16-bit": ("PEFT LoRA, 16-bit", as_it_is),
     "PEFT RandLoRA": ("PEFT RandLoRA", as_it_is),
+    "PEFT RandLoRA, 16-bit": ("PEFT RandLoRA, 16-bit", as_it_is),
     "PEFT RandLoRA, accelerated": ("PEFT RandLoRA, accelerated", as_it_is),
+    "PyTorch, compiled": ("PyTorch, compiled", as_it_is),
     "randlora, not cached": ("randlora", as_it_is),
     "randlora, cached": ("randlora", keep_updates),
     "randlora, merged": ("randlora", merge),
@@ -143,8 +159,20 @@ def work(model: nn.Module, size: Size, new: int) -> Work:
 
 
 def case(shape: Shape, size: Size, setting: methods.Setting, names: list[str], options: argparse.Namespace) -> Case:
+    names = [name for name in names if size.dtype.itemsize <= 2 or not name.endswith("16-bit")]
+
     def set_up() -> Setup:
         decoding = Decoding(shape, size, setting, options.device, options.new)
+
+        def extra(result: Comparison) -> tuple[Columns, bool]:
+            done = {name: timing.median for name, timing in result.timings.items() if timing.samples}
+            found = {name: {"tokens_per_second": round(size.batch * options.new / t, 1)} for name, t in done.items()}
+            for name, row in found.items():
+                print(f"  {name}: {row['tokens_per_second']:,} tokens/s")
+                if name in decoding.peak:
+                    row["peak_bytes"] = decoding.peak[name]
+            return found, result.interrupted
+
         return Setup(
             {name: functools.partial(decoding.provider, name) for name in names},
             baseline=BASELINE if BASELINE in names else names[0],
@@ -154,20 +182,13 @@ def case(shape: Shape, size: Size, setting: methods.Setting, names: list[str], o
             extra=extra,
         )
 
-    def extra(result: Comparison) -> tuple[Columns, bool]:
-        done = {name: timing.median for name, timing in result.timings.items() if timing.samples}
-        found = {name: {"tokens_per_second": round(size.batch * options.new / t, 1)} for name, t in done.items()}
-        for name, row in found.items():
-            print(f"  {name}: {row['tokens_per_second']:,} tokens/s")
-        return found, result.interrupted
-
     title = f"{shape.title(size, training=False)}, then {options.new} new ones, r = {options.rank}"
     return Case(title, model.columns(shape, size, setting) | {"new_tokens": options.new}, set_up)
 
 
 def whole_models(options: argparse.Namespace) -> None:
     on_cpu = torch.device(options.device).type == "cpu"
-    default = MODELS[:1] if on_cpu or options.quick else MODELS
+    default = MODELS[:1] if on_cpu or options.quick else [name for name in MODELS if name in PUBLISHED]
     usual = [name for name in PROVIDERS if not options.quick or name in QUICK]
     names = model.chosen(options.methods, PROVIDERS, usual, ";", "method")
     batches = (options.batch,) if options.batch else BATCHES[:1] if options.quick else BATCHES

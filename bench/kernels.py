@@ -1,4 +1,4 @@
-"""Each CUDA kernel of ours at the sizes of the targets: time, and the share of the memory bandwidth. For gpu.sh.
+"""Each CUDA kernel of ours at the sizes of the targets: time, and the share of the memory bandwidth.
 
 `--ncu` runs every case once, between the profiler's marks, for `ncu --profile-from-start off`.
 """
@@ -17,7 +17,7 @@ if not __package__:  # run as a file: python bench/kernels.py
 
 import torch
 
-import randlora
+from bench import measure, records
 
 BANDWIDTH = 3.35e12  # of an H100's memory, bytes per second
 ROUNDS = 20
@@ -27,6 +27,9 @@ Case = tuple[str, float, Callable[[], object]]  # title, bytes that must move, c
 
 def cases(device: torch.device, d: int, tokens: int, r: int = 32) -> list[Case]:
     """`d` features, `tokens` rows of the input; bytes count what the call reads and writes at least once."""
+    import randlora
+    from randlora import patterns
+
     ops, n, bf16 = torch.ops.randlora, d // r, torch.bfloat16
     found: list[Case] = []
 
@@ -46,6 +49,10 @@ def cases(device: torch.device, d: int, tokens: int, r: int = 32) -> list[Case]:
     x, seed = torch.randn(tokens, d, dtype=bf16, device=device), torch.tensor([1], device=device)
     found.append(("dropout bfloat16", 2 * x.nbytes, lambda: ops.dropout(x, seed, 0.1)))
 
+    bases = randlora.RandomBases(d, d, r, kind="sparse")
+    A, B = bases.draw(torch.int8, device)
+    bits = list(patterns.Bits(A[:, 0], iter([B.flatten(1)]), d).of(d))
+    found.append(("bits made dense", (d * n * r) * (2 + 0.25), lambda: ops.packed_expand(bits, n, d, d, bf16)))
     bases = randlora.RandomBases(d, d, r, kind="very_sparse")
     pattern = list(bases.pattern(d, device)[0])
     columns, indices = pattern[0].numel(), pattern[4]
@@ -81,28 +88,34 @@ def seconds(call: Callable[[], object], device: torch.device, flush: torch.Tenso
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench kernels", description=__doc__.partition("\n")[0])
-    parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the script (default: cuda)")
-    parser.add_argument("--ncu", action="store_true", help="one call each, between cudaProfilerStart and Stop")
-    parser.add_argument("--features", type=int, default=4096, help="default: 4096")
-    options = parser.parse_args(argv)
+    def add(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--ncu", action="store_true", help="one call each, between cudaProfilerStart and Stop")
+        parser.add_argument("--features", type=int, default=4096, help="default: 4096")
+
+    options = measure.parse("kernels", __doc__, argv, add=add)
     device = torch.device(options.device)
-    flush = torch.empty(256 << 20 if device.type == "cuda" else 1, dtype=torch.int8, device=device)
+    on_gpu = device.type == "cuda"
     found = cases(device, options.features, 2 * options.features)
     for _, _, call in found:
         call()
     if options.ncu:
-        torch.cuda.synchronize()
-        torch.cuda.cudart().cudaProfilerStart()
+        if on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.cudart().cudaProfilerStart()
         for _, _, call in found:
             call()
-        torch.cuda.synchronize()
-        torch.cuda.cudart().cudaProfilerStop()
+        if on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.cudart().cudaProfilerStop()
         return 0
-    print("case,megabytes,microseconds,percent_of_3.35_TB_per_s")
+    flush = torch.empty(256 << 20 if on_gpu else 1, dtype=torch.int8, device=device)
+    rows = []
     for title, size, call in found:
         taken = seconds(call, device, flush)
-        print(f'"{title}",{size / 1e6:.1f},{1e6 * taken:.1f},{100 * size / taken / BANDWIDTH:.0f}')
+        rows.append({"case": title, "MB": f"{size / 1e6:.1f}", "us": f"{1e6 * taken:.1f}",
+                     "percent_of_3.35_TB_per_s": f"{100 * size / taken / BANDWIDTH:.0f}"})  # fmt: skip
+        print("  ".join(rows[-1].values()))
+    records.put_beside(options, "kernels", rows)
     return 0
 
 

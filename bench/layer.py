@@ -61,7 +61,7 @@ def names(spec: Spec) -> list[str]:
     """The methods that make sense for a case, as a table lists them."""
     found = [FROZEN, FULL, "PEFT LoRA", "PEFT DoRA", "PEFT VeRA", "PEFT RandLoRA"]
     if spec.dtype != "float32":
-        found.append("PEFT RandLoRA, 16-bit")
+        found += ["PEFT LoRA, 16-bit", "PEFT RandLoRA, 16-bit"]
     found += ["PEFT RandLoRA, accelerated", *LIKE_PYTORCH, "randlora", *FORCED]
     if spec.kind == "dense":
         found += [f"randlora {kind}" for kind in KINDS]

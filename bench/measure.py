@@ -109,6 +109,8 @@ def parse(
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)")
     add("--only", metavar="TEXT", help="cases whose title contains TEXT")
+    add("--tf32", action="store_true", help="fp32 products in TF32, where the device knows it")
+    add("--no-picture", action="store_true", help="write the CSV alone; `python -m bench plots` draws it later")
     add("--results", type=Path, metavar="FOLDER", default=ROOT / "bench" / "results", help="default: bench/results")
     add(
         "--huge-pages",
@@ -126,7 +128,15 @@ def parse(
     if torch.device(chosen.device).type == "cuda" and not torch.cuda.is_available():
         parser.error("this PyTorch sees no CUDA device")
     torch.set_num_threads(chosen.threads)
+    torch.set_float32_matmul_precision("high" if chosen.tf32 else "highest")
     return chosen
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As columns and titles have it: fp32 whose products are TF32 is "tf32"."""
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return str(dtype).removeprefix("torch.")
 
 
 def _without(argv: Sequence[str], option: str) -> Iterator[str]:

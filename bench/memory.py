@@ -34,7 +34,7 @@ from tqdm import tqdm
 from bench import measure, methods, records, timeline, timeline_views
 from bench import model as question
 from bench.methods import METHODS, Setting
-from bench.shapes import SHAPES, Shape, Size
+from bench.shapes import PUBLISHED, Shape, Size
 from bench.timeline import ORIGINS, Event, Known, Step, Timeline
 from bench.timeline_views import size as text_of
 
@@ -244,7 +244,7 @@ def profile(book: records.Book, options: Any, shape: Shape, size: Size, setting:
 def main(argv: list[str] | None = None) -> int:
     options = measure.parse("memory", __doc__, argv, add=question.add_options)
     book = records.Book("memory", question.KEY, options)
-    for shape, size, setting, title in question.models(options, question.QUICK_MODELS if options.quick else SHAPES):
+    for shape, size, setting, title in question.models(options, question.QUICK_MODELS if options.quick else PUBLISHED):
         if options.only and options.only not in title:
             continue
         print(title)

@@ -86,8 +86,8 @@ def peft(model: nn.Module, setting: Setting, config: str, fp32_adapter: bool = T
         return package.get_peft_model(model, getattr(package, config)(**fields), autocast_adapter_dtype=fp32_adapter)
 
 
-def lora(model: nn.Module, setting: Setting, **fields) -> nn.Module:
-    return peft(model, setting, "LoraConfig", lora_alpha=setting.alpha, **fields)
+def lora(model: nn.Module, setting: Setting, fp32_adapter: bool = True, **fields) -> nn.Module:
+    return peft(model, setting, "LoraConfig", fp32_adapter, lora_alpha=setting.alpha, **fields)
 
 
 def vera(model: nn.Module, setting: Setting) -> nn.Module:
@@ -143,6 +143,7 @@ METHODS: dict[str, Callable[[nn.Module, Setting], nn.Module]] = {
     FROZEN: frozen,
     FULL: full,
     "PEFT LoRA": lora,
+    "PEFT LoRA, 16-bit": functools.partial(lora, fp32_adapter=False),
     "PEFT DoRA": functools.partial(lora, use_dora=True),
     "PEFT VeRA": vera,
     "PEFT RandLoRA": peft_randlora,

@@ -25,7 +25,7 @@ from bench.floors import Work
 from bench.measure import Comparison
 from bench.methods import METHODS, Setting
 from bench.questions import Case, Columns, Setup
-from bench.shapes import SHAPES, Shape, Size, multiplies_bfloat16
+from bench.shapes import PUBLISHED, SHAPES, Shape, Size, multiplies_bfloat16
 from bench.training import Training
 
 BASELINE = "PEFT LoRA"
@@ -135,7 +135,7 @@ def case(shape: Shape, size: Size, setting: Setting, title: str, options: argpar
 
 def main(argv: list[str] | None = None) -> int:
     options = measure.parse("model", __doc__, argv, add=add_options)
-    cases = [case(*one, options) for one in models(options, QUICK_MODELS if options.quick else SHAPES)]
+    cases = [case(*one, options) for one in models(options, QUICK_MODELS if options.quick else PUBLISHED)]
     questions.answer(records.Book("model", KEY, options), cases, options)
     return 0
 

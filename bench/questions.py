@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bench import floors, measure, plots
+from bench import floors, measure
 from bench.floors import Work
 from bench.measure import Comparison, Provider
 from bench.records import EVERYTHING, Book
@@ -58,7 +58,9 @@ def answer(book: Book, cases: Iterable[Case], options: argparse.Namespace, draw:
         gc.collect()
         if not go_on:
             break
-    if draw:
+    if draw and not options.no_picture:
+        from bench import plots  # matplotlib takes seconds to load
+
         plots.draw(book.path)
     return go_on
 

@@ -51,11 +51,7 @@ class Book:
             "mode": "quick" if options.quick else "full",
         }
         self.environment = {"command": options.command} | environment(options.device)
-        # Machines of one name may differ in what they can do, and then in which kernels run.
-        cpu, capability = self.environment["cpu"], self.environment["cpu_capability"]
-        name = self.environment["gpu"] or f"{cpu} {capability} {os.cpu_count()} cores"
-        folder = options.results / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = machine_folder(options.results, self.environment)
         self.path = folder / f"{question}.csv"
         (folder / "machine.json").write_text(json.dumps(machine(options.device), indent=2) + "\n")
 
@@ -89,6 +85,27 @@ class Book:
             raise ValueError(f"{self.path.name}: a row needs all of {self.key}, this one lacks {sorted(missing)}")
         if rows:
             _merge(self.path, rows, self.key, interrupted)
+
+
+def machine_folder(results: Path, about: Mapping[str, str]) -> Path:
+    """Where results of this machine go. `about`: of :func:`environment`."""
+    # Machines of one name may differ in what they can do, and then in which kernels run.
+    name = about["gpu"] or f"{about['cpu']} {about['cpu_capability']} {os.cpu_count()} cores"
+    folder = results / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def put_beside(options: Any, name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """`rows` as ``<machine>/kernels/<name>.csv``, apart from the tables of times that REPORT.md is made from."""
+    folder = machine_folder(options.results, environment(options.device)) / "kernels"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -196,12 +213,12 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """Of the checkout; "+" where what is compiled or imported has changed since."""
+    """Of the checkout; "+" where what is compiled or imported has changed since. BENCH_COMMIT: of one without git."""
     try:
         head = _output("git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD")
         return head + ("+" if _output("git", "-C", str(ROOT), "status", "--porcelain", "csrc", "randlora") else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("BENCH_COMMIT", "unknown")
 
 
 def _nvidia_smi(field: str) -> str:

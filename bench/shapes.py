@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.measure import dtype_name
 from bench.methods import Setting
 
 Inputs = dict[str, Tensor]
@@ -132,7 +133,7 @@ class Shape:
         batch = f"{size.batch} x {size.tokens} tokens"
         if training and (size.batch < self.full.batch or size.tokens < self.full.tokens):
             batch += f" (published: {self.full.batch} x {self.full.tokens})"
-        return f"{self.name}{reduced}, {batch}, {str(size.dtype).removeprefix('torch.')}"
+        return f"{self.name}{reduced}, {batch}, {dtype_name(size.dtype)}"
 
     def columns(self, size: Size) -> dict[str, Any]:
         """Of the CSV: what :meth:`title` says."""
@@ -142,7 +143,7 @@ class Shape:
             "vocab": f"{size.vocab}/{self.full.vocab}" if size.vocab else "",
             "batch": size.batch,
             "tokens": size.tokens,
-            "dtype": str(size.dtype).removeprefix("torch."),
+            "dtype": dtype_name(size.dtype),
         }
 
 
@@ -167,6 +168,10 @@ def _llama(depth: int, vocab: int, **sizes: Any) -> nn.Module:
         bos_token_id=0, eos_token_id=1, pad_token_id=2, **sizes,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)
+
+
+def tiny_llama(depth: int, vocab: int) -> nn.Module:
+    return _llama(depth, vocab, hidden_size=64, intermediate_size=96, num_attention_heads=8)
 
 
 def llama_3b(depth: int, vocab: int) -> nn.Module:
@@ -216,6 +221,8 @@ def clip_l14(depth: int, vocab: int) -> nn.Module:
 
 BF16, FP32 = torch.bfloat16, torch.float32
 ENCODER_LAYERS = ["query", "key", "value", "dense"]  # the paper's GLUE/run_glue.py
+
+TINY = "tiny Llama"  # to try a script with; no question measures it unless asked to
 
 SHAPES = {
     shape.name: shape
@@ -278,5 +285,16 @@ SHAPES = {
             width=4096,
             causal=True,
         ),
+        Shape(
+            TINY,
+            tiny_llama,
+            full=Size(2, 256, 2, 16, BF16),
+            cpu=Size(2, 256, 2, 16, BF16),
+            cuda=Size(2, 256, 2, 16, BF16),
+            targets=["q_proj", "v_proj"],
+            width=64,
+            causal=True,
+        ),
     )
 }
+PUBLISHED = tuple(name for name in SHAPES if name != TINY)

@@ -148,6 +148,8 @@ def test_decoding(dtype):
     size = dataclasses.replace(SIZE, dtype=dtype)
     case = generate.Decoding(LLAMA, size, LLAMA.setting(size, rank=5), "cpu", new=4)
     for name in generate.PROVIDERS:
+        if "compiled" in name or (dtype == torch.float32 and name.endswith("16-bit")):  # the former takes seconds
+            continue
         tokens, logits, error = case.provider(name).run()
         assert tokens.shape == (2, 7 + 4) and logits.shape == (2, 4, 60), name
         assert 0 <= error < generate.TOLERANCE[dtype], name

@@ -1,0 +1,141 @@
+"""The steps of gpu.sh: what each of its two calls runs, in which order, and how long it may take.
+
+`expected` is how long a step should take on an H100, start of the interpreter included: the sum of a call is below
+:data:`CALL_SECONDS`, and nothing begins or goes on beyond that. On "cpu" the same commands get tiny sizes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench import ROOT
+
+CALL_SECONDS = 335  # of six minutes; the rest is for stopping what is still running, and for the table
+CALLS = ("correct", "deep")
+
+COMMON = ("frozen", "PEFT LoRA", "PEFT LoRA, 16-bit", "PEFT RandLoRA", "PEFT RandLoRA, 16-bit", "PyTorch, compiled")
+METHODS = "; ".join((*COMMON, "randlora", "randlora very_sparse"))
+DECODING = "; ".join((*COMMON, "randlora, not cached", "randlora, cached", "randlora, merged"))
+LARGE_BATCH = "frozen; PEFT LoRA, 16-bit; randlora; randlora very_sparse; PEFT RandLoRA, 16-bit"
+VISION = "frozen; PEFT LoRA; PEFT RandLoRA; PyTorch, compiled; randlora; randlora very_sparse"
+KERNEL_METRICS = (
+    "gpu__time_duration.sum", "dram__bytes.sum", "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed", "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "launch__registers_per_thread", "l1tex__data_bank_conflicts_pipe_lsu.sum",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Step:
+    """`command`: arguments of Python. `tool`: a program with its options that Python runs under, on a GPU."""
+
+    name: str
+    command: tuple[str, ...]
+    expected: int
+    limit: int
+    tool: tuple[str, ...] = ()
+    in_checkout: bool = True
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+class Steps:
+    """Builds commands for one device and folder of results."""
+
+    def __init__(self, device: str, results: Path) -> None:
+        self.device, self.results, self.tiny = device, results, device == "cpu"
+
+    def bench(self, question: str, full: str, tiny: str = "", **more: str) -> tuple[str, ...]:
+        """`full` and `tiny`: options in one string; `more`: options whose values have blanks."""
+        options = (tiny if self.tiny else full).split()
+        for name, value in more.items():
+            options += [f"--{name}", value]
+        return ("-m", "bench", question, *options, "--device", self.device, "--results", str(self.results))
+
+    def pytest(self, *selected: str) -> tuple[str, ...]:
+        config = ("-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT))
+        return ("-m", "pytest", "-m", "cuda", "-q", "-p", "no:cacheprovider", *config, *selected)
+
+    def layer(self, d: int, tokens: int) -> tuple[str, ...]:
+        return self.bench(
+            "linear", f"--d {d} --tokens {tokens} --dtype bfloat16 --seconds 5 --no-picture",
+            "--d 64 --tokens 96 --dtype bfloat16 --quick --seconds 0 --no-picture", methods=METHODS,
+        )  # fmt: skip
+
+    def llama(self, question: str, full: str, tiny: str, methods: str) -> tuple[str, ...]:
+        """A language model; on a CPU one layer of a tiny one."""
+        small = f"--depth 1 --vocab 64 --batch 1 --tokens 8 --dtype bfloat16 {tiny} --quick --seconds 0 --no-picture"
+        name = "tiny Llama" if self.tiny else "Llama-3.2-3B"
+        return self.bench(question, f"{full} --seconds 5 --no-picture", small, model=name, methods=methods)
+
+    def vision(self, name: str, batch: int, methods: str) -> tuple[str, ...]:
+        """With TF32; on a CPU one layer."""
+        small = "--depth 1 --batch 1 --tf32 --quick --seconds 0 --no-picture"
+        full = f"--batch {batch} --tf32 --seconds 4 --no-picture"
+        return self.bench("model", full, small, model=name, methods="randlora" if self.tiny else methods)
+
+    # ---- the first call ----
+
+    def correct(self) -> list[list[Step]]:
+        """Groups, one after the other; the steps of a group run beside each other."""
+        tests = self.pytest(str(ROOT / "tests/test_cuda.py"), "-k", "bits or synchronises")
+        return [
+            [
+                Step("right", self.bench("correct", "", "--few"), 20, 60),
+                Step("tests", tests, 35, 75, in_checkout=False),
+            ],
+            [Step("launches", self.bench("launches", "", "--sizes 64x96"), 25, 60)],
+            [Step("layer-4096", self.layer(4096, 8192), 40, 75)],
+            [Step("layer-3072", self.layer(3072, 840), 35, 65)],
+            [Step("llama", self.llama("model", "", "", METHODS), 85, 115)],
+            [Step("decoding", self.llama("generate", "--batch 1 --new 8", "--new 2", DECODING), 75, 110)],
+        ]
+
+    # ---- the second call ----
+
+    def sanitizer(self, tool: str, **environment: str) -> Step:
+        command = (
+            "compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--target-processes", "application-only",
+            "--launch-timeout", "60", "--kernel-name", "kns=randlora",
+        )  # fmt: skip
+        return Step(tool, self.bench("correct", "--few", "--few"), 60, 100, command, environment=environment)
+
+    def ncu(self) -> Step:
+        command = (
+            "ncu", "--csv", "--page", "raw", "--clock-control", "none", "--profile-from-start", "off",
+            "--kernel-name-base", "demangled", "-k", "regex:randlora", "--metrics", ",".join(KERNEL_METRICS),
+            "--log-file", str(self.results / "ncu.csv"),
+        )  # fmt: skip
+        return Step("ncu", self.bench("kernels", "--ncu", "--ncu --features 256"), 30, 50, command)
+
+    def deep(self) -> list[list[Step]]:
+        together = ("-n", str(max(1, min(6, (os.cpu_count() or 1) // 2)))) if importlib.util.find_spec("xdist") else ()
+        tests = self.pytest(str(ROOT / ("tests/test_cuda.py" if self.tiny else "tests")), *together)
+        return [
+            [
+                self.sanitizer("memcheck", PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
+                self.sanitizer("racecheck"),
+                Step("tests", tests, 70, 110, in_checkout=False),
+            ],
+            [Step("kernels", self.bench("kernels", "", "--features 256"), 12, 30)],
+            [Step("all-linear", self.llama("model", "--targets all-linear --batch 8 --tokens 1024",
+                                           "--targets all-linear", LARGE_BATCH), 75, 100)],
+            [Step("vit", self.vision("ViT-B/32", 128, VISION), 40, 60)],
+            [self.ncu()],
+            # 128 images of CLIP keep more than 80 GB for the backward pass.
+            [Step("clip", self.vision("CLIP ViT-L/14", 64, "frozen; PEFT LoRA; randlora"), 40, 60)],
+            [Step("bases", self.bench("bases", "--seconds 1 --no-picture", "--quick --seconds 0 --no-picture",
+                                      only="dense float32" if self.tiny else "bases"), 20, 40)],
+            [Step("unique-base", self.bench("unique_base", "--quick --seconds 1 --no-picture",
+                                            "--quick --seconds 0 --no-picture", only=self.unique_base_sizes), 15, 30)],
+        ]  # fmt: skip
+
+    @property
+    def unique_base_sizes(self) -> str:
+        return "32 x 24 x 768" if self.tiny else "32 x 128 x 4096"
+
+
+def steps(call: str, device: str, results: Path) -> list[list[Step]]:
+    return getattr(Steps(device, results), call)()
