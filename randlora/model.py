@@ -155,19 +155,19 @@ class RandLoraModel(ActiveAdapters):
     # ---- calls ----
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        with self._batch(adapter_names, exact=True):
+        with self._batch(adapter_names):
             return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The wrapped model's ``generate``, with `adapter_names` as in a call (beams follow their sample)."""
-        with self._batch(adapter_names, exact=False):
+        with self._batch(adapter_names):
             return self.model.generate(*args, **kwargs)
 
-    def _batch(self, adapter_names: Sequence[str] | None, exact: bool):
+    def _batch(self, adapter_names: Sequence[str] | None):
         if adapter_names is None:
             return contextlib.nullcontext()
         layers = [*adapted_layers(self.model).values(), *saved_modules(self.model).values()]
-        return mixed_batch(self.model, layers, adapter_names, exact)
+        return mixed_batch(self.model, layers, adapter_names)
 
     def __getattr__(self, name: str) -> Any:
         try:
