@@ -120,11 +120,7 @@ class Linear(nn.Linear, RandLoraLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.mixed_batch is not None and not self.disable_adapters:
-            dtype = compute_dtype(x)
-            return add_updates(
-                self.mixed_batch, x, quantized.product(self.base_layer, x), self.randlora_lambda,
-                lambda rows, name: self._update(rows, dtype, name, None, None),
-            )  # fmt: skip
+            return self._add_mixed(x, quantized.product(self.base_layer, x))
         adapters = [name for name in self._active_adapters if name not in self.merged_adapters]
         if self.disable_adapters or not adapters:
             return quantized.product(self.base_layer, x)
@@ -140,6 +136,14 @@ class Linear(nn.Linear, RandLoraLayer):
         for adapter in adapters:
             result = result + self._update(x, dtype, adapter, None, None).to(result.dtype)
         return result
+
+    def _add_mixed(self, x: Tensor, result: Tensor) -> Tensor:
+        """`result`, the base layer's, and for every sample in `x` the update of its own adapter."""
+        dtype = compute_dtype(x)
+        return add_updates(
+            self.mixed_batch, x, result, self.randlora_lambda,
+            lambda rows, name: self._update(rows, dtype, name, None, None),
+        )  # fmt: skip
 
     def _update(
         self, x: Tensor, dtype: torch.dtype, adapter: str, weight: Tensor | None, bias: Tensor | None
@@ -162,9 +166,9 @@ class Linear(nn.Linear, RandLoraLayer):
         )  # fmt: skip
 
     def _base_is_plain(self) -> bool:
-        """Whether the base layer does nothing but its product, so that the op may do it."""
+        """Whether the base layer does nothing but its product with a frozen weight, so that the op may do it."""
         base = self.base_layer
-        return (
+        return not (base.weight.requires_grad and torch.is_grad_enabled()) and (
             type(base) in (nn.Linear, *conv1d_types())
             and type(base.weight) in (Tensor, nn.Parameter)  # torchao's quantised weights are subclasses
             and not (base._forward_hooks or base._forward_pre_hooks)

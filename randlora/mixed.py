@@ -8,7 +8,8 @@ layer then adds, per adapter, the update of that adapter's rows (:func:`add_upda
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,35 +29,47 @@ class MixedBatch:
     """The adapter names of a batch and the sizes of the call in progress, by which layers tell samples apart.
 
     Args:
-        exact: the batch has as many samples as names. Else it may be a multiple, as in beam search, with each sample's
-            repetitions in a row.
         length_first: parts of the model have the batch as their second dimension.
     """
 
-    def __init__(self, names: Sequence[str], exact: bool = False, length_first: bool = False) -> None:
-        self.names, self.exact, self.length_first = tuple(names), exact, length_first
-        self.size, self.tokens = len(self.names), 0
+    def __init__(self, names: Sequence[str], length_first: bool = False) -> None:
+        self.names, self.length_first = tuple(names), length_first
+        self.repeat, self.tokens = 1, 0  # repeat: ``generate`` has put this many copies of each sample in a row
         self.with_gradients = torch.is_grad_enabled()
+        self._only: str | None = None
         self._rows: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
 
     def see(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """A forward pre-hook of the model: notes the number of samples and tokens of this call."""
-        given = [kwargs.get(name) for name in INPUTS]
-        tensors = [t for t in (*args, *given, *kwargs.values()) if isinstance(t, Tensor) and t.dim() > 0]
+        """A forward pre-hook of the model: notes the number of tokens of this call and checks that of samples."""
+        mappings = [kwargs, *(arg for arg in (*args, *kwargs.values()) if isinstance(arg, Mapping))]
+        named = [mapping.get(name) for name in INPUTS for mapping in mappings]
+        values = [value for mapping in mappings for value in mapping.values()]
+        tensors = [t for t in (*args, *named, *values) if isinstance(t, Tensor) and t.dim() > 0]
         if not tensors:
             return
-        size, count = tensors[0].shape[0], len(self.names)
-        if size == 0 or (size != count if self.exact else size % count):
+        if tensors[0].shape[0] != len(self.names) * self.repeat:
+            repeated = f", of which generate() has made {self.repeat} copies each" if self.repeat > 1 else ""
             raise ValueError(
-                f"adapter_names must have one name per sample, got {count} names for an input of shape "
-                f"{list(tensors[0].shape)}"
+                f"adapter_names must have one name per sample, got {len(self.names)} names{repeated} for an input of "
+                f"shape {list(tensors[0].shape)}"
             )
-        self.size, self.tokens = size, tensors[0].shape[1] if tensors[0].dim() > 1 else 0
+        self.tokens = tensors[0].shape[1] if tensors[0].dim() > 1 else 0
+
+    @contextlib.contextmanager
+    def only(self, name: str) -> Iterator[None]:
+        """While this lasts all rows are `name`'s: some of the samples are on their way through a module of its own."""
+        before, self._only = self._only, name
+        try:
+            yield
+        finally:
+            self._only = before
 
     def rows(self, x: Tensor) -> dict[str, Tensor]:
         """Adapter name -> indices along x's first dimension. Raises ``ValueError`` if samples cannot be told apart."""
+        if self._only is not None:
+            return {self._only: torch.arange(x.shape[0], device=x.device)}
         count = len(self.names)
-        sizes = {count, self.size}
+        sizes = {count, count * self.repeat}
         if x.dim() == 2:  # some models flatten [batch, tokens, features] before their layers
             sizes |= {size * self.tokens for size in sizes}
         if x.dim() < 2 or x.shape[0] not in sizes:
@@ -100,16 +113,76 @@ def add_updates(
     return result
 
 
+def run_apart(
+    batch: MixedBatch, kind: str, call: Callable[[str, tuple, dict], Any], args: tuple, kwargs: dict
+) -> Tensor:
+    """Each name's rows of the one tensor in `args` and `kwargs` through ``call(name, args, kwargs)``, put together.
+
+    For modules that every adapter has a copy of, of class `kind`. Raises ``TypeError`` where it cannot be known what
+    belongs to which sample: other tensors among the arguments, or a result that is no tensor.
+    """
+    given = {**dict(enumerate(args)), **kwargs}
+    places = [place for place, value in given.items() if isinstance(value, Tensor)]
+    if len(places) != 1:
+        raise TypeError(
+            f"adapter_names: {kind} of modules_to_save must be called with its input and no other tensors, got "
+            f"{len(places)} tensors"
+        )
+    x = given[places[0]]
+    parts, order = [], []
+    for name, rows in batch.rows(x).items():
+        given[places[0]] = x.index_select(0, rows)
+        with batch.only(name):
+            part = call(name, tuple(given[i] for i in range(len(args))), {key: given[key] for key in kwargs})
+        if not isinstance(part, Tensor) or part.shape[:1] != rows.shape:
+            got = f"shape {list(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
+            raise TypeError(
+                f"adapter_names: {kind} of modules_to_save must return a tensor with a row per sample, got {got} for "
+                f"{len(rows)} rows"
+            )
+        parts.append(part)
+        order.append(rows)
+    return torch.cat(parts).index_select(0, torch.cat(order).argsort())
+
+
 @contextlib.contextmanager
-def mixed_batch(
-    model: nn.Module, layers: Sequence[nn.Module], names: Sequence[str] | None, exact: bool = False
-) -> Iterator[None]:
+def _counted_repetitions(model: nn.Module, batches: Sequence[MixedBatch]) -> Iterator[None]:
+    """Let `batches` know when transformers' ``generate`` repeats the samples, for beams and for several sequences.
+
+    It does so in one place, after the encoder of a model that has one has run; no argument of the calls of the model
+    tells, and neither does the number of samples.
+    """
+    method = "_expand_inputs_for_generation"
+    shadowed = [(m, vars(m).get(method)) for m in model.modules() if callable(getattr(type(m), method, None))]
+
+    def counting(original: Callable) -> Callable:
+        def expand(*args: Any, **kwargs: Any) -> Any:
+            for batch in batches:
+                batch.repeat = kwargs.get("expand_size", args[0] if args else 1)
+            return original(*args, **kwargs)
+
+        return expand
+
+    try:
+        for module, _ in shadowed:
+            vars(module)[method] = counting(getattr(module, method))
+        yield
+    finally:
+        for module, before in shadowed:
+            vars(module).pop(method, None)
+            if before is not None:
+                vars(module)[method] = before
+
+
+@contextlib.contextmanager
+def mixed_batch(model: nn.Module, layers: Sequence[nn.Module], names: Sequence[str] | None) -> Iterator[None]:
     """While this lasts, calls of `model` take `names`, one per sample, instead of the active adapters (None: as ever).
+
+    Where transformers' ``generate`` repeats samples, the names are repeated with them.
 
     Args:
         layers: the adapted layers in `model`: those with an attribute ``mixed_batch``, ``randlora_lambda`` and
             ``merged_adapters``.
-        exact: a call's batch must have as many samples as there are names; else it may be a multiple (beam search).
 
     Raises:
         TypeError, ValueError: names that no layer knows, merged layers, or gradient checkpointing while training, which
@@ -130,17 +203,18 @@ def mixed_batch(
     if model.training and torch.is_grad_enabled() and any(getattr(m, "gradient_checkpointing", 0) for m in modules):
         raise ValueError(CHECKPOINTING)
     inside = {id(part) for name, m in model.named_modules() if name.endswith("experts") for part in m.modules()}
-    if any(id(layer) in inside for layer in layers):
+    if any(id(getattr(layer, "module", layer)) in inside for layer in layers):
         raise ValueError("adapter_names: experts get the tokens that are routed to them, not samples")
     attentions = [m for m in modules if isinstance(m, nn.MultiheadAttention)]
     projections = {id(part) for attention in attentions for part in attention.modules()}  # get the batch first
     length_first = any(not attention.batch_first for attention in attentions)
-    inner, outer = MixedBatch(names, exact), MixedBatch(names, exact, length_first)
+    inner, outer = MixedBatch(names), MixedBatch(names, length_first)
     hooks = [model.register_forward_pre_hook(batch.see, with_kwargs=True) for batch in (inner, outer)]
     try:
         for layer in layers:
             layer.mixed_batch = inner if id(layer) in projections else outer
-        yield
+        with _counted_repetitions(model, (inner, outer)):
+            yield
     finally:
         for hook in hooks:
             hook.remove()

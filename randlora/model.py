@@ -167,7 +167,7 @@ class RandLoraModel(ActiveAdapters):
     # ---- calls ----
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        with self._batch(adapter_names, exact=True):
+        with self._batch(adapter_names):
             return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
@@ -176,14 +176,14 @@ class RandLoraModel(ActiveAdapters):
         It runs inside a scope of :func:`randlora.inference_cache`, which says what must not happen meanwhile: nobody
         writes to the parameters in ways that move no version counter. A scope around it decides on the limit.
         """
-        with inference_cache(), self._batch(adapter_names, exact=False):
+        with inference_cache(), self._batch(adapter_names):
             return self.model.generate(*args, **kwargs)
 
-    def _batch(self, adapter_names: Sequence[str] | None, exact: bool):
+    def _batch(self, adapter_names: Sequence[str] | None):
         if adapter_names is None:
             return contextlib.nullcontext()
         layers = [*adapted_layers(self.model).values(), *saved_modules(self.model).values()]
-        return mixed_batch(self.model, layers, adapter_names, exact)
+        return mixed_batch(self.model, layers, adapter_names)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .mixed import MixedBatch
+from .mixed import MixedBatch, run_apart
 
 
 class ModuleToSave(nn.Module):
@@ -56,25 +55,11 @@ class ModuleToSave(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.mixed_batch is None or not self.enabled:
             return self.active_module()(*args, **kwargs)
-        x, others = args[0] if args else None, (*args[1:], *kwargs.values())
-        if not isinstance(x, Tensor) or any(isinstance(other, Tensor) for other in others):
-            raise TypeError(
-                f"adapter_names: {type(self.original_module).__name__} of modules_to_save must be called with its "
-                "input as the first argument and no other tensors"
-            )
-        result = None
-        for name, rows in self.mixed_batch.rows(x).items():
-            module = dict(self.modules_to_save.items()).get(name, self.original_module)
-            part = module(x.index_select(0, rows), *args[1:], **kwargs)
-            if not isinstance(part, Tensor):
-                raise TypeError(
-                    f"adapter_names: {type(module).__name__} of modules_to_save must return a tensor, got "
-                    f"{type(part).__name__}"
-                )
-            if result is None:
-                result = part.new_empty((x.shape[0], *part.shape[1:]))
-            result = torch.index_copy(result, 0, rows, part)
-        return result
+
+        def call(name: str, args: tuple, kwargs: dict) -> Any:
+            return dict(self.modules_to_save.items()).get(name, self.original_module)(*args, **kwargs)
+
+        return run_apart(self.mixed_batch, type(self.original_module).__name__, call, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:

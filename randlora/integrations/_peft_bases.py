@@ -39,6 +39,8 @@ class Bases(BufferDict):
         held = self._buffers.get(adapter)
         if held is tensor:
             return
+        if is_8_bit(tensor):  # for a weight that is cast for each call: 16 bits hold its numbers, and compute
+            tensor = tensor.to(torch.bfloat16)
         persistent = self.persistent if held is None else adapter not in self._non_persistent_buffers_set
         self.register_buffer(adapter, tensor, persistent=persistent)
         self.refresh()
@@ -98,7 +100,8 @@ class Bases(BufferDict):
         known = {}
         for adapter, tensor in self._buffers.items():  # shared tensors stay shared
             if id(tensor) not in known:
-                known[id(tensor)] = tensor, fn(tensor)
+                moved = fn(tensor)
+                known[id(tensor)] = tensor, tensor.to(moved.device) if is_8_bit(moved) else moved
             self._buffers[adapter] = known[id(tensor)][1]
         self.refresh()
         return self
@@ -137,6 +140,10 @@ class Bases(BufferDict):
             if self.take(adapter, tensor, assign):
                 state_dict[prefix + adapter] = self[adapter]  # else torch reports its size
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
+
+
+def is_8_bit(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype.itemsize == 1
 
 
 # While a pair lives, so do its tensors and their ids.

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from peft.tuners import randlora as peft_randlora
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
@@ -15,7 +16,8 @@ from ..functional import compute_dtype
 from ..layer import RandLoraLayer
 from ..linear import Linear as OwnLinear
 from ..mixed import MixedBatch
-from ._peft_bases import RANK_AXIS, Bases, Pair
+from ._peft_bases import RANK_AXIS, Bases, Pair, is_8_bit
+from ._peft_wrappers import Trainability
 
 
 class Linear(peft_randlora.Linear, OwnLinear):
@@ -44,15 +46,20 @@ class Linear(peft_randlora.Linear, OwnLinear):
             if self.disable_adapters and self.merged:
                 self.unmerge()
             result = self.base_layer(x, *args, **kwargs)
-            for name in [] if self.disable_adapters else self._active_adapters:
-                if name not in self.merged_adapters:
-                    result = result + self._update(x, compute_dtype(x), name, None, None).to(result.dtype)
+            if self.mixed_batch is not None and not self.disable_adapters:
+                result = self._add_mixed(x, result)
+            else:
+                for name in [] if self.disable_adapters else self._active_adapters:
+                    if name not in self.merged_adapters:
+                        result = result + self._update(x, compute_dtype(x), name, None, None).to(result.dtype)
         else:
             result = OwnLinear.forward(self, x)
         return result.to(x.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """PEFT's ``merge``, in fp32, rounded once; the weight as it was is kept for :meth:`unmerge`."""
+        if adapter_names is not None and not adapter_names:
+            return
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.randlora_lambda]
         if names:
             RandLoraLayer.merge(self, safe_merge, names)
@@ -89,6 +96,17 @@ class Linear(peft_randlora.Linear, OwnLinear):
         adapters = ", ".join(f"{name}: r={self.r[name]}" for name in self.randlora_lambda)
         return f"in_features={self.in_features}, out_features={self.out_features}, {adapters}"
 
+    # ---- the adapters' parameters ----
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """PEFT's ``enable_adapters``; what was frozen before the adapters were disabled stays frozen."""
+        if not enabled:
+            Trainability.note(self)
+            super().enable_adapters(enabled)
+            return
+        with Trainability.kept(self):
+            super().enable_adapters(enabled)
+
     # ---- the bases, which belong to the model ----
 
     @property
@@ -103,10 +121,28 @@ class Linear(peft_randlora.Linear, OwnLinear):
         # PEFT's update_layer makes it a child; _refer() undoes that.
         return self._modules[kind] if kind in self._modules else self.__dict__["_containers"][kind]
 
-    def update_layer(self, adapter_name: str, *args, **kwargs) -> None:
-        """PEFT's ``update_layer``."""
-        super().update_layer(adapter_name, *args, **kwargs)
+    def update_layer(self, adapter_name: str, randlora_A: BufferDict, randlora_B: BufferDict, *args, **kwargs) -> None:
+        """PEFT's ``update_layer``. The layer's other adapters come along into these containers of bases."""
+        if not isinstance(randlora_A, Bases):  # of PEFT's own tuner, after disable()
+            Bases.make_pair(randlora_A, randlora_B)
+        self._carry_over(adapter_name, randlora_A, randlora_B)
+        super().update_layer(adapter_name, randlora_A, randlora_B, *args, **kwargs)
         self._refer()
+
+    def _carry_over(self, adapter_name: str, *stores: Bases) -> None:
+        for store in stores:
+            held = self.__dict__.get("_containers", {}).get(store.kind, store)
+            for name in self.randlora_lambda if held is not store else ():
+                if name == adapter_name:
+                    continue
+                if name not in store:
+                    store.persistent = name not in held._non_persistent_buffers_set
+                    store[name] = held[name]
+                elif store[name] is not held[name] and not torch.equal(store[name], held[name]):
+                    raise ValueError(
+                        f"adapter {name!r} was injected more than once, with other bases: delete it before another one "
+                        "is added"
+                    )
 
     def _refer(self) -> None:
         """Keep the containers of bases without being their parent, and ``num_bases`` per adapter."""
@@ -119,10 +155,15 @@ class Linear(peft_randlora.Linear, OwnLinear):
         # PEFT casts a new adapter's bases here, from update_layer, and that decides their values. Later it must not.
         if "randlora_A" not in self._modules:
             self.other_param_names = tuple(name for name in type(self).other_param_names if name not in RANK_AXIS)
+        parameters = [(held, held[adapter_name]) for held in (self.randlora_lambda, self.randlora_gamma)]
         try:
             super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         finally:
             self.__dict__.pop("other_param_names", None)
+        for held, before in parameters:
+            if is_8_bit(moved := held[adapter_name]):
+                value = before.detach().to(moved.device, torch.float32)
+                held[adapter_name] = nn.Parameter(value, requires_grad=before.requires_grad)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         """Takes the copies of the bases that PEFT writes for every layer."""
@@ -155,9 +196,23 @@ class Linear(peft_randlora.Linear, OwnLinear):
         for kind, store in self._orphans():
             for adapter, tensor in store.items():
                 name = f"{kind}.{adapter}"
-                persistent = adapter not in store._non_persistent_buffers_set
-                if persistent and not any(key.endswith(name) for key in destination):  # the first layer will do
-                    destination[prefix + name] = tensor if keep_vars else tensor.detach()
+                there = [found.data_ptr() for key, found in destination.items() if key.endswith(name)]
+                if adapter not in store._non_persistent_buffers_set and tensor.data_ptr() not in there:
+                    destination[prefix + name] = tensor if keep_vars else tensor.detach()  # the first layer will do
+
+
+def initialise_anew(layer: Linear, adapter: str, init_weights: bool) -> None:
+    """Undo PEFT's rounding of a new adapter's parameters to 8 bits, where the weight is kept in 8 bits between calls.
+
+    PEFT has them in fp32 afterwards, but gamma, ``1 / 4096`` for one, may have become zero and is never trained then.
+    """
+    for held in (layer.randlora_lambda, layer.randlora_gamma):
+        if is_8_bit(parameter := held[adapter]):
+            held[adapter] = nn.Parameter(parameter.detach().float(), requires_grad=parameter.requires_grad)
+            if held is layer.randlora_gamma:
+                with torch.no_grad():
+                    largest = max(parameter.shape if init_weights else (layer.in_features, layer.out_features))
+                    held[adapter].fill_(1 / largest)
 
 
 def convert(layer: nn.Module) -> Linear:

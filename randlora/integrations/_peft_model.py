@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from peft.tuners import randlora as peft_randlora
@@ -15,9 +15,11 @@ from .. import peft_prng
 from ..cache import inference_cache
 from ..checks import require_int
 from ..fast_path import disable_fast_path, restore_fast_path
-from ..mixed import mixed_batch
+from ..injection import untie
 from ._peft_bases import Bases
-from ._peft_layer import Linear, convert
+from ._peft_layer import Linear, convert, initialise_anew
+from ._peft_undo import undone_if_it_fails, unmerged_if_it_fails
+from ._peft_wrappers import Trainability, activate, mixed, wrappers
 
 HALF = {"peft": torch.bfloat16, "peft-fp16": torch.float16}
 
@@ -29,22 +31,40 @@ class RandLoraModel(PeftRandLoraModel):
 
     # ---- bases ----
 
+    def __init__(self, model: nn.Module, *args, **kwargs) -> None:
+        before = getattr(model, "peft_config", None)  # a model with injected adapters: the new one's config is added
+        known = dict(before) if isinstance(before, dict) else None
+        try:
+            super().__init__(model, *args, **kwargs)
+        except BaseException:
+            if known is not None:
+                before.clear()
+                before.update(known)
+            raise
+
     def _pre_injection_hook(self, model: nn.Module, config, adapter_name: str) -> None:
-        self.randlora_A, self.randlora_B = Bases.make_pair()
+        # ``peft.inject_adapter_in_model`` makes a tuner every time: all adapters of a model are to be in one container.
+        layers = [module for module in model.modules() if isinstance(module, peft_randlora.RandLoraLayer)]
+        if not all(isinstance(layer, Linear) for layer in layers):
+            accelerate(model)
+        stores = (layers[0].randlora_A, layers[0].randlora_B) if layers else Bases.make_pair()
+        if adapter_name in stores[0]:  # injected once more under one name: layers that are not targets keep what it was
+            stores = Bases.make_pair()
+        self.randlora_A, self.randlora_B = stores
         self._own_bases()
 
     def _own_bases(self) -> None:
         for store in (self.randlora_A, self.randlora_B):
-            store.own(self)
+            if not store.is_owned():
+                store.own(self)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._own_bases()
 
-    def _draw(self, config, adapter_name: str) -> None:
+    def _draw(self, config, adapter_name: str, dims: tuple[int, int]) -> None:
         """The numbers that PEFT draws for this adapter if it is a model's first."""
         require_int("r", config.r, 1)
-        dims = self._find_dim(config)
         sparsity = math.sqrt(min(dims)) if config.very_sparse else 3.0 if config.sparse else None
         with torch.device("cpu"):  # PEFT's generator is there, whatever the default device is
             num_bases = -(-min(dims) // config.r)
@@ -55,30 +75,84 @@ class RandLoraModel(PeftRandLoraModel):
             store[adapter_name] = tensor
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        """PEFT's ``inject_adapter``; not only the first adapter, but every one gets bases after its own config."""
+        """PEFT's ``inject_adapter``; not only the first adapter, but every one gets bases after its own config.
+
+        An error leaves the model without the adapter, where PEFT leaves it in the layers that it has come to.
+        """
         if adapter_name in self.randlora_A:  # PEFT refuses it from 0.21 on
             raise ValueError(f"this model has an adapter named {adapter_name!r} already: delete it first")
-        self._draw(self.peft_config[adapter_name], adapter_name)
-        try:
+        config = self.peft_config[adapter_name]
+        with undone_if_it_fails(self):
+            try:
+                dims = self._find_dim(config)
+            except ValueError:
+                if len(self.randlora_A):  # PEFT looks for a further adapter's sizes nowhere, and has another error then
+                    super().inject_adapter(model, adapter_name, *args, **kwargs)
+                raise
+            self._draw(config, adapter_name, dims)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except Exception:
+            activate(model, self.active_adapters)
             for store in (self.randlora_A, self.randlora_B):
-                del store[adapter_name]
-            raise
-        for store in (self.randlora_A, self.randlora_B):
-            store.share(adapter_name)
-        disable_fast_path(model)
+                store.share(adapter_name)
+            disable_fast_path(model)
 
-    def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+    # ---- which adapters act ----
+
+    def disable_adapter_layers(self) -> None:
+        """PEFT's ``disable_adapter_layers``."""
+        for wrapper in wrappers(self.model):
+            Trainability.note(wrapper)
+        super().disable_adapter_layers()
+
+    def enable_adapter_layers(self) -> None:
+        """PEFT's ``enable_adapter_layers``; what was frozen before :meth:`disable_adapter_layers` stays frozen."""
+        with ExitStack() as stack:
+            for wrapper in wrappers(self.model):
+                stack.enter_context(Trainability.kept(wrapper))
+            super().enable_adapter_layers()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """PEFT's ``delete_adapter``; a merged adapter is refused, as PEFT does from 0.21 on and in its words."""
+        layers = [module for module in self.modules() if isinstance(module, Linear)]
+        if adapter_name in self.peft_config and any(adapter_name in layer.merged_adapters for layer in layers):
+            raise ValueError(
+                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
+            )
+        super().delete_adapter(adapter_name)
+        activate(self.model, self.active_adapters)
+
+    # ---- merging ----
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """PEFT's ``merge_adapter``; an error leaves all layers as they were. Tied weights are untied."""
+        with unmerged_if_it_fails(self.model):
+            untie(self.model, self._named(adapter_names))
+            super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            names = self._named(adapter_names)
+            if safe_merge:  # all layers, before the first one is unloaded
+                self.merge_adapter(names, safe_merge=True)
+            else:
+                untie(self.model, names)
+            if adapter_names is not None:  # not the copies of those that are active, which PEFT takes
+                activate(self.model, names)
+            adapter_names = [] if safe_merge else names
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         restore_fast_path(model)
         return model
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """PEFT's ``delete_adapter``; a merged adapter is refused, as PEFT does from 0.21 on."""
-        if any(adapter_name in module.merged_adapters for module in self.modules() if isinstance(module, Linear)):
-            raise ValueError(f"adapter {adapter_name!r} is merged into the base weights: call unmerge_adapter() first")
-        super().delete_adapter(adapter_name)
+    def _named(self, adapter_names: list[str] | None) -> list[str]:
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
+        return self.active_adapters if adapter_names is None else list(adapter_names)
 
     def _check_new_adapter_config(self, config) -> None:
         # PEFT's RandLoRA demands equal seeds and equal save_projection of all adapters, as they share their bases.
@@ -89,14 +163,17 @@ class RandLoraModel(PeftRandLoraModel):
     # ---- layers ----
 
     @staticmethod
-    def _create_new_module(*args, **kwargs) -> Linear:
-        return convert(PeftRandLoraModel._create_new_module(*args, **kwargs))
+    def _create_new_module(config, randlora_A, randlora_B, adapter_name: str, target, **kwargs) -> Linear:
+        create = PeftRandLoraModel._create_new_module
+        layer = convert(create(config, randlora_A, randlora_B, adapter_name, target, **kwargs))
+        initialise_anew(layer, adapter_name, config.init_weights)
+        return layer
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
         """PEFT calls this around every call of the model: here the names of a mixed batch come in."""
         layers = [module for module in self.model.modules() if isinstance(module, Linear)]
-        with mixed_batch(self.model, layers, kwargs.get("adapter_names")):
+        with mixed(self.model, layers, kwargs.get("adapter_names")):
             yield
 
     def generate(self, *args, **kwargs):
@@ -115,18 +192,19 @@ def accelerate(model: nn.Module) -> nn.Module:
     for name, module in (layers | tuners).items():
         _check(name, module)
     stores = {id(layer.randlora_A): (layer.randlora_A, layer.randlora_B) for layer in layers.values()}
-    for A, B in stores.values():
-        if not isinstance(A, Bases):
-            Bases.make_pair(A, B)
-    for tuner in tuners.values():
-        tuner.__class__ = RandLoraModel
-        tuner._own_bases()
-    for layer in layers.values():
-        if not isinstance(layer, own):
-            convert(layer)
-    for A, B in stores.values():
-        _narrow(A, B, [layer for layer in layers.values() if layer.randlora_A is A])
-    disable_fast_path(model)
+    with undone_if_it_fails(model):
+        for A, B in stores.values():
+            if not isinstance(A, Bases):
+                Bases.make_pair(A, B)
+        for tuner in tuners.values():
+            tuner.__class__ = RandLoraModel
+            tuner._own_bases()
+        for layer in layers.values():
+            if not isinstance(layer, own):
+                convert(layer)
+        for A, B in stores.values():
+            _narrow(A, B, [layer for layer in layers.values() if layer.randlora_A is A])
+        disable_fast_path(model)
     return model
 
 

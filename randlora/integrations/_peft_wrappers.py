@@ -1,0 +1,107 @@
+"""What stands beside the adapters in a PEFT model: ``modules_to_save``, which are trained in full, and their like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ..mixed import MixedBatch, mixed_batch, run_apart
+
+
+def wrappers(model: nn.Module) -> list[AuxiliaryTrainingWrapper]:
+    return [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+
+
+# ---- which adapter's copy acts ----
+
+
+def activate(model: nn.Module, adapters: Sequence[str]) -> None:
+    """Let every wrapper run the copy of the one of `adapters` that has one there.
+
+    PEFT asks it only of wrappers that the adapter which it deletes has a copy in.
+    """
+    for wrapper in wrappers(model):
+        wanted = [name for name in adapters if name in wrapper._adapters][:1]
+        if wanted != wrapper.active_adapters:
+            wrapper.set_adapter(wanted)
+
+
+class Trainability:
+    """What of a module was trained while its adapters were active. PEFT trains all active ones once they are back."""
+
+    KEY = "_randlora_trainability"
+
+    def __init__(self, module: nn.Module) -> None:
+        self.active = list(module.active_adapters)
+        self.flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+
+    @classmethod
+    def note(cls, module: nn.Module) -> None:
+        """Before the adapters of `module` are disabled."""
+        if not module.disable_adapters:
+            vars(module)[cls.KEY] = cls(module)
+
+    @classmethod
+    @contextmanager
+    def kept(cls, module: nn.Module) -> Iterator[None]:
+        """Around enabling the adapters of `module`. What is made trainable in the meantime stays so."""
+        noted = vars(module).pop(cls.KEY, None)
+        now = {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
+        yield
+        if noted is not None and noted.active == module.active_adapters:
+            for parameter, flag in noted.flags:
+                parameter.requires_grad_(flag or id(parameter) in now)
+
+
+# ---- batches of mixed adapters ----
+
+
+class _InMixedBatch:
+    """A wrapper as :func:`randlora.mixed.mixed_batch` takes it, beside the layers."""
+
+    merged_adapters = ()
+    mixed_batch: MixedBatch | None = None
+
+    def __init__(self, wrapper: AuxiliaryTrainingWrapper) -> None:
+        self.module, self.randlora_lambda = wrapper, set(wrapper._adapters)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """In place of the wrapper's: PEFT's takes few kinds of modules, and looks at the active adapter first."""
+        wrapper = self.module
+        if wrapper.disable_adapters:
+            return wrapper._forward_wrapped_passthrough(*args, **kwargs)
+
+        def call(name: str, args: tuple, kwargs: dict) -> Any:
+            if name in self.randlora_lambda:
+                return wrapper._forward_wrapped_mixed_batch(*args, active_adapter=name, **kwargs)
+            return wrapper.original_module(*args, **kwargs)
+
+        return run_apart(self.mixed_batch, type(wrapper.original_module).__name__, call, args, kwargs)
+
+
+@contextmanager
+def mixed(model: nn.Module, layers: Sequence[nn.Module], names: Sequence[str] | None) -> Iterator[None]:
+    """While this lasts, calls of `model` take `names`, one per sample: in its layers and in its wrappers."""
+    parts = [] if names is None else [_InMixedBatch(wrapper) for wrapper in wrappers(model)]
+    with mixed_batch(model, [*layers, *parts], names), ExitStack() as stack:
+        for part in parts:
+            stack.callback(_replace_forward(part.module, part.forward))
+        yield
+
+
+def _replace_forward(module: nn.Module, forward: Callable) -> Callable[[], None]:
+    """Returns what undoes it. An instance may have a `forward` of its own already (accelerate's hooks)."""
+    attributes = vars(module)
+    before = attributes.get("forward")
+    attributes["forward"] = forward
+
+    def undo() -> None:
+        del attributes["forward"]
+        if before is not None:
+            attributes["forward"] = before
+
+    return undo
