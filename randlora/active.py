@@ -124,6 +124,7 @@ class ActiveAdapters(nn.Module):
             ValueError: an unknown name; with `safe_merge` a merged weight that is not finite. Nothing is changed then.
         """
         names = self._names(adapter_names)
+        injection.require_mergeable(self.model, names)
         injection.untie(self.model, names)
         before: list[tuple[RandLoraLayer, list[str]]] = []
         try:

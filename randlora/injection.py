@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
+from . import offload
 from .attention import MultiheadAttention, check_base, disable_fast_path, restore_fast_path
+from .base_layer import check, tensor_weight
 from .bases import RandomBases
 from .config import RandLoraConfig
 from .layer import RandLoraLayer
@@ -59,6 +61,7 @@ def plan(model: nn.Module, config: RandLoraConfig, bases: RandomBases | None = N
     saved = _find_saved(model, config)
     targets = find_targets(model, config)
     slots = _slots(model, targets)
+    offload.check_targets(model, targets, _with_trained_biases(model, config, targets))
     for name in targets:
         _check_target(model, name)
     dims = peft_dims(model, config, targets)
@@ -137,6 +140,10 @@ def apply(model: nn.Module, plan: Plan, adapter_name: str) -> None:
 def unload(model: nn.Module, merged: Iterable[str], progressbar: bool) -> nn.Module:
     """Merge the adapters `merged` and put the plain modules back; returns the model."""
     layers = adapted_layers(model)
+    merged = list(merged)
+    for attention in (m for m in model.modules() if isinstance(m, MultiheadAttention)):
+        attention.check_unwrap()
+    require_mergeable(model, merged)
     untie(model, merged)
     bar = layers.values()
     if progressbar:
@@ -163,6 +170,18 @@ def unload(model: nn.Module, merged: Iterable[str], progressbar: bool) -> nn.Mod
     return model
 
 
+def require_mergeable(model: nn.Module, merged: Iterable[str]) -> None:
+    """Raises what merging these adapters into a layer would raise, before the first is changed."""
+    for name, layer in adapted_layers(model).items():
+        wanted = [n for n in merged if n in layer.randlora_lambda and n not in layer.merged_adapters]
+        if not wanted:
+            continue
+        try:
+            layer.require_mergeable(wanted)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name!r}: {error}") from error
+
+
 def untie(model: nn.Module, merged: Iterable[str]) -> None:
     """Give layers that `merged` is about to change a weight of their own where another module has the same one."""
     merged = set(merged)
@@ -172,6 +191,8 @@ def untie(model: nn.Module, merged: Iterable[str]) -> None:
             owners.setdefault(id(parameter), []).append(name)
     for name, layer in adapted_layers(model).items():
         base = layer.get_base_layer()
+        if tensor_weight(base) is None:
+            continue
         shared = [n for n in owners.get(id(base.weight), ()) if n not in (name, f"{name}.base_layer")]
         if not shared or type(base.weight) is not nn.Parameter or not merged & set(layer.randlora_lambda):
             continue
@@ -240,12 +261,26 @@ def _check_target(model: nn.Module, name: str) -> None:
     module, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
     if isinstance(module, RandLoraLayer) and module.merged:
         raise ValueError(f"layer {name!r} has merged adapters: call unmerge_adapter() first")
+    if not isinstance(module, (RandLoraLayer, nn.MultiheadAttention, MultiheadAttention)):
+        try:
+            check(module, *layer_sizes(module), not isinstance(module, nn.Linear))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"target_modules matches {name!r}, which cannot be adapted: {error}") from error
     attention = next((m for m in (module, parent) if isinstance(m, nn.MultiheadAttention)), None)
     if attention is not None and not isinstance(attention, MultiheadAttention):
         try:
             check_base(attention)
         except (TypeError, ValueError) as error:
             raise ValueError(f"target_modules matches {name!r}, which cannot be adapted: {error}") from error
+
+
+def _with_trained_biases(model: nn.Module, config: RandLoraConfig, targets: dict[str, nn.Module]) -> Iterator[nn.Module]:
+    if config.bias == "none" or config.inference_mode:
+        return
+    for module in model.modules() if config.bias == "all" else targets.values():
+        base = module.get_base_layer() if isinstance(module, RandLoraLayer) else module
+        if getattr(base, "bias", None) is not None:
+            yield base
 
 
 def _slots(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, tuple[int, int]]:

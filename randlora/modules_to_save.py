@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .mixed import MixedBatch
+from .offload import copy_of
 
 
 class ModuleToSave(nn.Module):
@@ -31,7 +31,7 @@ class ModuleToSave(nn.Module):
         return self.modules_to_save
 
     def add(self, adapter_name: str) -> None:
-        fresh = copy.deepcopy(self.original_module)
+        fresh = copy_of(self.original_module)
         for parameter in fresh.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         self.modules_to_save[adapter_name] = fresh
@@ -80,6 +80,7 @@ class ModuleToSave(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("original_module", "modules_to_save"):  # not there yet: copying, unpickling
+            # Not there yet: copying, unpickling. accelerate's hooks are those of one module.
+            if name in ("original_module", "modules_to_save", "_hf_hook", "_old_forward"):
                 raise
             return getattr(self.active_module(), name)

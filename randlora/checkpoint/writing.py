@@ -19,6 +19,7 @@ from ..bases import RandomBases
 from ..config import ALL_LINEAR, CONFIG_NAME, OWN_PEFT_TYPE, RandLoraConfig
 from ..injection import adapted_layers, saved_modules
 from ..layer import RandLoraLayer
+from ..offload import with_numbers
 from . import biases
 from .for_peft import drawn_dims, exact_targets, misread
 from .layout import FORMAT, METADATA_KEY, OWN_SETTINGS, PARAMETERS, PREFIX, WEIGHTS_NAME, checksum
@@ -142,13 +143,13 @@ def _trained(
     }
     saved = {path: m for path, m in saved_modules(model.model).items() if name in m.modules_to_save}
     for path, module in saved.items():
-        state = module.modules_to_save[name].state_dict()
+        state = module.modules_to_save[name].state_dict(keep_vars=True)
         tensors |= {f"{PREFIX}{path}.{key}": value for key, value in state.items()}
     for path, bias in biases.trained(model.model, config.bias, layers, saved).items():
         owner = path.rpartition(".")[0]
         # As in a model that has this adapter only.
         tensors[f"{PREFIX}{owner}.base_layer.bias" if owner in layers else f"{PREFIX}{path}"] = bias
-    return tensors
+    return with_numbers(model.model, tensors)
 
 
 def _projections(bases: RandomBases, dims: tuple[int, int, int]) -> tuple[Tensor, Tensor]:

@@ -9,14 +9,15 @@ from contextlib import contextmanager
 import torch
 from peft.tuners import randlora as peft_randlora
 from peft.tuners.randlora.model import RandLoraModel as PeftRandLoraModel
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import nn
 
-from .. import peft_prng
+from .. import offload, peft_prng
 from ..checks import require_int
 from ..fast_path import disable_fast_path, restore_fast_path
 from ..mixed import mixed_batch
 from ._peft_bases import Bases
-from ._peft_layer import Linear, convert
+from ._peft_layer import Linear, convert, seen_where_it_computes
 
 HALF = {"peft": torch.bfloat16, "peft-fp16": torch.float16}
 
@@ -44,6 +45,7 @@ class RandLoraModel(PeftRandLoraModel):
         """The numbers that PEFT draws for this adapter if it is a model's first."""
         require_int("r", config.r, 1)
         dims = self._find_dim(config)
+        self._check_offloaded(config)
         sparsity = math.sqrt(min(dims)) if config.very_sparse else 3.0 if config.sparse else None
         with torch.device("cpu"):  # PEFT's generator is there, whatever the default device is
             num_bases = -(-min(dims) // config.r)
@@ -52,6 +54,15 @@ class RandLoraModel(PeftRandLoraModel):
         for store, tensor in zip((self.randlora_A, self.randlora_B), drawn, strict=True):
             store.persistent = config.save_projection
             store[adapter_name] = tensor
+
+    def _check_offloaded(self, config) -> None:
+        config = self._prepare_adapter_config(config, self.get_model_config(self.model))
+        config = _maybe_include_all_linear_layers(config, self.model)
+        modules = dict(self.model.named_modules())
+        targets = [name for name in modules if self._check_target_module_exists(config, name)]
+        biased = {"none": (), "all": modules}.get(config.bias, targets)
+        with_bias = [modules[name] for name in biased if getattr(modules[name], "bias", None) is not None]
+        offload.check_targets(self.model, targets, () if config.inference_mode else with_bias)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """PEFT's ``inject_adapter``; not only the first adapter, but every one gets bases after its own config."""
@@ -88,8 +99,19 @@ class RandLoraModel(PeftRandLoraModel):
     # ---- layers ----
 
     @staticmethod
-    def _create_new_module(*args, **kwargs) -> Linear:
-        return convert(PeftRandLoraModel._create_new_module(*args, **kwargs))
+    def _create_new_module(config, randlora_A, randlora_B, adapter_name, target, **kwargs) -> Linear:
+        with seen_where_it_computes(target):
+            layer = PeftRandLoraModel._create_new_module(
+                config, randlora_A, randlora_B, adapter_name, target, **kwargs
+            )
+        layer = convert(layer)
+        layer._follow_to_meta(adapter_name)
+        return layer
+
+    def _replace_module(self, parent, child_name, new_module, child) -> None:
+        # PEFT moves the new layer to the device of the weight.
+        with seen_where_it_computes(child.base_layer if hasattr(child, "base_layer") else child):
+            super()._replace_module(parent, child_name, new_module, child)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
@@ -148,7 +170,7 @@ def _check(name: str, module: nn.Module) -> None:
 
 def _narrow(A: Bases, B: Bases, layers: list[Linear]) -> None:
     """Undo PEFT's cast of the bases to fp32 where the layers are 16-bit and no value changes."""
-    dtypes = {layer.get_base_layer().weight.dtype for layer in layers}
+    dtypes = {layer.compute_dtype_and_device()[0] for layer in layers}
     if len(dtypes) != 1 or not (dtype := dtypes.pop()).is_floating_point or dtype.itemsize != 2:
         return
     for adapter in list(A):
