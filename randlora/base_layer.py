@@ -60,22 +60,27 @@ def first_argument(base_layer: nn.Module, kwargs: dict[str, Any]) -> Tensor:
     return kwargs.pop(name)
 
 
-def product(base_layer: nn.Module, x: Tensor, out_features: int, *args: Any, **kwargs: Any) -> Tensor:
+def product(
+    base_layer: nn.Module, x: Tensor, in_features: int, out_features: int, *args: Any, **kwargs: Any
+) -> Tensor:
     """``base_layer(x, ...)``, as something that the update of `x` can be added to.
 
     Raises:
         TypeError: no tensor. ValueError: of another shape than ``[..., out_features]``, or without numbers.
     """
-    result, name = quantized.product(base_layer, x, *args, **kwargs), name_of(base_layer)
+    # PyTorch's own quantised layers, whose weight is a method, pass no gradient on and only warn that they may not.
+    blind = callable(getattr(base_layer, "weight", None)) and tensor_weight(base_layer) is None
+    result = quantized.product(base_layer, x.detach() if blind else x, *args, **kwargs)
+    name = name_of(base_layer)
     if not isinstance(result, Tensor):
         got = type(result).__name__
         if isinstance(result, (tuple, list)):
             got += f" of {', '.join(type(part).__name__ for part in result)}"
         raise TypeError(f"the base layer, a {name}, must return a tensor for an update to be added to, got a {got}")
-    if result.shape != (*x.shape[:-1], out_features):
+    if x.shape[-1:] != (in_features,) or result.shape != (*x.shape[:-1], out_features):
         raise ValueError(
-            f"the base layer, a {name}, must return [..., {out_features}] for an input of shape {list(x.shape)}, got "
-            f"{list(result.shape)}"
+            f"the base layer, a {name}, must return [..., {out_features}] for an input of shape [..., {in_features}], "
+            f"got {list(result.shape)} for {list(x.shape)}"
         )
     if result.is_meta and not x.is_meta:
         offload.require_numbers(result, f"what the base layer, a {name}, returns", "to add an update to")

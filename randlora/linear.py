@@ -163,7 +163,7 @@ class Linear(nn.Linear, RandLoraLayer):
         return result
 
     def _product(self, x: Tensor, *args, **kwargs) -> Tensor:
-        return base_layers.product(self.base_layer, x, self.out_features, *args, **kwargs)
+        return base_layers.product(self.base_layer, x, self.in_features, self.out_features, *args, **kwargs)
 
     def _moved(self, x: Tensor) -> Tensor:
         """The input where an offloaded base layer would take it."""

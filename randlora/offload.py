@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import ChainMap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -51,10 +51,22 @@ def read(module: nn.Module, name: str) -> Tensor:
     if not (tensor.is_meta and found):
         return tensor
     try:
-        value = found[-1].weights_map[name]
+        value = _find(found[-1].weights_map, name)
     except KeyError as error:
         raise ValueError(f"{name!r} is offloaded, but where to is not known: {error} is not there") from error
     return value.detach().to(execution_device(module), tensor.dtype)
+
+
+def _find(weights: Mapping[str, Tensor], name: str) -> Tensor:
+    try:
+        return weights[name]
+    except KeyError:
+        # PeftModel.from_pretrained writes the files of what is on disk anew, with the adapter's name before that of the
+        # parameter: it has modules in mind, like LoRA's.
+        layer, _, part = getattr(weights, "prefix", "").removesuffix(".").rpartition(".")
+        if (moved := f"{layer}.{name}.{part}") not in getattr(weights, "dataset", ()):
+            raise
+        return weights.dataset[moved]
 
 
 def write(module: nn.Module, name: str, value: Tensor) -> None:

@@ -147,6 +147,35 @@ def test_a_device_map_of_transformers(tmp_path):
     torch.testing.assert_close(logits(again), logits(expected))
 
 
+def test_loading_onto_a_device_map_of_transformers(tmp_path):
+    """PEFT takes the hooks off, loads the adapter, writes the files anew, and offloads all of it once more."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path / "models--of--someone" / "model"
+    llama().save_pretrained(folder)
+    expected = adapt(llama(), config("q_proj", "down_proj"))
+    expected.save_pretrained(tmp_path / "adapter")
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, device_map=places, offload_folder=str(tmp_path / "a")
+    )
+    places = {f"base_model.model.{name}": place for name, place in places.items()}
+    places |= {"base_model.randlora_A": "cpu", "base_model.randlora_B": "cpu"}
+    with integration.enable():
+        model = peft.PeftModel.from_pretrained(
+            model, tmp_path / "adapter", device_map=places, offload_folder=str(tmp_path / "b")
+        )
+    assert sum(p.is_meta for name, p in model.named_parameters() if "randlora" in name) == 4
+    torch.testing.assert_close(logits(model), logits(expected))
+    with pytest.raises(NotImplementedError, match="meta"):  # as for PEFT's LoRA
+        model.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again" / "adapter_model.safetensors").exists()
+    for layer in model.modules():
+        if hasattr(layer, "randlora_lambda"):
+            layer.merge()  # PEFT's own merge_and_unload looks for the adapter in the files under another name
+    torch.testing.assert_close(logits(model), logits(expected))
+
+
 # ---- on meta ----
 
 

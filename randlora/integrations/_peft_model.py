@@ -61,7 +61,7 @@ class RandLoraModel(PeftRandLoraModel):
         modules = dict(self.model.named_modules())
         targets = [name for name in modules if self._check_target_module_exists(config, name)]
         biased = {"none": (), "all": modules}.get(config.bias, targets)
-        with_bias = [modules[name] for name in biased if getattr(modules[name], "bias", None) is not None]
+        with_bias = [modules[name] for name in biased if isinstance(getattr(modules[name], "bias", None), nn.Parameter)]
         offload.check_targets(self.model, targets, () if config.inference_mode else with_bias)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
