@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from . import offload
 from .fast_path import disable_fast_path, restore_fast_path
 from .layer import RandLoraLayer
 from .linear import Linear
@@ -143,6 +144,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         It has the base layer's class and ``requires_grad`` flags, this module's settings and training flag, parameters
         of its own and no hooks.
         """
+        self.check_unwrap()
         origin = self._origin
         module = origin.cls.__new__(origin.cls)
         nn.Module.__init__(module)
@@ -155,6 +157,14 @@ class MultiheadAttention(nn.MultiheadAttention):
         for name, parameter in module.out_proj.named_parameters():
             parameter.requires_grad_(origin.requires_grad[f"out_proj.{name}"])
         return module.train(self.training)
+
+    def check_unwrap(self) -> None:
+        """Raises ``ValueError`` if :meth:`unwrap` would lose weights, as they are offloaded."""
+        if any(offload.hooks(part) for part in self.modules()):
+            raise ValueError(
+                "an adapted attention cannot be put together again while it is offloaded: call "
+                f"{offload.REAL_AGAIN} first"
+            )
 
     # ---- torch's names for the input projections, for reading ----
 

@@ -157,7 +157,7 @@ class RandomBases:
         device = canonical(device or self.device)
         if self.prng == "philox" and not patterns.wanted(self.sparsity, device):
             return None
-        if device.type == "meta":  # no values to look at
+        if device.type == "meta" or (self.given is not None and self.given[0].is_meta):  # no values to look at
             return None
         name = make_sure_pattern(self._handle, device, min_dim)
         if name is None:
@@ -227,6 +227,8 @@ class RandomBases:
     def draw(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """A new copy of the stored A and B; :meth:`tensors` keeps one."""
         if self.given is not None:
+            if any(t.is_meta for t in self.given) and device.type != "meta":
+                raise ValueError(f"these bases were given on the meta device: they have no numbers for {device}")
             return tuple(t.to(device=device, dtype=dtype) for t in self.given)
         if self.prng != "philox":
             half = torch.bfloat16 if self.prng == "peft" else torch.float16

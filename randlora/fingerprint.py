@@ -71,8 +71,9 @@ def _blocks(bases: RandomBases, max_dim: int, min_dim: int, num_bases: int) -> I
         yield B[:max_dim, :num_bases]
         return
     dtype = torch.int8 if _ternary(bases) else torch.float32
+    device = torch.device("cpu") if bases.device.type == "meta" else bases.device
     for stream, (rows, middle, columns) in enumerate(((bases.r, 1, min_dim), (max_dim, num_bases, bases.r))):
         step = max(1, _BLOCK // (middle * columns))
         for row in range(0, rows, step):
-            block = torch.empty((min(step, rows - row), middle, columns), dtype=dtype, device=bases.device)
+            block = torch.empty((min(step, rows - row), middle, columns), dtype=dtype, device=device)
             yield bases.fill(block, stream, (row, 0, 0))

@@ -98,7 +98,8 @@ def delta_weight(
     Arguments and errors as for :func:`flat_bases`; the result has the promoted dtype of the tensors.
     """
     S2, B2 = flat_bases(A, B, randlora_lambda, randlora_gamma, scaling, in_features, out_features)
-    with torch.autocast(B2.device.type, enabled=False):  # what is merged must not be rounded to 16 bits on the way
+    device = "cpu" if B2.is_meta else B2.device.type  # there is no autocast for meta
+    with torch.autocast(device, enabled=False):  # what is merged must not be rounded to 16 bits on the way
         return B2 @ S2 if in_features <= out_features else S2.T @ B2.T
 
 

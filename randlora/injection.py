@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
-from . import ties
+from . import offload, ties
 from .attention import MultiheadAttention, check_base, disable_fast_path, restore_fast_path
+from .base_layer import check
 from .bases import RandomBases
 from .config import RandLoraConfig
 from .layer import RandLoraLayer
@@ -61,6 +62,7 @@ def plan(model: nn.Module, config: RandLoraConfig, bases: RandomBases | None = N
     saved = _find_saved(model, config)
     targets = find_targets(model, config)
     slots = _slots(model, targets)
+    offload.check_targets(model, targets, _with_trained_biases(model, config, targets))
     for name in targets:
         _check_target(model, name)
     dims = peft_dims(model, config, targets)
@@ -158,7 +160,10 @@ def unload(
 
     What raises leaves the model as it was, except with `low_memory`: then layers that were merged before stay so.
     """
-    layers, wanted = adapted_layers(model), to_merge(model, merged)
+    layers, merged = adapted_layers(model), list(merged)
+    for attention in (m for m in model.modules() if isinstance(m, MultiheadAttention)):
+        attention.check_unwrap()
+    wanted = to_merge(model, merged)
     bar = wanted.items()
     if progressbar:
         from tqdm import tqdm
@@ -248,12 +253,28 @@ def _check_target(model: nn.Module, name: str) -> None:
     module, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
     if isinstance(module, RandLoraLayer) and module.merged:
         raise ValueError(f"layer {name!r} has merged adapters: call unmerge_adapter() first")
+    if not isinstance(module, (RandLoraLayer, nn.MultiheadAttention, MultiheadAttention)):
+        try:
+            check(module, *layer_sizes(module), not isinstance(module, nn.Linear))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"target_modules matches {name!r}, which cannot be adapted: {error}") from error
     attention = next((m for m in (module, parent) if isinstance(m, nn.MultiheadAttention)), None)
     if attention is not None and not isinstance(attention, MultiheadAttention):
         try:
             check_base(attention)
         except (TypeError, ValueError) as error:
             raise ValueError(f"target_modules matches {name!r}, which cannot be adapted: {error}") from error
+
+
+def _with_trained_biases(
+    model: nn.Module, config: RandLoraConfig, targets: dict[str, nn.Module]
+) -> Iterator[nn.Module]:
+    if config.bias == "none" or config.inference_mode:
+        return
+    for module in model.modules() if config.bias == "all" else targets.values():
+        base = module.get_base_layer() if isinstance(module, RandLoraLayer) else module
+        if getattr(base, "bias", None) is not None:
+            yield base
 
 
 def _slots(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, tuple[int, int]]:

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from . import offload
+from .base_layer import tensor_weight
 from .bases import RandomBases
 from .checks import require_float, require_size
 from .functional import delta_weight, flat_bases, sparse_delta_weight
@@ -66,7 +68,9 @@ class RandLoraLayer(Mergeable):
         self._active_adapters: list[str] = []
         self._disable_adapters = self._inference_mode = False
         self.mixed_batch: MixedBatch | None = None
-        self._unmerged_weight: Tensor | tuple[nn.Parameter] | None = None  # a tuple: nn.Module must not register it
+        # Tuples: nn.Module must not register what is in them.
+        self._unmerged_weight: Tensor | tuple[nn.Parameter] | None = None
+        self._merged_into: tuple[nn.Module] | None = None
 
     # ---- adding and removing adapters ----
 
@@ -109,19 +113,33 @@ class RandLoraLayer(Mergeable):
         bases = self._choose_bases(adapter_name, randlora_A, randlora_B, bases, r)
         bases.require(M, m, n)
 
-        weight = self.get_base_layer().weight
-        # 16-bit and quantised weights get fp32 parameters: their updates would vanish in 16 bits.
-        dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
+        dtype, device = self._parameters_like()
         with all_or_nothing(self):
             self.r[adapter_name], self.num_bases[adapter_name], self.bases[adapter_name] = r, n, bases
             self.randlora_alpha[adapter_name], self.scaling[adapter_name] = alpha, alpha / r
             self.randlora_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
-            lam = torch.randn(r, n, dtype=dtype, device=weight.device)
-            gamma = torch.full((n, m), 1 / M, dtype=dtype, device=weight.device)
+            lam = torch.randn(r, n, dtype=dtype, device=device)
+            gamma = torch.full((n, m), 1 / M, dtype=dtype, device=device)
             self.randlora_lambda[adapter_name], self.randlora_gamma[adapter_name] = map(nn.Parameter, (lam, gamma))
             if init_weights:
                 self.reset_randlora_parameters(adapter_name)
             self.set_adapter(self._active_adapters or [adapter_name], self._inference_mode)
+
+    def _parameters_like(self) -> tuple[torch.dtype, torch.device]:
+        """What parameters that go with the base layer are: on meta only if the layer has no numbers itself."""
+        dtype, device = self.compute_dtype_and_device()
+        # 16-bit and quantised weights get fp32 parameters: their updates would vanish in 16 bits.
+        return dtype if dtype in (torch.float32, torch.float64) else torch.float32, device
+
+    def compute_dtype_and_device(self) -> tuple[torch.dtype, torch.device]:
+        """What the layer computes in outside of autocast, and where; fp32 where the weight does not tell."""
+        base = self.get_base_layer()
+        weight = tensor_weight(base)
+        if weight is None:  # of a layer that was quantised after it was adapted
+            first = next(iter(self.randlora_lambda.values()), None)
+            return torch.float32, torch.device("cpu") if first is None else first.device
+        dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
+        return dtype, offload.device_of(base, weight)
 
     def _choose_bases(
         self, adapter_name: str, A: BaseTensors, B: BaseTensors, bases: RandomBases | None, r: int
@@ -151,6 +169,11 @@ class RandLoraLayer(Mergeable):
             self.randlora_lambda[adapter_name].zero_()
             gamma = self.randlora_gamma[adapter_name]
             gamma.fill_(1 / max(gamma.shape))
+
+    def reset_parameters(self) -> None:
+        """torch's way to fill modules after ``to_empty``: all adapters start anew, the base layer is not touched."""
+        for adapter_name in self.randlora_lambda:
+            self.reset_randlora_parameters(adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was the only active one, the first that is left becomes active (with a warning)."""
@@ -239,7 +262,7 @@ class RandLoraLayer(Mergeable):
             arguments = self._update_arguments(adapter, self.scaling[adapter])
             update = delta_weight(*arguments, self.in_features, self.out_features)
         else:
-            lam, gamma = self.randlora_lambda[adapter], self.randlora_gamma[adapter]
+            lam, gamma = self._trained(adapter, self._device(adapter))
             dtype = torch.float64 if lam.dtype == torch.float64 else torch.float32
             update = sparse_delta_weight(
                 *found, lam.to(dtype), gamma.to(dtype), self.scaling[adapter], self.in_features, self.out_features
@@ -255,7 +278,7 @@ class RandLoraLayer(Mergeable):
         return self.bases[adapter]
 
     def _pattern(self, adapter: str, device: torch.device | None = None) -> tuple[Pattern, float] | None:
-        device = self.randlora_lambda[adapter].device if device is None else device
+        device = self._device(adapter) if device is None else device
         return self._bases(adapter).pattern(min(self.in_features, self.out_features), device)
 
     def _tensors(self, adapter: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, float]:
@@ -264,16 +287,35 @@ class RandLoraLayer(Mergeable):
         return *bases.tensors(dtype, device), bases.scale
 
     def _update_arguments(self, adapter: str, scaling: float, device: torch.device | None = None) -> tuple:
-        lam, gamma = self.randlora_lambda[adapter], self.randlora_gamma[adapter]
-        device = lam.device if device is None else torch.device(device)
+        device = self._device(adapter) if device is None else torch.device(device)
+        lam, gamma = self._trained(adapter, device)
         dtype = torch.float64 if lam.dtype == torch.float64 else torch.float32
         A, B, factor = self._tensors(adapter, dtype, device)
         return A, B, lam.to(device, dtype), gamma.to(device, dtype), scaling * factor
+
+    def _device(self, adapter: str) -> torch.device:
+        """Where the adapter's numbers are, or would be in a call if they are offloaded."""
+        return offload.device_of(self.randlora_lambda, self.randlora_lambda[adapter])
+
+    def _trained(self, adapter: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """lambda and gamma for a call on `device`: see :func:`randlora.offload.trained`."""
+        return (
+            offload.trained(self.randlora_lambda, adapter, "randlora_lambda", device),
+            offload.trained(self.randlora_gamma, adapter, "randlora_gamma", device),
+        )
 
     # ---- small things ----
 
     def get_base_layer(self) -> nn.Module:
         return self.base_layer
+
+    def trained_parts(self) -> tuple[nn.ParameterDict, nn.ParameterDict]:
+        return self.randlora_lambda, self.randlora_gamma
+
+    @property
+    def _weight_shape(self) -> tuple[int, int]:
+        shape = self.out_features, self.in_features
+        return shape[::-1] if self.fan_in_fan_out else shape
 
     def _check_adapter(self, adapter_name: str) -> None:
         if adapter_name not in self.randlora_lambda:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import cache, planner, quantized
+from . import base_layer as base_layers
+from . import cache, offload, planner, quantized
 from .bases import RandomBases
 from .functional import compute_dtype, linear
 from .layer import BaseTensors, RandLoraLayer
@@ -85,6 +86,7 @@ class Linear(nn.Linear, RandLoraLayer):
             )
         if strategy not in ("auto", *STRATEGIES):
             raise ValueError(f"strategy must be one of auto, {', '.join(STRATEGIES)}, got {strategy!r}")
+        base_layers.check(base_layer, *features, transposed)
         self.strategy, self.workspace = strategy, 0
         self._init_randlora(base_layer, *features, fan_in_fan_out=transposed)
         self.update_layer(
@@ -102,6 +104,8 @@ class Linear(nn.Linear, RandLoraLayer):
             base_layer.requires_grad_(False)
             quantized.prepare(base_layer)
 
+    reset_parameters = RandLoraLayer.reset_parameters  # nn.Linear's would fill the base layer's weight
+
     @property
     def weight(self) -> Tensor:
         """The base layer's weight (with merged adapters in it)."""
@@ -111,8 +115,24 @@ class Linear(nn.Linear, RandLoraLayer):
     def bias(self) -> Tensor | None:
         return self.base_layer.bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x [..., in_features]`` to ``[..., out_features]`` in the dtype that the base layer gives."""
+    def __setattr__(self, name: str, value) -> None:
+        # nn.Module would not let a property be assigned a parameter; torchao's quantize_ assigns a layer its weight.
+        if name in ("weight", "bias") and "base_layer" in self._modules:
+            setattr(self.base_layer, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def forward(self, x: Tensor | None = None, *args, **kwargs) -> Tensor:
+        """``x [..., in_features]`` to ``[..., out_features]`` in the dtype that the base layer gives.
+
+        Further arguments are for a base layer of a class of the user's own, which gets them as they are.
+
+        Raises:
+            TypeError: the base layer returns something else than a tensor. ValueError: one of another shape; lambda,
+                gamma or the weight are on the meta device while `x` is not.
+        """
+        if x is None:
+            x = base_layers.first_argument(self.base_layer, kwargs)
         kept = cache.current()
         if kept is not None and (self.training or torch.is_grad_enabled()):
             kept.forget(self)  # the step that may follow need not move a version counter
@@ -120,19 +140,24 @@ class Linear(nn.Linear, RandLoraLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.mixed_batch is not None and not self.disable_adapters:
-            return self._add_mixed(x, quantized.product(self.base_layer, x))
+            x = self._moved(x)
+            return self._add_mixed(x, self._product(x, *args, **kwargs))
         adapters = [name for name in self._active_adapters if name not in self.merged_adapters]
         if self.disable_adapters or not adapters:
-            return quantized.product(self.base_layer, x)
+            return quantized.product(self.base_layer, x, *args, **kwargs)
+        plain = not (args or kwargs) and self._base_is_plain()
+        if not plain:
+            x = self._moved(x)
         dtype = compute_dtype(x)
-        if kept is not None and not _stand_for_others(x):
+        if kept is not None and not (args or kwargs or x.is_meta or _stand_for_others(x)):
             result = self._forward_with(kept, x, dtype, adapters)
             if result is not None:
                 return result
-        if self._base_is_plain():
+        if plain:
+            base_layers.require_weight(self.weight, x, self._weight_shape)
             result, adapters = self._update(x, dtype, adapters[0], self.weight, self.bias), adapters[1:]
         else:
-            result = quantized.product(self.base_layer, x)
+            result = self._product(x, *args, **kwargs)
         for adapter in adapters:
             result = result + self._update(x, dtype, adapter, None, None).to(result.dtype)
         return result
@@ -144,6 +169,14 @@ class Linear(nn.Linear, RandLoraLayer):
             self.mixed_batch, x, result, self.randlora_lambda,
             lambda rows, name: self._update(rows, dtype, name, None, None),
         )  # fmt: skip
+
+    def _product(self, x: Tensor, *args, **kwargs) -> Tensor:
+        return base_layers.product(self.base_layer, x, self.in_features, self.out_features, *args, **kwargs)
+
+    def _moved(self, x: Tensor) -> Tensor:
+        """The input where an offloaded base layer would take it."""
+        device = offload.execution_device(self.base_layer)
+        return x if device is None or x.is_meta else x.to(device)
 
     def _update(
         self, x: Tensor, dtype: torch.dtype, adapter: str, weight: Tensor | None, bias: Tensor | None
@@ -159,7 +192,7 @@ class Linear(nn.Linear, RandLoraLayer):
         else:
             pattern, factor = found
         return linear(
-            x, weight, bias, A, B, self.randlora_lambda[adapter], self.randlora_gamma[adapter],
+            x, weight, bias, A, B, *self._trained(adapter, x.device),
             self.scaling[adapter] * factor, dropout.p if isinstance(dropout, nn.Dropout) else 0.0, self.training,
             strategy=strategy, out_features=self.out_features, weight_is_transposed=self.fan_in_fan_out,
             workspace=self.workspace, pattern=pattern,
@@ -168,20 +201,26 @@ class Linear(nn.Linear, RandLoraLayer):
     def _base_is_plain(self) -> bool:
         """Whether the base layer does nothing but its product with a frozen weight, so that the op may do it."""
         base = self.base_layer
-        return not (base.weight.requires_grad and torch.is_grad_enabled()) and (
+        return (
             type(base) in (nn.Linear, *conv1d_types())
             and type(base.weight) in (Tensor, nn.Parameter)  # torchao's quantised weights are subclasses
+            and not (base.weight.requires_grad and torch.is_grad_enabled())
             and not (base._forward_hooks or base._forward_pre_hooks)
-            and "forward" not in vars(base)  # accelerate's device map replaces it on the instance
+            # accelerate's device map replaces it on the instance, and leaves the method there when it is removed.
+            and ("forward" not in vars(base) or getattr(base.forward, "__func__", None) is type(base).forward)
         )
 
     def _forward_with(
         self, kept: cache.InferenceCache, x: Tensor, dtype: torch.dtype, adapters: list[str]
     ) -> Tensor | None:
         """The output by a matrix that `kept` holds, or None."""
-        weight = self.weight
+        for name in adapters:
+            self._trained(name, x.device)  # raises for those that have no numbers
         exact = dtype in (torch.float32, torch.float64) or self.strategy == "merged"
-        merged = exact and weight.dtype == dtype and self._base_is_plain()
+        weight = self.weight if self._base_is_plain() else None
+        merged = exact and weight is not None and weight.dtype == dtype
+        if weight is not None:
+            base_layers.require_weight(weight, x, self._weight_shape)
         sources = [p[name] for name in adapters for p in (self.randlora_lambda, self.randlora_gamma)]
         if merged:  # the update alone does not depend on the weight, which need not be an ordinary tensor
             sources.append(weight)
@@ -206,7 +245,7 @@ class Linear(nn.Linear, RandLoraLayer):
             cached = cached.t()
         if merged:
             return F.linear(x, cached, self.bias)
-        result = self.base_layer(x)
+        result = self._product(x)
         if result.dtype != dtype:  # under autocast some quantised layers give the input's dtype
             return result + F.linear(x, cached).to(result.dtype)
         # One accumulating product: the sum is rounded once, and no pass over the output is spent on adding.

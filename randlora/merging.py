@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from . import quantized
+from . import base_layer as base_layers
+from . import offload, quantized
 from .checks import require_dtype
 
 
@@ -18,6 +19,7 @@ class Mergeable:
 
     ``merged_adapters`` names what is in the weight; ``_unmerged_weight`` is the weight as it was before: a tensor, or
     for quantised layers the parameter itself in a tuple. It is None in a merged layer whose weight was not kept.
+    ``_merged_into`` has the base layer that it is of.
     """
 
     @property
@@ -34,6 +36,9 @@ class Mergeable:
         A quantised weight is dequantised and quantised again in its own kind, and a warning says what that costs. Each
         merge starts from the weight as it was, with the present parameters of all merged adapters, so that several
         merges round once.
+
+        A weight that accelerate offloads is merged into where it is kept between calls, in memory: files stay as they
+        are.
 
         Args:
             safe_merge: raise ``ValueError``, with nothing changed, if the merged weight is not finite.
@@ -53,10 +58,10 @@ class Mergeable:
             return
         self.check_merge(names)
         base, kept = self.get_base_layer(), self._unmerged_weight
-        weight = base.weight
         if self._is_quantized():
             self._merge_quantized(base, names, safe_merge)
             return
+        weight = offload.read(base, "weight")
         with torch.no_grad():
             merged = sum((self.get_delta_weight(name).to(weight.device) for name in names), start=weight)
             merged = merged.to(weight.dtype)
@@ -64,21 +69,26 @@ class Mergeable:
                 raise ValueError(f"merging {', '.join(names)} gives NaN or infinity in the weight; nothing was changed")
         with merged_or_not([self]), torch.no_grad():
             if kept is None and not self.merged:
-                self._unmerged_weight = weight.detach().clone()
+                self._unmerged_weight = _numbers(base)
+            self._merged_into = (base,)
             self.merged_adapters.extend(names)
-            weight.copy_(merged)
+            _put(base, merged)
 
     def check_merge(self, adapter_names: Sequence[str]) -> None:
         """Raise what :meth:`merge` would raise whatever the numbers are; for a look at all layers before the first.
 
         Raises:
             ValueError: a weight that the base layer computes anew at every call, such as a parametrised or pruned one:
-                what is added to it would be lost.
-            TypeError: a weight of a dtype that updates cannot be added to.
+                what is added to it would be lost. One without numbers, of another shape than was adapted, or one that
+                the base layer does not simply multiply by. An adapter without numbers.
+            TypeError: a weight that is no tensor, or of a dtype that updates cannot be added to.
         """
         base = self.get_base_layer()
-        if not isinstance(base._parameters.get("weight"), nn.Parameter):
+        if base_layers.tensor_weight(base) is not None and not isinstance(base._parameters.get("weight"), nn.Parameter):
             raise ValueError(_recomputed(base))
+        base_layers.require_mergeable(base, self._weight_shape)
+        for name in adapter_names:
+            self._trained(name, torch.device("cpu"))
         if not self._is_quantized():
             require_dtype("the base weight's dtype", base.weight.dtype)
         if self._unmerged_weight is None and self.merged and self._is_quantized():
@@ -99,12 +109,18 @@ class Mergeable:
             before = quantized.replace_weight(base, parameter)
             if kept is None:
                 self._unmerged_weight = (before,)
+            self._merged_into = (base,)
             self.merged_adapters.extend(names)
         if loss is not None:
             warnings.warn(loss, stacklevel=3)
 
     def unmerge(self) -> None:
-        """Give the base weight back, bit for bit as it was before the first :meth:`merge`."""
+        """Give the base weight back, bit for bit as it was before the first :meth:`merge`.
+
+        Raises:
+            ValueError: the base layer is another one than at the merge, which has its weight; or the weight as it was
+                has not been kept.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -116,15 +132,15 @@ class Mergeable:
 def unmerged(layers: Iterable[Mergeable]) -> Iterator[None]:
     """Gives the base weights of these merged layers back; if that or the block raises, they are merged again."""
     layers, done = list(layers), []
-    if any(layer._unmerged_weight is None for layer in layers):
-        raise ValueError(_NOT_KEPT)
+    for layer in layers:
+        _check_unmerge(layer)
     try:
         for layer in layers:
             _exchange(layer)
             done.append((layer, layer._unmerged_weight, list(layer.merged_adapters)))
         yield
         for layer in layers:
-            layer._unmerged_weight = None
+            layer._unmerged_weight = layer._merged_into = None
             layer.merged_adapters.clear()
     except BaseException:
         for layer, merged, names in done:
@@ -133,20 +149,50 @@ def unmerged(layers: Iterable[Mergeable]) -> Iterator[None]:
         raise
 
 
+def _check_unmerge(layer: Mergeable) -> None:
+    base, kept = layer.get_base_layer(), layer._unmerged_weight
+    if kept is None:
+        raise ValueError(_NOT_KEPT)
+    if layer._merged_into is not None and layer._merged_into[0] is not base:
+        raise ValueError(
+            f"{', '.join(layer.merged_adapters)} was merged into a base layer that has been replaced by another, a "
+            f"{base_layers.name_of(base)}: it cannot be taken out of that"
+        )
+    if not isinstance(kept, tuple):
+        offload.require_numbers(kept, "the base layer's weight as it was", "to give back")
+
+
 def _exchange(layer: Mergeable) -> None:
     """Lets the merged weight and the kept one change places: it can be undone, and needs memory for one layer only."""
     base, kept = layer.get_base_layer(), layer._unmerged_weight
     if isinstance(kept, tuple):
         layer._unmerged_weight = (quantized.replace_weight(base, kept[0]),)
         return
+    merged = _numbers(base)
+    try:
+        _put(base, kept)
+    except BaseException:
+        _put(base, merged)
+        raise
+    layer._unmerged_weight = merged
+
+
+def _numbers(base: nn.Module) -> Tensor:
+    """A copy of an ordinary weight; of one that is offloaded, where it is: :func:`_put` writes into no old memory."""
+    weight = offload.read(base, "weight").detach()
+    return weight.cpu() if offload.hooks(base) else weight.clone()
+
+
+def _put(base: nn.Module, value: Tensor) -> None:
+    """Another value for an ordinary weight, wherever it is kept."""
     with torch.no_grad():
-        merged = base.weight.detach().clone()
-        try:
-            base.weight.copy_(kept)
-            kept.copy_(merged)
-        except BaseException:
-            base.weight.copy_(merged)
-            raise
+        if not offload.hooks(base):
+            base.weight.copy_(value)
+            return
+        # What is brought in may be the very tensor that it is brought in from, which may be others' too.
+        offload.write(base, "weight", value)
+        if not base.weight.is_meta:
+            base.weight.data = value.to(base.weight.device)
 
 
 @contextlib.contextmanager
@@ -155,19 +201,21 @@ def merged_or_not(layers: Iterable[Mergeable]) -> Iterator[None]:
 
     The weights as they were come from what the layers keep; of layers that are merged already a copy is made.
     """
-    before = [(layer, layer._unmerged_weight, list(layer.merged_adapters), _current(layer)) for layer in layers]
+    before = [
+        (layer, layer._unmerged_weight, layer._merged_into, list(layer.merged_adapters), _current(layer))
+        for layer in layers
+    ]
     try:
         yield
     except BaseException:
-        for layer, kept, names, weight in before:
+        for layer, kept, into, names, weight in before:
             base = layer.get_base_layer()
             if isinstance(weight, nn.Parameter):
                 if base.weight is not weight:
                     quantized.replace_weight(base, weight)
             elif (source := layer._unmerged_weight if weight is None else weight) is not None:
-                with torch.no_grad():
-                    base.weight.copy_(source)
-            layer._unmerged_weight, layer.merged_adapters[:] = kept, names
+                _put(base, source)
+            layer._unmerged_weight, layer._merged_into, layer.merged_adapters[:] = kept, into, names
         raise
 
 
@@ -175,7 +223,7 @@ def _current(layer: Mergeable) -> Tensor | None:
     """What the layer's weight must be set to again: None where the layer will keep it itself."""
     if layer._is_quantized():
         return layer.get_base_layer().weight
-    return layer.get_base_layer().weight.detach().clone() if layer.merged else None
+    return _numbers(layer.get_base_layer()) if layer.merged else None
 
 
 _NOT_KEPT = "the weight as it was before merging was not kept (merge_and_unload with low_memory=True)"

@@ -189,8 +189,9 @@ class RandLoraModel(ActiveAdapters):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # "model" is not there yet while copying; special methods are those of this class.
-            if name == "model" or name.startswith("__"):
+            # "model" is not there yet while copying; special methods are those of this class, accelerate's hooks those
+            # of one module.
+            if name in ("model", "_hf_hook", "_old_forward") or name.startswith("__"):
                 raise
             return getattr(self.model, name)
 
@@ -222,6 +223,16 @@ class RandLoraModel(ActiveAdapters):
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return specialise.new, (type(self).__bases__[0], type(self.model)), self.__dict__
+
+    def to_empty(self, *, device: Any, recurse: bool = True) -> RandLoraModel:
+        """torch's ``to_empty`` for the base model: adapters that have numbers keep them, those on meta get none."""
+        parts = [store for layer in adapted_layers(self.model).values() for store in layer.trained_parts()]
+        parts += [module.modules_to_save for module in saved_modules(self.model).values()]
+        held = [(part, {k: t for k, t in part.state_dict().items() if not t.is_meta}) for part in parts]
+        super().to_empty(device=device, recurse=recurse)
+        for part, state in held if recurse else ():
+            part.load_state_dict(state, strict=False)
+        return self
 
     # ---- gradient checkpointing ----
 

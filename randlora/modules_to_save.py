@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import nn
 
 from .mixed import MixedBatch, run_apart
+from .offload import copy_of
 
 
 class ModuleToSave(nn.Module):
@@ -30,7 +30,7 @@ class ModuleToSave(nn.Module):
         return self.modules_to_save
 
     def add(self, adapter_name: str) -> None:
-        fresh = copy.deepcopy(self.original_module)
+        fresh = copy_of(self.original_module)
         for parameter in fresh.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         self.modules_to_save[adapter_name] = fresh
@@ -65,6 +65,7 @@ class ModuleToSave(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("original_module", "modules_to_save"):  # not there yet: copying, unpickling
+            # Not there yet: copying, unpickling. accelerate's hooks are those of one module.
+            if name in ("original_module", "modules_to_save", "_hf_hook", "_old_forward"):
                 raise
             return getattr(self.active_module(), name)

@@ -299,9 +299,8 @@ def explain(layer: torch.nn.Module, tokens: int, training: bool = True) -> str:
     to the cheapest; `training` False counts a forward under ``no_grad``.
     """
     lines = []
-    weight = layer.get_base_layer().weight
-    dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
-    balance = BALANCE.get((weight.device.type, dtype.itemsize), 10.0)
+    dtype, device = layer.compute_dtype_and_device()
+    balance = BALANCE.get((device.type, dtype.itemsize), 10.0)
     for adapter in layer.active_adapters:
         n, r = layer.num_bases[adapter], layer.r[adapter]
         dropout = training and getattr(layer.randlora_dropout[adapter], "p", 0.0) > 0
@@ -309,15 +308,14 @@ def explain(layer: torch.nn.Module, tokens: int, training: bool = True) -> str:
         needs = {"dropout": dropout, "need_x": training, "need_parameters": training}
         bases = form(layer.pattern(adapter))
         plain = layer._base_is_plain()  # a quantised base layer computes its product itself
-        options = _options(*shape, dtype.itemsize, bases, weight.device.type, has_weight=plain, **needs)
-        weight_dtype = weight.dtype if plain else None
-        chosen = choose(*shape, dtype, weight_dtype, weight.device.type, **needs, form=bases)
+        options = _options(*shape, dtype.itemsize, bases, device.type, has_weight=plain, **needs)
+        chosen = choose(*shape, dtype, dtype if plain else None, device.type, **needs, form=bases)
         forced = layer.strategy != "auto"
         if forced:
             chosen = layer.strategy, layer.strategy
         lines.append(
             f"adapter {adapter!r}: {layer.in_features} -> {layer.out_features}, {n} bases of rank {r}, {tokens} "
-            f"tokens, {str(dtype).removeprefix('torch.')} on {weight.device.type}, "
+            f"tokens, {str(dtype).removeprefix('torch.')} on {device.type}, "
             f"{'training' if training else 'inference'}"
         )
         for which, name in enumerate(("forward", "backward") if training else ("forward",)):

@@ -71,16 +71,16 @@ def replace_weight(base_layer: nn.Module, parameter: nn.Parameter) -> nn.Paramet
     return old
 
 
-def product(base_layer: nn.Module, x: Tensor) -> Tensor:
-    """``base_layer(x)`` for any base layer, with the gradient for `x` that its weight stands for.
+def product(base_layer: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
+    """``base_layer(x, ...)`` for any base layer, with the gradient for `x` that its weight stands for.
 
     torchao's linears with quantised activations pass no gradient on at all, and those without keep a float copy of the
     weight for backward. Here the gradient is that of the dequantised weight (straight through the rounding of the
     activations), which is dequantised again in backward.
     """
     if torch.is_grad_enabled() and x.requires_grad and kind_of(base_layer) is TorchAO:
-        return StraightThrough.apply(base_layer(x.detach()), x, base_layer.weight)
-    return base_layer(x)
+        return StraightThrough.apply(base_layer(x.detach(), *args, **kwargs), x, base_layer.weight)
+    return base_layer(x, *args, **kwargs)
 
 
 def prepare(base_layer: nn.Module) -> None:

@@ -74,6 +74,16 @@ class _NoBases(RandomBases):
         return out
 
 
+class _NoHook:
+    no_grad = False
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        return output
+
+
 @contextmanager
 def _watched(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Call]]]:
     """Fills the dict it gives when the block ends."""
@@ -125,6 +135,8 @@ def _without_numbers(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.Linear) and quantized.is_quantized(module):
             bias = module.bias is not None
             memo[id(module)] = nn.Linear(module.in_features, module.out_features, bias, dtype=dtype)
+        if (hook := vars(module).get("_hf_hook")) is not None:
+            memo[id(hook)] = _NoHook()  # accelerate's would bring in, and the copy would take along, its weights
         for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
             if isinstance(value, nn.Parameter):
                 memo[id(value)] = nn.Parameter(_fake(value), value.requires_grad)

@@ -22,6 +22,7 @@ from ..bases import RandomBases
 from ..checks import FLOATS
 from ..injection import Plan, adapted_layers
 from ..names import plain_name
+from ..offload import REAL_AGAIN
 from ..store import shared
 from ..targets import is_supported, layer_sizes
 from . import biases
@@ -57,13 +58,26 @@ class Loaded:
 
     def copy_into(self, model: nn.Module, adapter_name: str) -> None:
         layers, modules = adapted_layers(model), dict(model.named_modules())
-        with torch.no_grad():
-            for slot, parts in self.parameters.items():
-                for part, tensor in parts.items():
-                    getattr(layers[slot], part)[adapter_name].copy_(tensor)
+        for slot, parts in self.parameters.items():
+            for part, tensor in parts.items():
+                _put(getattr(layers[slot], part), adapter_name, tensor)
         for name, state in self.saved.items():
-            modules[name].modules_to_save[adapter_name].load_state_dict(state)
+            module = modules[name].modules_to_save[adapter_name]
+            held = module.state_dict()
+            if on_meta := any(tensor.is_meta for tensor in held.values()):
+                state = {key: torch.empty_like(held[key], device="cpu").copy_(t) for key, t in state.items()}
+            module.load_state_dict(state, assign=on_meta)
         biases.set_biases(model, self.biases)
+
+
+def _put(parameters: nn.ParameterDict, adapter_name: str, tensor: Tensor) -> None:
+    """Copy into a parameter. A model on meta gets its weights later, but the adapter's numbers are here."""
+    parameter = parameters[adapter_name]
+    if parameter.is_meta:
+        room = torch.empty_like(parameter, device=tensor.device)
+        parameter = parameters[adapter_name] = nn.Parameter(room, parameter.requires_grad)
+    with torch.no_grad():
+        parameter.copy_(tensor)
 
 
 def read(model: nn.Module, folder: str | os.PathLike) -> Loaded:
@@ -282,6 +296,11 @@ def _assign_biases(
     present, found = biases.biases_of(model, plan.slots), {}
     for key in filter(biases.is_bias, list(shapes)):
         name = biases.plain(key.removeprefix(PREFIX))
+        if name in present and present[name].is_meta:
+            raise ValueError(
+                f"{path} holds the bias {name}, which is on the meta device in this model: the weights that it gets "
+                f"later would undo it. Load them first, or, if it is offloaded, call {REAL_AGAIN}"
+            )
         if name in present:
             found[name] = _take(path, shapes, key, tuple(present[name].shape), present[name].dtype)
     missing = set(biases.trained(model, plan.config.bias, plan.slots, plan.saved)) - set(found)

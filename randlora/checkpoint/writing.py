@@ -23,6 +23,7 @@ from ..config import ALL_LINEAR, CONFIG_NAME, OWN_PEFT_TYPE, RandLoraConfig
 from ..injection import adapted_layers, saved_modules
 from ..layer import RandLoraLayer
 from ..names import plain_name
+from ..offload import with_numbers
 from . import biases
 from .for_peft import drawn_dims, exact_targets, misread
 from .layout import FORMAT, METADATA_KEY, OWN_SETTINGS, PARAMETERS, PREFIX, WEIGHTS_NAME, check_numbers, checksum
@@ -167,37 +168,38 @@ def _trained(
     state_dict: Mapping[str, Tensor] | None,
 ) -> dict[str, Tensor]:
     """Copies of what the adapter trains, by their names in the file."""
-    given = None if state_dict is None else {_in_state(key): value for key, value in state_dict.items()}
-
-    def copy_of(key: str, live: Any, dtype: torch.dtype | None = None) -> Tensor:
-        value = live if given is None else given.get(key)
-        if value is None:
-            raise ValueError(f"adapter {name!r} cannot be saved: state_dict has no {key}, which this model has")
-        if isinstance(value, Tensor) and value.shape != live.shape:
-            raise ValueError(
-                f"adapter {name!r} cannot be saved: state_dict has {key} of shape {list(value.shape)}, where this "
-                f"model's is {list(live.shape)}"
-            )
-        return _copy(name, key, value, dtype)
-
-    tensors = {
-        f"{PREFIX}{plain_name(slot)}.{part}": copy_of(
-            plain_name(f"model.{slot}.{part}.{name}"), getattr(layer, part)[name], torch.float32
-        )
-        for slot, layer in layers.items()
-        for part in PARAMETERS
-    }
     saved = {path: m for path, m in saved_modules(model.model).items() if name in m.modules_to_save}
-    for path, module in saved.items():
-        for key, value in module.modules_to_save[name].state_dict().items():
-            source = plain_name(f"model.{path}.modules_to_save.{name}.{key}")
-            tensors[plain_name(f"{PREFIX}{path}.{key}")] = copy_of(source, value)
     adapted = set(map(plain_name, layers))
+    live: dict[str, tuple[str, Tensor, torch.dtype | None]] = {}  # by name in the file: key of the model, tensor, dtype
+    for slot, layer in layers.items():
+        for part in PARAMETERS:
+            source = plain_name(f"model.{slot}.{part}.{name}")
+            live[f"{PREFIX}{plain_name(slot)}.{part}"] = source, getattr(layer, part)[name], torch.float32
+    for path, module in saved.items():
+        for key, value in module.modules_to_save[name].state_dict(keep_vars=True).items():
+            source = plain_name(f"model.{path}.modules_to_save.{name}.{key}")
+            live[plain_name(f"{PREFIX}{path}.{key}")] = source, value, None
     for path, bias in biases.trained(model.model, config.bias, layers, saved).items():
         owner = path.rpartition(".")[0]
         # As in a model that has this adapter only.
         key = f"{PREFIX}{owner}.base_layer.bias" if owner in adapted else f"{PREFIX}{path}"
-        tensors[key] = copy_of(f"model.{path}", bias)
+        live[key] = f"model.{path}", bias, None
+
+    if state_dict is None:
+        found = with_numbers(model.model, {key: tensor for key, (_, tensor, _) in live.items()})
+        return {key: _copy(name, source, found[key], dtype) for key, (source, _, dtype) in live.items()}
+    given = {_in_state(key): value for key, value in state_dict.items()}
+    tensors = {}
+    for key, (source, tensor, dtype) in live.items():
+        value = given.get(source)
+        if value is None:
+            raise ValueError(f"adapter {name!r} cannot be saved: state_dict has no {source}, which this model has")
+        if isinstance(value, Tensor) and value.shape != tensor.shape:
+            raise ValueError(
+                f"adapter {name!r} cannot be saved: state_dict has {source} of shape {list(value.shape)}, where this "
+                f"model's is {list(tensor.shape)}"
+            )
+        tensors[key] = _copy(name, source, value, dtype)
     return tensors
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from peft.tuners import randlora as peft_randlora
@@ -10,9 +11,9 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from .. import quantized
+from .. import offload, quantized
+from ..base_layer import check, first_argument, tensor_weight
 from ..bases import RandomBases
-from ..functional import compute_dtype
 from ..layer import RandLoraLayer
 from ..linear import Linear as OwnLinear
 from ..mixed import MixedBatch
@@ -32,7 +33,7 @@ class Linear(peft_randlora.Linear, OwnLinear):
 
     strategy, workspace = "auto", 0
     mixed_batch: MixedBatch | None = None
-    _unmerged_weight = None
+    _unmerged_weight = _merged_into = None
 
     # ---- the arithmetic ----
 
@@ -40,21 +41,12 @@ class Linear(peft_randlora.Linear, OwnLinear):
     get_delta_weight = RandLoraLayer.get_delta_weight
     unmerge = RandLoraLayer.unmerge
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, x: Tensor | None = None, *args, **kwargs) -> Tensor:
         """``x [..., in_features]`` to ``[..., out_features]``; in x's dtype, as PEFT gives it."""
-        if args or kwargs:  # for a base layer of the user's own
-            if self.disable_adapters and self.merged:
-                self.unmerge()
-            result = self.base_layer(x, *args, **kwargs)
-            if self.mixed_batch is not None and not self.disable_adapters:
-                result = self._add_mixed(x, result)
-            else:
-                for name in [] if self.disable_adapters else self._active_adapters:
-                    if name not in self.merged_adapters:
-                        result = result + self._update(x, compute_dtype(x), name, None, None).to(result.dtype)
-        else:
-            result = OwnLinear.forward(self, x)
-        return result.to(x.dtype)
+        if x is None:
+            x = first_argument(self.base_layer, kwargs)
+        result = OwnLinear.forward(self, x, *args, **kwargs)
+        return result.to(x.dtype) if isinstance(result, Tensor) else result
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """PEFT's ``merge``, in fp32, rounded once; the weight as it was is kept for :meth:`unmerge`."""
@@ -65,8 +57,8 @@ class Linear(peft_randlora.Linear, OwnLinear):
             RandLoraLayer.merge(self, safe_merge, names)
 
     def _update_arguments(self, adapter: str, scaling: float, device: torch.device | None = None) -> tuple:
-        lam, gamma = self.randlora_lambda[adapter], self.randlora_gamma[adapter]
-        device = lam.device if device is None else torch.device(device)
+        device = self._device(adapter) if device is None else torch.device(device)
+        lam, gamma = self._trained(adapter, device)
         dtype = torch.float64 if lam.dtype == torch.float64 else torch.float32
         # In the dtype they are held in: a matrix is built once in a while, and an fp32 copy of them would stay.
         A, B = self._bases(adapter).tensors(device=device)
@@ -153,17 +145,28 @@ class Linear(peft_randlora.Linear, OwnLinear):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT casts a new adapter's bases here, from update_layer, and that decides their values. Later it must not.
-        if "randlora_A" not in self._modules:
+        new = "randlora_A" in self._modules
+        if not new:
             self.other_param_names = tuple(name for name in type(self).other_param_names if name not in RANK_AXIS)
         parameters = [(held, held[adapter_name]) for held in (self.randlora_lambda, self.randlora_gamma)]
         try:
-            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+            with seen_where_it_computes(self.get_base_layer()):
+                super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         finally:
             self.__dict__.pop("other_param_names", None)
         for held, before in parameters:
             if is_8_bit(moved := held[adapter_name]):
                 value = before.detach().to(moved.device, torch.float32)
                 held[adapter_name] = nn.Parameter(value, requires_grad=before.requires_grad)
+        if new:
+            self._follow_to_meta(adapter_name)
+
+    def _follow_to_meta(self, adapter_name: str) -> None:
+        """New parameters of a layer that has no numbers have none either."""
+        weight = tensor_weight(self.get_base_layer())
+        if weight is not None and offload.device_of(self.get_base_layer(), weight).type == "meta":
+            for parameters in (self.randlora_lambda, self.randlora_gamma):
+                parameters[adapter_name] = nn.Parameter(parameters[adapter_name].to("meta"))
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         """Takes the copies of the bases that PEFT writes for every layer."""
@@ -179,7 +182,19 @@ class Linear(peft_randlora.Linear, OwnLinear):
                             f"size mismatch for {key}: copying a base of shape {list(tensor.shape)} from checkpoint, "
                             f"needed is {list(getattr(self, kind)[adapter].shape)} or a larger one of the same rank."
                         )
+        if not assign:
+            self._make_room(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+    def _make_room(self, state_dict: dict, prefix: str) -> None:
+        """torch would not copy numbers into parameters on the meta device, and they would be lost."""
+        for part in self.adapter_layer_names:
+            parameters = getattr(self, part)
+            for adapter, parameter in parameters.items():
+                tensor = state_dict.get(f"{prefix}{part}.{adapter}")
+                if tensor is not None and parameter.is_meta and not tensor.is_meta and not offload.hooks(parameters):
+                    room = torch.empty_like(parameter, device=tensor.device)
+                    parameters[adapter] = nn.Parameter(room, parameter.requires_grad)
 
     def _orphans(self) -> Iterator[tuple[str, Bases]]:
         """Containers that no tuner saves, moves or shows: then the layers do, as in PEFT."""
@@ -215,13 +230,34 @@ def initialise_anew(layer: Linear, adapter: str, init_weights: bool) -> None:
                     held[adapter].fill_(1 / largest)
 
 
+@contextmanager
+def seen_where_it_computes(base_layer: nn.Module) -> Iterator[None]:
+    """While this lasts, PEFT, which moves adapters to the weight's device, finds no weight on the meta device.
+
+    It is where an offloaded layer computes; on the CPU for a layer that has no numbers, as the bases have some.
+    """
+    weight = tensor_weight(base_layer)
+    if weight is None or not weight.is_meta or "weight" not in base_layer._parameters:
+        yield
+        return
+    device = offload.execution_device(base_layer) or torch.device("cpu")
+    stand_in = torch.empty((), dtype=weight.dtype, device=device).expand(weight.shape)
+    base_layer._parameters["weight"] = nn.Parameter(stand_in, requires_grad=False)
+    try:
+        yield
+    finally:
+        base_layer._parameters["weight"] = weight
+
+
 def convert(layer: nn.Module) -> Linear:
     """Turn a RandLoRA layer of PEFT, whatever its base layer, into a :class:`Linear` in place.
 
     Its containers of bases must be :class:`Bases`. Its parameters stay the objects they are.
     """
+    base = layer.get_base_layer()
+    check(base, layer.in_features, layer.out_features, layer.fan_in_fan_out)
     layer.__class__ = Linear
     layer.__dict__.setdefault("is_target_conv_1d_layer", False)
     layer._refer()
-    quantized.prepare(layer.get_base_layer())
+    quantized.prepare(base)
     return layer

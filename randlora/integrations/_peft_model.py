@@ -9,15 +9,15 @@ from contextlib import ExitStack, contextmanager
 import torch
 from peft.tuners import randlora as peft_randlora
 from peft.tuners.randlora.model import RandLoraModel as PeftRandLoraModel
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import nn
 
-from .. import peft_prng
+from .. import offload, peft_prng, ties
 from ..cache import inference_cache
 from ..checks import require_int
 from ..fast_path import disable_fast_path, restore_fast_path
-from ..injection import untie
 from ._peft_bases import Bases
-from ._peft_layer import Linear, convert, initialise_anew
+from ._peft_layer import Linear, convert, initialise_anew, seen_where_it_computes
 from ._peft_undo import undone_if_it_fails, unmerged_if_it_fails
 from ._peft_wrappers import Trainability, activate, mixed, wrappers
 
@@ -65,6 +65,7 @@ class RandLoraModel(PeftRandLoraModel):
     def _draw(self, config, adapter_name: str, dims: tuple[int, int]) -> None:
         """The numbers that PEFT draws for this adapter if it is a model's first."""
         require_int("r", config.r, 1)
+        self._check_offloaded(config)
         sparsity = math.sqrt(min(dims)) if config.very_sparse else 3.0 if config.sparse else None
         with torch.device("cpu"):  # PEFT's generator is there, whatever the default device is
             num_bases = -(-min(dims) // config.r)
@@ -73,6 +74,15 @@ class RandLoraModel(PeftRandLoraModel):
         for store, tensor in zip((self.randlora_A, self.randlora_B), drawn, strict=True):
             store.persistent = config.save_projection
             store[adapter_name] = tensor
+
+    def _check_offloaded(self, config) -> None:
+        config = self._prepare_adapter_config(config, self.get_model_config(self.model))
+        config = _maybe_include_all_linear_layers(config, self.model)
+        modules = dict(self.model.named_modules())
+        targets = [name for name in modules if self._check_target_module_exists(config, name)]
+        biased = {"none": (), "all": modules}.get(config.bias, targets)
+        with_bias = [modules[name] for name in biased if isinstance(getattr(modules[name], "bias", None), nn.Parameter)]
+        offload.check_targets(self.model, targets, () if config.inference_mode else with_bias)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """PEFT's ``inject_adapter``; not only the first adapter, but every one gets bases after its own config.
@@ -126,7 +136,7 @@ class RandLoraModel(PeftRandLoraModel):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """PEFT's ``merge_adapter``; an error leaves all layers as they were. Tied weights are untied."""
         with unmerged_if_it_fails(self.model):
-            untie(self.model, self._named(adapter_names))
+            ties.part(self.model, self._named(adapter_names))
             super().merge_adapter(adapter_names, safe_merge)
 
     def _unload_and_optionally_merge(
@@ -141,7 +151,7 @@ class RandLoraModel(PeftRandLoraModel):
             if safe_merge:  # all layers, before the first one is unloaded
                 self.merge_adapter(names, safe_merge=True)
             else:
-                untie(self.model, names)
+                ties.part(self.model, names)
             if adapter_names is not None:  # not the copies of those that are active, which PEFT takes
                 activate(self.model, names)
             adapter_names = [] if safe_merge else names
@@ -165,9 +175,16 @@ class RandLoraModel(PeftRandLoraModel):
     @staticmethod
     def _create_new_module(config, randlora_A, randlora_B, adapter_name: str, target, **kwargs) -> Linear:
         create = PeftRandLoraModel._create_new_module
-        layer = convert(create(config, randlora_A, randlora_B, adapter_name, target, **kwargs))
+        with seen_where_it_computes(target):
+            layer = convert(create(config, randlora_A, randlora_B, adapter_name, target, **kwargs))
         initialise_anew(layer, adapter_name, config.init_weights)
+        layer._follow_to_meta(adapter_name)
         return layer
+
+    def _replace_module(self, parent, child_name, new_module, child) -> None:
+        # PEFT moves the new layer to the device of the weight.
+        with seen_where_it_computes(child.base_layer if hasattr(child, "base_layer") else child):
+            super()._replace_module(parent, child_name, new_module, child)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
@@ -232,7 +249,7 @@ def _check(name: str, module: nn.Module) -> None:
 
 def _narrow(A: Bases, B: Bases, layers: list[Linear]) -> None:
     """Undo PEFT's cast of the bases to fp32 where the layers are 16-bit and no value changes."""
-    dtypes = {layer.get_base_layer().weight.dtype for layer in layers}
+    dtypes = {layer.compute_dtype_and_device()[0] for layer in layers}
     if len(dtypes) != 1 or not (dtype := dtypes.pop()).is_floating_point or dtype.itemsize != 2:
         return
     for adapter in list(A):

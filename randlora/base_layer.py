@@ -1,0 +1,172 @@
+"""What a base layer may be: looked at when it is adapted, called and merged into.
+
+It need not stay what it was when it was adapted: ``quantize_dynamic``, torchao's ``quantize_`` and others put another
+layer in its place, or another weight into it. What that computes is used as it is, or refused with the reason.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from . import offload, quantized
+from .quantized_kinds import kind_of
+
+
+def check(base_layer: nn.Module, in_features: int, out_features: int, transposed: bool) -> None:
+    """Raises ``TypeError`` or ``ValueError`` for a layer of a supported class that cannot be adapted all the same."""
+    name = type(base_layer).__name__
+    if isinstance(base_layer, LazyModuleMixin) and base_layer.has_uninitialized_params():
+        raise ValueError(f"base_layer is a {name} that has no size yet: call it once before adapting it")
+    weight = getattr(base_layer, "weight", None)
+    if kind_of(base_layer) is not None or has_own_forward(base_layer) or not isinstance(weight, Tensor):
+        return  # its weight is its own affair
+    if not weight.is_floating_point():
+        raise TypeError(f"base_layer is a {name} whose weight must be of a floating dtype, got {weight.dtype}")
+    expected = (in_features, out_features) if transposed else (out_features, in_features)
+    shape = tuple(getattr(weight, "ds_shape", weight.shape))  # DeepSpeed keeps an empty weight between calls
+    if shape != expected:
+        raise ValueError(
+            f"base_layer says in_features = {in_features} and out_features = {out_features}, so its weight must have "
+            f"shape {list(expected)}, got {list(shape)}: set these attributes to what the weight has"
+        )
+
+
+def has_own_forward(base_layer: nn.Module) -> bool:
+    """Whether it is of a class that is derived from nn.Linear and computes something of its own."""
+    return isinstance(base_layer, nn.Linear) and type(base_layer).forward is not nn.Linear.forward
+
+
+def name_of(base_layer: nn.Module) -> str:
+    cls = type(base_layer)
+    return cls.__name__ if cls is nn.Linear else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def tensor_weight(base_layer: nn.Module) -> Tensor | None:
+    """The weight, unless it is no tensor: that of PyTorch's own quantised layers is a method."""
+    weight = getattr(base_layer, "weight", None)
+    return weight if isinstance(weight, Tensor) else None
+
+
+def first_argument(base_layer: nn.Module, kwargs: dict[str, Any]) -> Tensor:
+    """The layer's input, taken out of `kwargs`, where a caller names it as the base layer's ``forward`` does."""
+    name = next(iter(inspect.signature(base_layer.forward).parameters), "x")
+    if name not in kwargs:
+        raise TypeError(f"an adapted {type(base_layer).__name__} must be called with its input, got {sorted(kwargs)}")
+    return kwargs.pop(name)
+
+
+def product(
+    base_layer: nn.Module, x: Tensor, in_features: int, out_features: int, *args: Any, **kwargs: Any
+) -> Tensor:
+    """``base_layer(x, ...)``, as something that the update of `x` can be added to.
+
+    Raises:
+        TypeError: no tensor. ValueError: of another shape than ``[..., out_features]``, or without numbers.
+    """
+    # PyTorch's own quantised layers, whose weight is a method, pass no gradient on and only warn that they may not.
+    blind = callable(getattr(base_layer, "weight", None)) and tensor_weight(base_layer) is None
+    result = quantized.product(base_layer, x.detach() if blind else x, *args, **kwargs)
+    name = name_of(base_layer)
+    if not isinstance(result, Tensor):
+        got = type(result).__name__
+        if isinstance(result, (tuple, list)):
+            got += f" of {', '.join(type(part).__name__ for part in result)}"
+        raise TypeError(f"the base layer, a {name}, must return a tensor for an update to be added to, got a {got}")
+    if x.shape[-1:] != (in_features,) or result.shape != (*x.shape[:-1], out_features):
+        raise ValueError(
+            f"the base layer, a {name}, must return [..., {out_features}] for an input of shape [..., {in_features}], "
+            f"got {list(result.shape)} for {list(x.shape)}"
+        )
+    if result.is_meta and not x.is_meta:
+        offload.require_numbers(result, f"what the base layer, a {name}, returns", "to add an update to")
+    if torch.is_grad_enabled() and x.requires_grad and not result.requires_grad:
+        result = _WithoutGradient.apply(result, x, name)
+    return result
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """``apply(y, x, name)`` is `y`, of a layer through which no gradient for x can be had; asking for it raises."""
+
+    @staticmethod
+    def forward(ctx, y, x, name):
+        ctx.name = name
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError(
+            f"the base layer, a {ctx.name}, passes no gradient on to its input, so those of the layers before it would "
+            "be wrong: it can be used for inference only"
+        )
+
+
+def require_weight(weight: Tensor, x: Tensor, shape: tuple[int, int]) -> None:
+    """Raises ``ValueError`` unless an ordinary weight has numbers for `x` and the size that was adapted."""
+    if weight.shape != shape:
+        raise ValueError(
+            f"the base layer's weight must have the shape that was adapted, {list(shape)}, got {list(weight.shape)}: "
+            "was the layer replaced?"
+        )
+    if weight.is_meta and not x.is_meta:
+        offload.require_numbers(weight, "the base layer's weight", "to compute with")
+
+
+def require_mergeable(base_layer: nn.Module, shape: tuple[int, int]) -> None:
+    """Raises unless adding to the layer's weight adds as much to what it computes.
+
+    Raises:
+        TypeError: the weight is no tensor. ValueError: it has no numbers or another shape than `shape`, is quantised
+            and offloaded, or a forward of the layer's own does something else with it.
+    """
+    name, weight = name_of(base_layer), tensor_weight(base_layer)
+    if weight is None:
+        raise TypeError(
+            f"the base layer, a {name}, has no tensor as its weight that could be merged into: merge before the layer "
+            "is quantised or replaced"
+        )
+    if quantized.is_quantized(base_layer):
+        if offload.hooks(base_layer):
+            raise ValueError(f"a quantised weight that is offloaded cannot be merged into: call {offload.REAL_AGAIN}")
+        return
+    if weight.shape != shape:
+        raise ValueError(
+            f"the base layer, a {name}, must have a weight of shape {list(shape)} to merge into, got "
+            f"{list(weight.shape)}"
+        )
+    offload.require_numbers(offload.read(base_layer, "weight"), "the base layer's weight", "to merge into")
+    if has_own_forward(base_layer) and (reason := _own_use_of_weight(base_layer)):
+        raise ValueError(
+            f"the base layer, a {name} with a forward of its own, cannot be merged into: {reason}. It can be used "
+            "unmerged"
+        )
+
+
+def _own_use_of_weight(base_layer: nn.Module) -> str | None:
+    """Why ``W + D`` in place of W would not add ``x D^T`` to what the layer computes; None if it does."""
+    weight = offload.read(base_layer, "weight").detach()
+    generator = torch.Generator().manual_seed(0)
+    x, change = (torch.randn(*size, generator=generator).to(weight) for size in ((3, weight.shape[1]), weight.shape))
+    change = change * (weight.float().square().mean().sqrt().item() or 1.0)
+    modes = [(module, module.training) for module in base_layer.modules()]
+    base_layer.eval()
+    try:
+        with torch.no_grad():
+            before, after = (
+                torch.func.functional_call(base_layer, {"weight": w}, (x,)) for w in (weight, weight + change)
+            )
+            expected = nn.functional.linear(x, change)
+            error = torch.linalg.vector_norm((after - before - expected).double())
+    except Exception as raised:  # whatever a class of someone else's raises
+        return f"how it uses its weight cannot be found out ({type(raised).__name__}: {raised})"
+    finally:
+        for module, training in modes:
+            module.training = training
+    limit = 0.05 if weight.dtype.itemsize <= 2 else 1e-3
+    if not error <= limit * torch.linalg.vector_norm(expected.double()):
+        return "adding to its weight does not add as much to its output"
+    return None

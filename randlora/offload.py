@@ -1,0 +1,181 @@
+"""Layers whose numbers are brought in for their calls only, as accelerate offloads them to the CPU or to disk.
+
+``cpu_offload``, ``disk_offload`` and ``dispatch_model`` (``device_map``) leave a module's tensors on the meta device
+between calls, and a hook on the module that gets them from a mapping. It stands in the attribute ``_hf_hook``, so
+accelerate need not be imported here. Tensors on meta without such a hook have no numbers at all, and what would lose
+others for them, or compute with them as if they had some, is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import ChainMap
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+REAL_AGAIN = "accelerate.hooks.remove_hook_from_submodules(model)"
+
+
+def hooks(module: nn.Module) -> list:
+    """The hooks that bring the tensors of `module` in for a call, in the order in which they act."""
+    hook = vars(module).get("_hf_hook")
+    if hook is None:
+        return []
+    return [h for h in getattr(hook, "hooks", (hook,)) if getattr(h, "offload", False) is True]
+
+
+def execution_device(module: nn.Module) -> torch.device | None:
+    """Where an offloaded module computes; None if it is not offloaded."""
+    found = hooks(module)
+    if not found:
+        return None
+    device = found[-1].execution_device
+    return torch.device("cpu" if device is None else device)
+
+
+def device_of(module: nn.Module, tensor: Tensor) -> torch.device:
+    """Where the numbers of a tensor of `module` are in its calls: meta only if there are none."""
+    return (execution_device(module) or tensor.device) if tensor.is_meta else tensor.device
+
+
+def read(module: nn.Module, name: str) -> Tensor:
+    """The tensor `name` of `module` itself; if it is offloaded, its numbers on the execution device, read-only.
+
+    Raises:
+        ValueError: an offloaded tensor that the hook does not know.
+    """
+    tensor = module._parameters[name] if name in module._parameters else getattr(module, name)
+    found = hooks(module)
+    if not (tensor.is_meta and found):
+        return tensor
+    try:
+        value = _find(found[-1].weights_map, name)
+    except KeyError as error:
+        raise ValueError(f"{name!r} is offloaded, but where to is not known: {error} is not there") from error
+    return value.detach().to(execution_device(module), tensor.dtype)
+
+
+def _find(weights: Mapping[str, Tensor], name: str) -> Tensor:
+    try:
+        return weights[name]
+    except KeyError:
+        # PeftModel.from_pretrained writes the files of what is on disk anew, with the adapter's name before that of the
+        # parameter: it has modules in mind, like LoRA's.
+        layer, _, part = getattr(weights, "prefix", "").removesuffix(".").rpartition(".")
+        if (moved := f"{layer}.{name}.{part}") not in getattr(weights, "dataset", ()):
+            raise
+        return weights.dataset[moved]
+
+
+def write(module: nn.Module, name: str, value: Tensor) -> None:
+    """Let calls of an offloaded `module` find `value` under `name`. It is kept in memory; files stay as they are."""
+    for hook in hooks(module):
+        if not isinstance(hook.weights_map, ChainMap):
+            hook.weights_map = ChainMap({}, hook.weights_map)
+        hook.weights_map[name] = value.detach().cpu()
+
+
+def trained(parameters: nn.ParameterDict, adapter: str, what: str, device: torch.device) -> Tensor:
+    """lambda or gamma of an adapter (`what`), as a call on `device` takes it.
+
+    Raises:
+        ValueError: it is on the meta device, has not been offloaded, and the call is not on meta.
+    """
+    parameter = parameters[adapter]
+    if parameter.is_meta == (device.type == "meta"):
+        return parameter
+    if not parameter.is_meta:
+        return parameter.to(device)  # shapes are asked for, no numbers
+    value = read(parameters, adapter)
+    if value.is_meta:
+        raise ValueError(
+            f"{what}[{adapter!r}] is on the meta device, it has no numbers: load an adapter, or make it with "
+            "model.to_empty(device=...) and the layers' reset_parameters()"
+        )
+    if parameter.requires_grad and torch.is_grad_enabled():
+        value.requires_grad_().register_hook(_lost)
+    return value
+
+
+def _lost(grad: Tensor) -> None:
+    raise RuntimeError(
+        "lambda and gamma were offloaded after adapting, so their gradients would be lost: adapt the model after it is "
+        f"offloaded, or give it its parameters back with {REAL_AGAIN}"
+    )
+
+
+def with_numbers(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` of `model` (its own objects), those that are offloaded brought in.
+
+    Raises:
+        ValueError: one that is on the meta device and has not been offloaded.
+    """
+    owners = {
+        id(tensor): (module, name)
+        for module in model.modules()
+        if hooks(module)
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+    }
+    found = {k: read(*owners[id(t)]) if t.is_meta and id(t) in owners else t for k, t in tensors.items()}
+    if missing := sorted(key for key, tensor in found.items() if tensor.is_meta):
+        raise ValueError(f"{missing[0]} is on the meta device: it has no numbers to save")
+    return found
+
+
+def require_numbers(tensor: Tensor, what: str, purpose: str) -> None:
+    """Raises ``ValueError`` if `tensor` is on the meta device."""
+    if tensor.is_meta:
+        raise ValueError(f"{what} is on the meta device: it has no numbers {purpose}. Load the weights first")
+
+
+def check_targets(model: nn.Module, targets: Iterable[str], trained_biases: Iterable[nn.Module] = ()) -> None:
+    """Raises ``ValueError`` for what cannot be adapted while it is offloaded.
+
+    Args:
+        targets: names of the modules to adapt. trained_biases: modules whose biases are to be trained.
+    """
+    for name in targets:
+        parts = name.split(".")
+        for parent in (".".join(parts[:i]) for i in range(len(parts))):
+            module = model.get_submodule(parent)
+            if any(hook.place_submodules for hook in hooks(module)):
+                raise ValueError(
+                    f"{name!r} cannot be adapted: {parent or 'the model'} is offloaded with all of its parts at once "
+                    "(preload_module_classes), by names that adapting changes: adapt the model first, or offload it "
+                    "without preload_module_classes"
+                )
+        module = model.get_submodule(name)
+        if isinstance(module, nn.MultiheadAttention) and any(hooks(part) for part in module.modules()):
+            raise ValueError(
+                f"{name!r} cannot be adapted while it is offloaded: its weights are taken apart. Call {REAL_AGAIN} and "
+                "offload the adapted model"
+            )
+    for module in trained_biases:
+        if hooks(module):
+            raise ValueError(
+                f"biases cannot be trained while they are offloaded, that of a {type(module).__name__} is: take "
+                f"bias='none', or call {REAL_AGAIN} first"
+            )
+
+
+def copy_of(module: nn.Module) -> nn.Module:
+    """A deep copy that holds its numbers itself, where `module` computes: what is offloaded cannot be trained."""
+    offloading = {id(hook): hook for part in module.modules() for hook in hooks(part)}
+    # In the copy each of these hooks still moves inputs, but has no mapping, which would be copied too.
+    twin = copy.deepcopy(module, {key: _moving_inputs(hook) for key, hook in offloading.items()})
+    for old, new in zip(module.modules(), twin.modules(), strict=True):
+        if not hooks(old):
+            continue
+        for name, parameter in old._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                new._parameters[name] = nn.Parameter(read(old, name).clone(), parameter.requires_grad)
+        for name, buffer in old._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                new._buffers[name] = read(old, name).clone()
+    return twin
+
+
+def _moving_inputs(hook):
+    return type(hook)(hook.execution_device, io_same_device=hook.io_same_device, skip_keys=hook.skip_keys)

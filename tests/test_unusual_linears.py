@@ -1,0 +1,413 @@
+"""Base layers that are not quite an ``nn.Linear``: of a class of someone's own, or put in place after adapting."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from common import make_base, make_layer, normal, randomize, reference_update
+from torch import nn
+
+import randlora
+
+ON_CPU = {"r": 4, "randlora_alpha": 6}
+
+
+class Scaled(nn.Linear):
+    """As diffusers' LoRACompatibleLinear: one more argument, and another name for the first."""
+
+    def forward(self, hidden_states, scale=1.0, *, shift=0.0):
+        return super().forward(hidden_states) * scale + shift
+
+
+class WithBias(nn.Linear):
+    """As Megatron's: gives its bias back beside the product."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight), self.bias
+
+
+class Plain(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Squared(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight**2, self.bias)
+
+
+class Noisy(nn.Linear):
+    def forward(self, x):
+        return super().forward(nn.functional.dropout(x, 0.5, self.training))
+
+
+def wrap(base, **settings):
+    return randomize(randlora.Linear(base, **ON_CPU | settings))
+
+
+def make(cls, in_features=12, out_features=7, dtype=torch.float32):
+    base = cls(in_features, out_features, dtype=dtype)
+    with torch.no_grad():
+        base.weight.copy_(normal(out_features, in_features, seed=4))
+        base.bias.copy_(normal(out_features, seed=5))
+    return base
+
+
+def update(layer, x, adapter="default"):
+    if not isinstance(layer.weight, torch.Tensor):  # of PyTorch's own quantised layers
+        return x @ layer.get_delta_weight(adapter).detach().T
+    return (x.double() @ reference_update(layer, adapter).T).to(x.dtype)
+
+
+def both_ways(layer):
+    """In training and at inference, where the third call would come from a cache."""
+    for training in (True, False):
+        layer.train(training)
+        for _ in range(3):
+            with torch.set_grad_enabled(training):
+                yield
+
+
+# ---- further arguments ----
+
+
+@pytest.mark.parametrize("sizes", [(12, 7), (7, 12)])
+def test_further_arguments_reach_the_base_layer(sizes):
+    layer, x = wrap(make(Scaled, *sizes)), normal(2, 3, sizes[0])
+    calls = [((), {}), ((0.5,), {}), ((), {"scale": 3.0}), ((2.0,), {"shift": 1.0})]
+    for _ in both_ways(layer):
+        for args, kwargs in calls:
+            expected = layer.base_layer(x, *args, **kwargs) + update(layer, x)
+            torch.testing.assert_close(layer(x, *args, **kwargs), expected, rtol=1e-4, atol=1e-4)
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x, 0.5, shift=1.0), layer.base_layer(x, 0.5, shift=1.0))
+    layer.enable_adapters(True)
+    layer.merge()
+    assert torch.equal(layer(x, 0.5), layer.base_layer(x, 0.5))
+    layer.unmerge()
+
+
+def test_gradients_with_further_arguments():
+    layer, x = wrap(make(Scaled)), normal(3, 12).requires_grad_()
+    layer(x, scale=0.5).sum().backward()
+    expected = (0.5 * layer.weight + reference_update(layer).float()).sum(0).expand(3, -1)
+    torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-4)
+    assert layer.randlora_lambda["default"].grad.any()
+
+
+def test_the_input_by_its_name():
+    x = normal(3, 12)
+    scaled, plain, own = wrap(make(Scaled)), wrap(make_base(12, 7)), wrap(make(Plain))
+    assert torch.equal(scaled(hidden_states=x, scale=0.5), scaled(x, 0.5))
+    assert torch.equal(plain(input=x), plain(x)) and torch.equal(own(x=x), own(x))
+    for layer, name in ((scaled, "input"), (plain, "hidden_states")):
+        with pytest.raises(TypeError, match=rf"must be called with its input, got \['{name}'\]"):
+            layer(**{name: x})
+    with pytest.raises(TypeError, match="must be called with its input"):
+        plain()
+    with pytest.raises(TypeError, match="positional arguments"):
+        plain(x, 0.5)
+
+
+def test_a_mixed_batch_with_further_arguments():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = make(Scaled)
+
+        def forward(self, x):
+            return self.layer(x, scale=0.5)
+
+    model = randlora.get_peft_model(Net(), {"target_modules": ["layer"], **ON_CPU})
+    randomize(model.model.layer)
+    x = normal(2, 5, 12)
+    got = model(x, adapter_names=["__base__", "default"])
+    base = model.model.layer.base_layer(x, scale=0.5)
+    torch.testing.assert_close(got[0], base[0])
+    torch.testing.assert_close(got[1], base[1] + update(model.model.layer, x)[1], rtol=1e-4, atol=1e-4)
+
+
+# ---- outputs that nothing can be added to ----
+
+
+def test_outputs_that_are_no_tensors_are_named():
+    layer, x = wrap(make(WithBias)), normal(3, 12)
+    for _ in both_ways(layer):
+        with pytest.raises(TypeError, match=r"WithBias, must return a tensor .*, got a tuple of Tensor, Parameter"):
+            layer(x)
+    layer.enable_adapters(False)
+    assert isinstance(layer(x), tuple)
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 1), (1, 7), (7,), (3, 14), (2, 3, 7)])
+def test_outputs_of_other_shapes_are_not_broadcast(shape):
+    class Reshaped(nn.Linear):
+        def forward(self, x):
+            return torch.zeros(shape)
+
+    layer = wrap(make(Reshaped))
+    for _ in both_ways(layer):
+        with pytest.raises(ValueError, match=r"Reshaped, must return \[\.\.\., 7\] for an input of shape \[\.\.\., 12\]"):
+            layer(normal(3, 12))
+
+
+# ---- merging into a layer with a forward of its own ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cls", [Plain, Scaled, Noisy])
+def test_what_multiplies_by_its_weight_is_merged_into(cls, dtype):
+    layer, x = wrap(make(cls, dtype=dtype)).eval(), normal(3, 12, dtype=dtype)
+    expected = layer(x)
+    state = torch.get_rng_state()
+    layer.merge()
+    assert torch.equal(torch.get_rng_state(), state)
+    tolerance = {"rtol": 0.05, "atol": 0.1} if dtype.itemsize == 2 else {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(layer(x), expected, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cls", [Doubled, Squared])
+def test_what_does_not_is_not_merged_into(cls, dtype):
+    layer, x = wrap(make(cls, dtype=dtype)), normal(3, 12, dtype=dtype)
+    expected, weight = layer(x), layer.weight.clone()
+    for safe in (True, False):
+        with pytest.raises(ValueError, match=f"{cls.__name__} with a forward of its own, cannot be merged into: adding"):
+            layer.merge(safe_merge=safe)
+    assert not layer.merged and torch.equal(layer.weight, weight) and torch.equal(layer(x), expected)
+
+
+def test_merging_changes_no_layer_where_one_cannot_be_merged_into():
+    model = nn.Sequential(make_base(12, 7), make(Doubled, 7, 12))
+    model = randlora.get_peft_model(model, {"target_modules": ["0", "1"], **ON_CPU})
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for call in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="'1': the base layer, a .*Doubled"):
+            call()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert type(model.unload()[1]) is Doubled
+
+
+def test_a_forward_that_cannot_be_tried_is_not_merged_into():
+    class Needs(nn.Linear):
+        def forward(self, x, scale):
+            return super().forward(x) * scale
+
+    layer = wrap(make(Needs))
+    layer(normal(3, 12), 1.0)
+    with pytest.raises(ValueError, match="how it uses its weight cannot be found out .TypeError"):
+        layer.merge()
+
+
+# ---- layers that are refused when adapting ----
+
+
+def test_layers_without_a_size():
+    for call in (
+        lambda: randlora.Linear(nn.LazyLinear(7)),
+        lambda: randlora.get_peft_model(nn.Sequential(nn.LazyLinear(7)), {"target_modules": ["0"]}),
+    ):
+        with pytest.raises(ValueError, match="has no size yet"):
+            call()
+    lazy = nn.LazyLinear(7)
+    lazy(normal(3, 12))
+    assert wrap(lazy)(normal(3, 12)).shape == (3, 7)
+
+
+@pytest.mark.parametrize("attribute", ["in_features", "out_features"])
+def test_attributes_that_the_weight_contradicts(attribute):
+    base = make_base(12, 7)
+    setattr(base, attribute, 9)
+    flag = base.weight.requires_grad
+    for call in (
+        lambda: randlora.Linear(base, r=4),
+        lambda: randlora.get_peft_model(nn.Sequential(base), {"r": 4, "target_modules": ["0"]}),
+    ):
+        with pytest.raises(ValueError, match=r"its weight must have shape .*, got \[7, 12\]"):
+            call()
+    assert base.weight.requires_grad == flag
+    pruned = make_base(12, 7)
+    pruned.weight = nn.Parameter(pruned.weight[:5])
+    with pytest.raises(ValueError, match=r"its weight must have shape \[7, 12\], got \[5, 12\]"):
+        randlora.Linear(pruned, r=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64])
+def test_weights_that_are_no_floats(dtype):
+    base = make_base(12, 7)
+    base.weight = nn.Parameter(base.weight.to(dtype), requires_grad=False)
+    for call in (
+        lambda: randlora.Linear(base, r=4),
+        lambda: randlora.get_peft_model(nn.Sequential(base), {"r": 4, "target_modules": ["0"]}),
+    ):
+        with pytest.raises(TypeError, match=f"must be of a floating dtype, got {dtype}"):
+            call()
+
+
+def test_integers_behind_a_forward_of_its_own():
+    class Rounded(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight.float() / 16, self.bias)
+
+    base = make(Rounded)
+    base.weight = nn.Parameter((base.weight * 16).round().to(torch.int8), requires_grad=False)
+    layer, x = wrap(base), normal(3, 12)
+    assert layer.randlora_lambda["default"].dtype == torch.float32
+    for _ in both_ways(layer):
+        torch.testing.assert_close(layer(x), base(x) + update(layer, x), rtol=1e-4, atol=1e-4)
+    with pytest.raises((TypeError, ValueError)):
+        layer.merge()
+    assert not layer.merged
+
+
+def test_a_parametrised_layer_computes_with_its_weight_as_it_is():
+    base = nn.utils.parametrizations.weight_norm(make_base(12, 7))
+    layer, x = wrap(base), normal(3, 12)
+    for _ in both_ways(layer):
+        torch.testing.assert_close(layer(x), base(x) + update(layer, x), rtol=1e-4, atol=1e-4)
+
+
+# ---- replaced after adapting ----
+
+
+def sequence():
+    model = nn.Sequential(make_base(12, 7), nn.Tanh(), make_base(7, 12))
+    model = randlora.get_peft_model(model, {"target_modules": ["0", "2"], **ON_CPU})
+    for i in (0, 2):
+        randomize(model.model[i])
+    return model
+
+
+def quantised():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.ao.quantization.quantize_dynamic(sequence(), {nn.Linear})
+
+
+def test_quantize_dynamic():
+    model, x = quantised(), normal(5, 12)
+    for _ in both_ways(model):
+        y = x
+        for i in range(3):
+            layer = model.model[i]
+            y = layer.base_layer(y) + update(layer, y) if i != 1 else layer(y)
+        torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-4)
+    names = ["default", "__base__", "default", "__base__", "default"]
+    assert model(x, adapter_names=names).shape == (5, 12)
+    assert "12 -> 7" in randlora.explain(model.model[0], 10)
+    model.add_adapter("b", {"target_modules": ["0"], "r": 3})
+    randomize(model.model[0])
+    model.set_adapter(["default", "b"])
+    first = model.model[0]
+    expected = first.base_layer(x) + update(first, x) + update(first, x, "b")
+    torch.testing.assert_close(first(x), expected, rtol=1e-4, atol=1e-4)
+    with model.disable_adapter():
+        assert torch.equal(model(x), model.model[2].base_layer(torch.tanh(first.base_layer(x))))
+
+
+def test_quantize_dynamic_is_not_merged_into():
+    model = quantised()
+    before = model(normal(5, 12))
+    for call in (model.merge_adapter, model.merge_and_unload, model.model[0].merge):
+        with pytest.raises(TypeError, match="has no tensor as its weight that could be merged into"):
+            call()
+    assert torch.equal(model(normal(5, 12)), before)
+    plain = model.unload()
+    assert not any(isinstance(module, randlora.Linear) for module in plain.modules())
+
+
+def test_quantize_dynamic_gives_no_wrong_gradients():
+    model, x = quantised(), normal(5, 12)
+    with pytest.raises(RuntimeError, match="passes no gradient on to its input"):
+        model(x).sum().backward()
+    model.model[0](x).sum().backward()  # nothing lies before it
+    assert model.model[0].randlora_lambda["default"].grad.any()
+
+
+def test_quantize_dynamic_of_merged_layers():
+    model, x = sequence(), normal(5, 12)
+    expected = model(x)
+    model.merge_adapter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    torch.testing.assert_close(model(x), expected, rtol=0.2, atol=0.5)
+    for call in (model.unmerge_adapter, model.unload, lambda: model.set_adapter("default")):
+        with warnings.catch_warnings(), pytest.raises(ValueError, match="has been replaced by another"):
+            warnings.simplefilter("ignore")
+            call()
+    assert model.model[0].merged
+
+
+def test_quantize_of_torchao():
+    torchao = pytest.importorskip("torchao.quantization")
+    model, x = sequence(), normal(5, 12)
+    expected = model(x)
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    assert type(model.model[0]) is randlora.Linear
+    assert type(model.model[0].base_layer.weight) is not nn.Parameter
+    for _ in both_ways(model):
+        torch.testing.assert_close(model(x), expected, rtol=0.1, atol=0.2)
+
+
+def test_assigning_a_weight_to_an_adapted_layer():
+    layer = wrap(make_base(12, 7))
+    weight, bias = nn.Parameter(normal(7, 12, seed=8)), nn.Parameter(normal(7, seed=9))
+    layer.weight, layer.bias = weight, bias
+    assert layer.base_layer.weight is weight and layer.base_layer.bias is bias
+    assert "weight" not in layer._parameters and "bias" not in layer._parameters
+    x = normal(3, 12)
+    torch.testing.assert_close(layer(x), layer.base_layer(x) + update(layer, x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("cls", [nn.Linear, Plain])
+@pytest.mark.parametrize("sizes", [(12, 9), (12, 24), (24, 7), (12, 1)])
+def test_a_base_layer_of_another_size(cls, sizes):
+    layer = make_layer(12, 7, bases=randlora.RandomBases(24, 24, 5))
+    layer.base_layer = make(cls, *sizes)
+    for _ in both_ways(layer):
+        with pytest.raises((ValueError, RuntimeError), match="shape"):
+            layer(normal(3, sizes[0]))
+    with pytest.raises(ValueError, match=r"must have a weight of shape \[7, 12\] to merge into"):
+        layer.merge()
+    assert not layer.merged
+
+
+def test_another_base_layer_of_the_same_size():
+    layer, x = wrap(make_base(12, 7)).eval(), normal(3, 12)
+    with torch.no_grad():
+        for _ in range(3):
+            layer(x)
+        layer.base_layer = nn.Linear(12, 7).requires_grad_(False)
+        for _ in range(3):
+            torch.testing.assert_close(layer(x), layer.base_layer(x) + update(layer, x), rtol=1e-4, atol=1e-4)
+    layer.merge()
+    layer.base_layer = other = nn.Linear(12, 7)
+    weight = other.weight.clone()
+    with pytest.raises(ValueError, match="has been replaced by another"):
+        layer.unmerge()
+    assert layer.merged and torch.equal(other.weight, weight)
+
+
+def test_a_merged_layer_that_is_copied_is_unmerged():
+    layer = wrap(make_base(12, 7))
+    layer.merge()
+    twin = copy.deepcopy(layer)
+    twin.unmerge()
+    assert torch.equal(twin.weight, make_base(12, 7).weight) and layer.merged
+
+
+def test_a_base_layer_of_bitsandbytes():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    layer, x = wrap(make_base(64, 64)), normal(3, 64)
+    other = bitsandbytes.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
+    other.load_state_dict(layer.base_layer.state_dict())
+    layer.base_layer = other.to("cpu").requires_grad_(False)
+    for _ in both_ways(layer):
+        torch.testing.assert_close(layer(x), other(x) + update(layer, x), rtol=1e-2, atol=1e-2)
