@@ -133,10 +133,7 @@ class InferenceCache:
             entry.spent += rent
             if entry.spent < building or self.nbytes + nbytes > self.limit:
                 return None
-            tensor = build()
-            if entry.is_current(sources, settings):  # another thread may have written to them meanwhile
-                entry.tensor = tensor
-            return tensor
+            entry.tensor = build()
         return entry.tensor
 
 
@@ -151,7 +148,7 @@ class _Entry:
     def __init__(self, sources: tuple[Tensor, ...], settings: tuple) -> None:
         self.tensor: Tensor | None = None
         self.spent = 0.0
-        self._versions = _versions(sources)  # first: who writes while this is read is found out later
+        self._versions = _versions(sources)  # before it is built: a write meanwhile makes it out of date
         self._sources, self._settings = sources, settings
         self._memory = tuple(t.untyped_storage() for t in sources)
 

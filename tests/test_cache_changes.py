@@ -4,6 +4,7 @@ import pytest
 import torch
 from cache_cases import assert_exact, call_until_kept, hold_up, relative_error
 from common import make_bases, make_layer, normal, on_devices, randomize, reference_forward
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import randlora
 
@@ -118,6 +119,19 @@ def test_conversions_are_noticed(swap):
                     call_until_kept(scope, layer, x)
     finally:
         torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+def test_memory_is_not_used_again():
+    """Else numbers that were rounded on a way through 16 bits could lie where those before them did, uncounted."""
+    x = normal(3, 41)
+    layer = make_layer(41, 24).eval()
+    with torch.no_grad(), randlora.inference_cache() as scope:
+        call_until_kept(scope, layer, x)
+        before = [StorageWeakRef(p.untyped_storage()) for p in (*layer.randlora_gamma.values(), layer.weight)]
+        layer.to(torch.bfloat16).to(torch.float32)
+        assert not any(memory.expired() for memory in before)
+        assert relative_error(layer(x), reference_forward(layer, x)) < 1e-5
+    assert all(memory.expired() for memory in before)
 
 
 def test_another_parameter_on_the_same_memory():
