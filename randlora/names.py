@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import unicodedata
 
+from torch import nn
+
 from .mixed import BASE
 
 LONGEST = 200  # bytes of UTF-8: file systems take 255
 # What torch.compile, activation checkpointing and FSDP call the module inside them.
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def check_adapter_name(name: str) -> None:
@@ -27,6 +29,11 @@ def check_adapter_name(name: str) -> None:
         )
 
 
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether names of modules leave this one out: what it contains stands for it."""
+    return any(name in module._modules for name in WRAPPED)
+
+
 def plain_name(name: str) -> str:
     """The name of a module or tensor as in a model that is not compiled, checkpointed or sharded."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return ".".join(part for part in name.split(".") if part not in WRAPPED)

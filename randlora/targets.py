@@ -14,7 +14,7 @@ from .config import ALL_LINEAR, RandLoraConfig
 from .expressions import Expression
 from .layer import RandLoraLayer
 from .linear import conv1d_types
-from .names import plain_name
+from .names import is_wrapper, plain_name
 
 
 def find_targets(model: nn.Module, config: RandLoraConfig) -> dict[str, nn.Module]:
@@ -54,10 +54,13 @@ def find_targets(model: nn.Module, config: RandLoraConfig) -> dict[str, nn.Modul
         inner = tuple(f"{name}." for name, module in modules.items() if is_attention(module))
         found = {n[0]: modules[n[0]] for n in (names[key] for key, left in allowed.items() if left)}
         linear = {name: m for name, m in found.items() if is_supported(m) and not name.startswith(inner)}
-        return _some({n: m for n, m in linear.items() if m is not head and all(layer_sizes(m))}, model, config)
+        linear = {name: m for name, m in linear.items() if m is not head and all(layer_sizes(m))}
+        _check_not_compiled(linear, wanted)
+        return _some(linear, model, config)
     is_wanted = _matcher("target_modules", wanted)
     meant = [names[key][0] for key, left in allowed.items() if any(is_wanted(plain_name(name)) for name in left)]
     hits = {name: modules[name] for name in meant}
+    _check_not_compiled(hits, wanted)
     _check_supported(hits, wanted)
     if isinstance(wanted, list):
         endings = {ending for name in modules for ending in endings_of(plain_name(name))}
@@ -71,6 +74,15 @@ def _is_all_linear(wanted: list[str] | str) -> bool:
     return isinstance(wanted, str) and wanted.lower() == ALL_LINEAR
 
 
+def _check_not_compiled(found: dict[str, nn.Module], wanted: list[str] | str) -> None:
+    for name in found:
+        if name.endswith("_orig_mod"):
+            raise ValueError(
+                f"target_modules={wanted!r} matches {plain_name(name)!r}, which torch.compile has compiled by itself "
+                "and would go on calling as it was: adapt it before, or compile a module around it"
+            )
+
+
 def _check_supported(found: dict[str, nn.Module], wanted: list[str] | str) -> None:
     for name, module in found.items():
         if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
@@ -78,11 +90,6 @@ def _check_supported(found: dict[str, nn.Module], wanted: list[str] | str) -> No
         if getattr(module, "is_modules_to_save", False):
             raise ValueError(
                 f"target_modules={wanted!r} matches {name!r}, which another adapter has among its modules_to_save"
-            )
-        if name.endswith("_orig_mod"):
-            raise ValueError(
-                f"target_modules={wanted!r} matches {plain_name(name)!r}, which torch.compile has compiled by itself "
-                "and would go on calling as it was: adapt it before, or compile a module around it"
             )
         if is_supported(module) and not all(layer_sizes(module)):
             raise ValueError(
@@ -112,7 +119,7 @@ def _modules(model: nn.Module):
     for name, module in model.named_modules(remove_duplicate=False):
         if name.startswith(tuple(inner)):
             continue
-        if "_orig_mod" in module._modules:  # what torch.compile puts around a module, which comes next
+        if is_wrapper(module):
             continue
         if isinstance(module, RandLoraLayer) or getattr(module, "is_modules_to_save", False):
             inner.append(f"{name}.")

@@ -3,8 +3,6 @@
 import contextlib
 import os
 import random
-import signal
-import subprocess
 import sys
 import time
 import types
@@ -12,6 +10,7 @@ import types
 import pytest
 from checkpoints import CONFIG, WEIGHTS, assert_same_numbers, keys_of, load
 from models import adapt, assert_computes, net, randomize
+from savers import alive, kill, start_saving  # noqa: F401
 from torch import nn
 
 import randlora
@@ -124,66 +123,13 @@ def test_an_unchanged_config_is_never_gone(tmp_path, monkeypatch):
     assert seen == [True, True]
 
 
-SAVER = f"""
-import os, signal, sys
-sys.path.insert(0, {os.path.dirname(__file__)!r})
-from models import adapt, net
-models = {{alpha: adapt(net(), randlora_alpha=float(alpha)) for alpha in "35"}}
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-print("ready", flush=True)
-for line in sys.stdin:
-    folder, alphas = line.split()
-    pid = os.fork()
-    if pid == 0:
-        while True:
-            for alpha in alphas:
-                models[alpha].save_pretrained(folder)
-    print(pid, flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def start_saving(tmp_path_factory):
-    """``start_saving(folder, alphas)``: the id of a process that saves adapters with these alphas in turn, for ever."""
-    command = [sys.executable, "-c", SAVER]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    started = []
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=environment
-    ) as server:
-        assert server.stdout.readline() == "ready\n"
-
-        def start(folder, alphas):
-            server.stdin.write(f"{folder} {alphas}\n")
-            started.append(int(server.stdout.readline()))
-            return started[-1]
-
-        yield start
-        for pid in started:
-            kill(pid)
-        server.kill()
-
-
-def kill(pid):
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-    for _ in range(1000):
-        if not alive(pid):
-            return
-        time.sleep(0.002)
-
-
-def alive(pid):
-    return os.path.exists(f"/proc/{pid}")
-
-
 def identity(path):
     with contextlib.suppress(FileNotFoundError):
         return path.stat().st_mtime_ns
     return None
 
 
-def test_kill_9_in_the_middle_of_saving(tmp_path, start_saving):
+def test_kill_9_in_the_middle_of_saving(tmp_path, start_saving):  # noqa: F811
     generator, folder = random.Random(0), tmp_path / "adapter"
     references = {alpha: adapt(net(), randlora_alpha=alpha) for alpha in (3.0, 5.0)}
     seen, leftovers = set(), 0
@@ -207,7 +153,7 @@ def test_kill_9_in_the_middle_of_saving(tmp_path, start_saving):
     assert no_leftovers(folder), "the next save clears up"
 
 
-def test_processes_that_save_at_once(tmp_path, start_saving):
+def test_processes_that_save_at_once(tmp_path, start_saving):  # noqa: F811
     folder = tmp_path / "adapter"
     references = {alpha: adapt(net(), randlora_alpha=alpha) for alpha in (3.0, 5.0)}
     pids = [start_saving(folder, alphas) for alphas in ("3", "5", "35")]

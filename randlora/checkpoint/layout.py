@@ -147,11 +147,13 @@ def open_file(path: Path) -> Iterator[tuple[OpenFile, Any, dict[str, Any] | None
 @contextlib.contextmanager
 def _parsed(weights: OpenFile) -> Iterator[tuple[Any, dict[str, Any] | None]]:
     with contextlib.ExitStack() as stack:
+        path = weights.path_of_descriptor()
         try:
-            file = stack.enter_context(safe_open(weights.path_of_descriptor(), framework="pt"))
+            file = stack.enter_context(safe_open(path, framework="pt"))
             metadata = file.metadata()
         except DAMAGE as error:
-            raise ValueError(f"{weights.path}: no readable safetensors file: {error}") from error
+            reason = str(error).replace(path, weights.path.name)
+            raise ValueError(f"{weights.path}: no readable safetensors file: {reason}") from error
         yield file, describe(weights.path, metadata)
 
 

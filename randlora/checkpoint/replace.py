@@ -27,7 +27,8 @@ def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], Any]], de
     another process saves into the same folder, which is made if it is missing.
 
     Raises:
-        OSError: no access, a full disk; what was there is there again then, and nothing else.
+        OSError: no access, a full disk. What was there is there again then, and nothing else; only if the last step of
+            all fails, the file named `described_by` is gone.
     """
     with _made(folder), _alone_in(folder) as alone:
         if alone:  # then what is there was left by a process that was killed
