@@ -73,7 +73,8 @@ class Mergeable:
 
         Raises:
             ValueError: a weight that the base layer computes anew at every call, such as a parametrised or pruned one:
-                what is added to it would be lost.
+                what is added to it would be lost. Or a layer whose weight its model only reads: the adapter has no
+                effect there, and would have one if it was merged.
             TypeError: a weight of a dtype that updates cannot be added to.
         """
         base = self.get_base_layer()
@@ -81,6 +82,10 @@ class Mergeable:
             raise ValueError(_recomputed(base))
         if not self._is_quantized():
             require_dtype("the base weight's dtype", base.weight.dtype)
+        if getattr(self, "bypassed", False) and any(
+            self.randlora_lambda[n].any() and self.randlora_gamma[n].any() for n in adapter_names
+        ):
+            raise ValueError(_BYPASSED)
         if self._unmerged_weight is None and self.merged and self._is_quantized():
             raise ValueError(_NOT_KEPT)
 
@@ -115,20 +120,23 @@ class Mergeable:
 @contextlib.contextmanager
 def unmerged(layers: Iterable[Mergeable]) -> Iterator[None]:
     """Gives the base weights of these merged layers back; if that or the block raises, they are merged again."""
-    layers, done = list(layers), []
+    layers = list(layers)
     if any(layer._unmerged_weight is None for layer in layers):
         raise ValueError(_NOT_KEPT)
+    names, exchanged, kept = [list(layer.merged_adapters) for layer in layers], 0, []
     try:
         for layer in layers:
             _exchange(layer)
-            done.append((layer, layer._unmerged_weight, list(layer.merged_adapters)))
+            exchanged += 1
+        kept = [layer._unmerged_weight for layer in layers]
         yield
         for layer in layers:
             layer._unmerged_weight = None
             layer.merged_adapters.clear()
     except BaseException:
-        for layer, merged, names in done:
-            layer._unmerged_weight, layer.merged_adapters[:] = merged, names
+        for i, layer in enumerate(layers[:exchanged]):
+            layer._unmerged_weight = kept[i] if kept else layer._unmerged_weight
+            layer.merged_adapters[:] = names[i]
             _exchange(layer)
         raise
 
@@ -136,17 +144,20 @@ def unmerged(layers: Iterable[Mergeable]) -> Iterator[None]:
 def _exchange(layer: Mergeable) -> None:
     """Lets the merged weight and the kept one change places: it can be undone, and needs memory for one layer only."""
     base, kept = layer.get_base_layer(), layer._unmerged_weight
-    if isinstance(kept, tuple):
-        layer._unmerged_weight = (quantized.replace_weight(base, kept[0]),)
-        return
-    with torch.no_grad():
-        merged = base.weight.detach().clone()
-        try:
-            base.weight.copy_(kept)
+    weight = base.weight.detach()
+    merged = None if isinstance(kept, tuple) else weight.clone()
+    try:
+        if merged is None:
+            layer._unmerged_weight = (base.weight,)
+            quantized.replace_weight(base, kept[0])
+        else:
+            weight.copy_(kept)
             kept.copy_(merged)
-        except BaseException:
-            base.weight.copy_(merged)
-            raise
+    except BaseException:
+        layer._unmerged_weight = kept
+        if merged is not None:
+            weight.copy_(merged)
+        raise
 
 
 @contextlib.contextmanager
@@ -178,6 +189,10 @@ def _current(layer: Mergeable) -> Tensor | None:
     return layer.get_base_layer().weight.detach().clone() if layer.merged else None
 
 
+_BYPASSED = (
+    "its model reads the weight of this layer and never calls the layer, so that its adapter has no effect, and would "
+    "have one after merging: set the adapter's randlora_lambda to zero here to leave it out; nothing was changed"
+)
 _NOT_KEPT = "the weight as it was before merging was not kept (merge_and_unload with low_memory=True)"
 
 

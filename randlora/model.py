@@ -16,6 +16,7 @@ from torch import nn
 
 from . import combine, injection, specialise
 from .active import ActiveAdapters, restore
+from .bypassed import first_calls, forget_calls
 from .config import RandLoraConfig
 from .injection import adapted_layers, saved_modules
 from .mixed import mixed_batch
@@ -99,6 +100,7 @@ class RandLoraModel(ActiveAdapters):
             restore(flags)  # what was there before keeps its trainability
             if not self._enabled:
                 self._enable(False)
+            forget_calls(self)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was the only active one, the first of the others becomes active."""
@@ -164,12 +166,12 @@ class RandLoraModel(ActiveAdapters):
     # ---- calls ----
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        with self._batch(adapter_names, exact=True):
+        with self._batch(adapter_names, exact=True), first_calls(self, self.model):
             return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The wrapped model's ``generate``, with `adapter_names` as in a call (beams follow their sample)."""
-        with self._batch(adapter_names, exact=False):
+        with self._batch(adapter_names, exact=False), first_calls(self, self.model):
             return self.model.generate(*args, **kwargs)
 
     def _batch(self, adapter_names: Sequence[str] | None, exact: bool):

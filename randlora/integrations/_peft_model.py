@@ -12,6 +12,7 @@ from peft.tuners.randlora.model import RandLoraModel as PeftRandLoraModel
 from torch import nn
 
 from .. import peft_prng
+from ..bypassed import first_calls, forget_calls
 from ..checks import require_int
 from ..fast_path import disable_fast_path, restore_fast_path
 from ..mixed import mixed_batch
@@ -67,6 +68,7 @@ class RandLoraModel(PeftRandLoraModel):
         for store in (self.randlora_A, self.randlora_B):
             store.share(adapter_name)
         disable_fast_path(model)
+        forget_calls(self)
 
     def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
@@ -95,7 +97,7 @@ class RandLoraModel(PeftRandLoraModel):
     def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
         """PEFT calls this around every call of the model: here the names of a mixed batch come in."""
         layers = [module for module in self.model.modules() if isinstance(module, Linear)]
-        with mixed_batch(self.model, layers, kwargs.get("adapter_names")):
+        with mixed_batch(self.model, layers, kwargs.get("adapter_names")), first_calls(self, self.model):
             yield
 
 
