@@ -73,8 +73,9 @@ class Mergeable:
 
         Raises:
             ValueError: a weight that the base layer computes anew at every call, such as a parametrised or pruned one:
-                what is added to it would be lost. Or a layer whose weight its model only reads: the adapter has no
-                effect there, and would have one if it was merged.
+                what is added to it would be lost. A base layer that does something else with its weight than to
+                multiply by it, in a forward of its own or in hooks (tried with a small input). A layer whose weight
+                its model only reads: the adapter has no effect there, and would have one if it was merged.
             TypeError: a weight of a dtype that updates cannot be added to.
         """
         base = self.get_base_layer()
@@ -82,6 +83,11 @@ class Mergeable:
             raise ValueError(_recomputed(base))
         if not self._is_quantized():
             require_dtype("the base weight's dtype", base.weight.dtype)
+            if _does_more(base, self.fan_in_fan_out):
+                raise ValueError(
+                    f"this {type(base).__name__} does something else with its weight than to multiply by it, in its "
+                    "forward or in hooks, so that what is merged would not act as the adapter does; nothing was changed"
+                )
         if getattr(self, "bypassed", False) and any(
             self.randlora_lambda[n].any() and self.randlora_gamma[n].any() for n in adapter_names
         ):
@@ -187,6 +193,27 @@ def _current(layer: Mergeable) -> Tensor | None:
     if layer._is_quantized():
         return layer.get_base_layer().weight
     return layer.get_base_layer().weight.detach().clone() if layer.merged else None
+
+
+def _does_more(base: nn.Module, transposed: bool) -> bool:
+    """Whether the output is far from ``x W^T + b``, as with masked or scaled weights; rounding is not meant."""
+    own = "forward" not in vars(base) and type(base).forward is (type(base) if transposed else nn.Linear).forward
+    if "_hf_hook" in vars(base) or base.weight.is_meta:  # accelerate's, which moves the weight and changes nothing
+        return False
+    if own and not (base._forward_hooks or base._forward_pre_hooks):
+        return False
+    weight, training = base.weight.detach(), base.training
+    x = torch.randn(1, 4, weight.shape[0 if transposed else 1], generator=torch.Generator().manual_seed(0))
+    x = x.to(weight.device, weight.dtype)
+    try:
+        with torch.no_grad():
+            got = base.eval()(x)
+            exact = nn.functional.linear(x, weight.T if transposed else weight, base.bias)
+        return bool(torch.linalg.vector_norm((got - exact).double()) > 0.2 * torch.linalg.vector_norm(exact.double()))
+    except Exception:  # it takes other inputs than this, or gives something else than a tensor
+        return False
+    finally:
+        base.train(training)
 
 
 _BYPASSED = (
