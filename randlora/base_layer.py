@@ -116,12 +116,12 @@ def require_weight(weight: Tensor, x: Tensor, shape: tuple[int, int]) -> None:
         offload.require_numbers(weight, "the base layer's weight", "to compute with")
 
 
-def require_mergeable(base_layer: nn.Module, shape: tuple[int, int]) -> None:
+def require_mergeable(base_layer: nn.Module, shape: tuple[int, int], transposed: bool) -> None:
     """Raises unless adding to the layer's weight adds as much to what it computes.
 
     Raises:
         TypeError: the weight is no tensor. ValueError: it has no numbers or another shape than `shape`, is quantised
-            and offloaded, or a forward of the layer's own does something else with it.
+            and offloaded, or a forward of the layer's own, or a hook, does something else with it.
     """
     name, weight = name_of(base_layer), tensor_weight(base_layer)
     if weight is None:
@@ -139,18 +139,29 @@ def require_mergeable(base_layer: nn.Module, shape: tuple[int, int]) -> None:
             f"{list(weight.shape)}"
         )
     offload.require_numbers(offload.read(base_layer, "weight"), "the base layer's weight", "to merge into")
-    if has_own_forward(base_layer) and (reason := _own_use_of_weight(base_layer)):
+    peculiar = _peculiarity(base_layer)
+    if peculiar and (reason := _other_use_of_weight(base_layer, transposed)):
         raise ValueError(
-            f"the base layer, a {name} with a forward of its own, cannot be merged into: {reason}. It can be used "
-            "unmerged"
+            f"the base layer, a {name} with {peculiar}, cannot be merged into: {reason}. It can be used unmerged"
         )
 
 
-def _own_use_of_weight(base_layer: nn.Module) -> str | None:
+def _peculiarity(base_layer: nn.Module) -> str | None:
+    """What may make a layer compute something else than ``x W^T + b``."""
+    if "_hf_hook" in vars(base_layer):  # accelerate's, which moves tensors and changes nothing
+        return None
+    own = getattr(vars(base_layer).get("forward"), "__func__", None) is not type(base_layer).forward
+    if has_own_forward(base_layer) or ("forward" in vars(base_layer) and own):
+        return "a forward of its own"
+    return "hooks" if base_layer._forward_hooks or base_layer._forward_pre_hooks else None
+
+
+def _other_use_of_weight(base_layer: nn.Module, transposed: bool) -> str | None:
     """Why ``W + D`` in place of W would not add ``x D^T`` to what the layer computes; None if it does."""
     weight = offload.read(base_layer, "weight").detach()
     generator = torch.Generator().manual_seed(0)
-    x, change = (torch.randn(*size, generator=generator).to(weight) for size in ((3, weight.shape[1]), weight.shape))
+    in_features = weight.shape[0 if transposed else 1]
+    x, change = (torch.randn(*size, generator=generator).to(weight) for size in ((3, in_features), weight.shape))
     change = change * (weight.float().square().mean().sqrt().item() or 1.0)
     modes = [(module, module.training) for module in base_layer.modules()]
     base_layer.eval()
@@ -159,7 +170,7 @@ def _own_use_of_weight(base_layer: nn.Module) -> str | None:
             before, after = (
                 torch.func.functional_call(base_layer, {"weight": w}, (x,)) for w in (weight, weight + change)
             )
-            expected = nn.functional.linear(x, change)
+            expected = nn.functional.linear(x, change.T if transposed else change)
             error = torch.linalg.vector_norm((after - before - expected).double())
     except Exception as raised:  # whatever a class of someone else's raises
         return f"how it uses its weight cannot be found out ({type(raised).__name__}: {raised})"

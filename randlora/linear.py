@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import base_layer as base_layers
 from . import cache, offload, planner, quantized
 from .bases import RandomBases
+from .bypassed import Noticed
 from .functional import compute_dtype, linear
 from .layer import BaseTensors, RandLoraLayer
 from .mixed import add_updates
@@ -19,7 +20,7 @@ from .planner import STRATEGIES
 from .undo import all_or_nothing
 
 
-class Linear(nn.Linear, RandLoraLayer):
+class Linear(nn.Linear, RandLoraLayer, Noticed):
     """Wraps an ``nn.Linear`` and adds ``dW = alpha / r * sum_i B_i diag(lambda_i) A diag(gamma_i)`` to its weight.
 
     The base layer is frozen; ``randlora_lambda[adapter_name]`` and ``randlora_gamma[adapter_name]`` are trained.
@@ -109,6 +110,7 @@ class Linear(nn.Linear, RandLoraLayer):
     @property
     def weight(self) -> Tensor:
         """The base layer's weight (with merged adapters in it)."""
+        self._note("_was_read")
         return self.base_layer.weight
 
     @property
@@ -131,6 +133,7 @@ class Linear(nn.Linear, RandLoraLayer):
             TypeError: the base layer returns something else than a tensor. ValueError: one of another shape; lambda,
                 gamma or the weight are on the meta device while `x` is not.
         """
+        self._note("_was_called")
         if x is None:
             x = base_layers.first_argument(self.base_layer, kwargs)
         kept = cache.current()

@@ -80,17 +80,22 @@ class Mergeable:
         Raises:
             ValueError: a weight that the base layer computes anew at every call, such as a parametrised or pruned one:
                 what is added to it would be lost. One without numbers, of another shape than was adapted, or one that
-                the base layer does not simply multiply by. An adapter without numbers.
+                the base layer does not simply multiply by. An adapter without numbers. A layer whose weight its model
+                only reads: the adapter has no effect there, and would have one if it was merged.
             TypeError: a weight that is no tensor, or of a dtype that updates cannot be added to.
         """
         base = self.get_base_layer()
         if base_layers.tensor_weight(base) is not None and not isinstance(base._parameters.get("weight"), nn.Parameter):
             raise ValueError(_recomputed(base))
-        base_layers.require_mergeable(base, self._weight_shape)
+        base_layers.require_mergeable(base, self._weight_shape, self.fan_in_fan_out)
         for name in adapter_names:
             self._trained(name, torch.device("cpu"))
         if not self._is_quantized():
             require_dtype("the base weight's dtype", base.weight.dtype)
+        if getattr(self, "bypassed", False) and any(
+            self.randlora_lambda[n].any() and self.randlora_gamma[n].any() for n in adapter_names
+        ):
+            raise ValueError(_BYPASSED)
         if self._unmerged_weight is None and self.merged and self._is_quantized():
             raise ValueError(_NOT_KEPT)
 
@@ -131,20 +136,23 @@ class Mergeable:
 @contextlib.contextmanager
 def unmerged(layers: Iterable[Mergeable]) -> Iterator[None]:
     """Gives the base weights of these merged layers back; if that or the block raises, they are merged again."""
-    layers, done = list(layers), []
+    layers = list(layers)
     for layer in layers:
         _check_unmerge(layer)
+    names, exchanged, kept = [list(layer.merged_adapters) for layer in layers], 0, []
     try:
         for layer in layers:
             _exchange(layer)
-            done.append((layer, layer._unmerged_weight, list(layer.merged_adapters)))
+            exchanged += 1
+        kept = [layer._unmerged_weight for layer in layers]
         yield
         for layer in layers:
             layer._unmerged_weight = layer._merged_into = None
             layer.merged_adapters.clear()
     except BaseException:
-        for layer, merged, names in done:
-            layer._unmerged_weight, layer.merged_adapters[:] = merged, names
+        for i, layer in enumerate(layers[:exchanged]):
+            layer._unmerged_weight = kept[i] if kept else layer._unmerged_weight
+            layer.merged_adapters[:] = names[i]
             _exchange(layer)
         raise
 
@@ -166,7 +174,12 @@ def _exchange(layer: Mergeable) -> None:
     """Lets the merged weight and the kept one change places: it can be undone, and needs memory for one layer only."""
     base, kept = layer.get_base_layer(), layer._unmerged_weight
     if isinstance(kept, tuple):
-        layer._unmerged_weight = (quantized.replace_weight(base, kept[0]),)
+        layer._unmerged_weight = (base.weight,)
+        try:
+            quantized.replace_weight(base, kept[0])
+        except BaseException:
+            layer._unmerged_weight = kept
+            raise
         return
     merged = _numbers(base)
     try:
@@ -226,6 +239,10 @@ def _current(layer: Mergeable) -> Tensor | None:
     return _numbers(layer.get_base_layer()) if layer.merged else None
 
 
+_BYPASSED = (
+    "its model reads the weight of this layer and never calls the layer, so that its adapter has no effect, and would "
+    "have one after merging: set the adapter's randlora_lambda to zero here to leave it out; nothing was changed"
+)
 _NOT_KEPT = "the weight as it was before merging was not kept (merge_and_unload with low_memory=True)"
 
 

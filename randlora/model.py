@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import combine, injection, specialise
 from .active import ActiveAdapters, restore
+from .bypassed import first_calls, forget_calls
 from .cache import inference_cache
 from .config import RandLoraConfig
 from .injection import adapted_layers, saved_modules
@@ -102,6 +103,7 @@ class RandLoraModel(ActiveAdapters):
             restore(flags)  # what was there before keeps its trainability
             if not self._enabled:
                 self._enable(False)
+            forget_calls(self)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was the only active one, the first of the others becomes active."""
@@ -167,7 +169,7 @@ class RandLoraModel(ActiveAdapters):
     # ---- calls ----
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        with self._batch(adapter_names):
+        with self._batch(adapter_names), first_calls(self, self.model):
             return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
@@ -176,7 +178,7 @@ class RandLoraModel(ActiveAdapters):
         It runs inside a scope of :func:`randlora.inference_cache`, which says what must not happen meanwhile: nobody
         writes to the parameters in ways that move no version counter. A scope around it decides on the limit.
         """
-        with inference_cache(), self._batch(adapter_names):
+        with inference_cache(), self._batch(adapter_names), first_calls(self, self.model):
             return self.model.generate(*args, **kwargs)
 
     def _batch(self, adapter_names: Sequence[str] | None):

@@ -139,3 +139,75 @@ def test_a_parametrised_attention_is_refused():
         with pytest.raises((TypeError, ValueError), match="which cannot be adapted"):
             randlora.get_peft_model(model, {"r": 2, "target_modules": ["0"]})
         assert_unchanged(model, before)
+
+
+# ---- layers that do something else with their weight ----
+
+
+class Masked(nn.Linear):
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        self.register_buffer("mask", (normal(*self.weight.shape) > 0).to(self.weight.dtype))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight * self.mask, self.bias)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return super().forward(x * x.shape[-1] ** -0.5)
+
+
+class Quiet(nn.Linear):
+    """What a subclass does beside the product is its own matter."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+def hooked(hook, before=False):
+    base = nn.Linear(8, 6)
+    (base.register_forward_pre_hook if before else base.register_forward_hook)(hook)
+    return base
+
+
+OTHERS = {
+    "masked": (lambda: Masked(8, 6), True),
+    "scaled": (lambda: Scaled(8, 6), True),
+    "hook": (lambda: hooked(lambda module, args, y: 3 * y), True),
+    "pre-hook": (lambda: hooked(lambda module, args: (args[0] * 2,), before=True), True),
+    "replaced forward": (lambda: replaced(), True),
+    "subclass": (lambda: Quiet(8, 6), False),
+    "watching hook": (lambda: hooked(lambda module, args, y: None), False),
+    "rounding": (lambda: hooked(lambda module, args, y: y.bfloat16().to(y.dtype)), False),
+}
+
+
+def replaced():
+    base = nn.Linear(8, 6)
+    base.forward = lambda x: torch.relu(nn.functional.linear(x, base.weight, base.bias))
+    return base
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", OTHERS)
+def test_layers_that_do_more(name, dtype):
+    make, refused = OTHERS[name]
+    torch.manual_seed(0)
+    base = make().to(dtype)
+    layer = randomize(randlora.Linear(base, r=2, randlora_alpha=3))
+    x, state = normal(7, 8, dtype=dtype), torch.get_rng_state()
+    expected, before = layer(x), snapshot(layer)
+    if refused:
+        with pytest.raises(ValueError, match="cannot be merged into: adding to its weight does not add as much"):
+            layer.merge()
+        assert_unchanged(layer, before)
+        assert torch.equal(layer(x), expected)
+    else:
+        layer.merge()
+        error = (layer(x) - expected).norm() / expected.norm()
+        assert error < (1e-2 if dtype == torch.bfloat16 or name == "rounding" else 1e-12)
+    assert torch.equal(torch.get_rng_state(), state) and base.training

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import nn
 
 from .. import offload, peft_prng, ties
+from ..bypassed import first_calls, forget_calls
 from ..cache import inference_cache
 from ..checks import require_int
 from ..fast_path import disable_fast_path, restore_fast_path
@@ -105,6 +106,7 @@ class RandLoraModel(PeftRandLoraModel):
             for store in (self.randlora_A, self.randlora_B):
                 store.share(adapter_name)
             disable_fast_path(model)
+            forget_calls(self)
 
     # ---- which adapters act ----
 
@@ -190,7 +192,7 @@ class RandLoraModel(PeftRandLoraModel):
     def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
         """PEFT calls this around every call of the model: here the names of a mixed batch come in."""
         layers = [module for module in self.model.modules() if isinstance(module, Linear)]
-        with mixed(self.model, layers, kwargs.get("adapter_names")):
+        with mixed(self.model, layers, kwargs.get("adapter_names")), first_calls(self, self.model):
             yield
 
     def generate(self, *args, **kwargs):
