@@ -274,7 +274,9 @@ def _check_target(model: nn.Module, name: str) -> None:
             raise ValueError(f"target_modules matches {name!r}, which cannot be adapted: {error}") from error
 
 
-def _with_trained_biases(model: nn.Module, config: RandLoraConfig, targets: dict[str, nn.Module]) -> Iterator[nn.Module]:
+def _with_trained_biases(
+    model: nn.Module, config: RandLoraConfig, targets: dict[str, nn.Module]
+) -> Iterator[nn.Module]:
     if config.bias == "none" or config.inference_mode:
         return
     for module in model.modules() if config.bias == "all" else targets.values():

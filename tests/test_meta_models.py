@@ -49,7 +49,10 @@ def test_parameters_on_meta_name_themselves(part, strategy, kind, sizes):
         for grad in (True, False):
             layer.train(training)
             for _ in range(3):
-                with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=rf"{part}\['default'\] is on the meta"):
+                with (
+                    torch.set_grad_enabled(grad),
+                    pytest.raises(ValueError, match=rf"{part}\['default'\] is on the meta"),
+                ):
                     layer(x)
     with pytest.raises(ValueError, match="on the meta device"):
         layer.merge()
@@ -63,7 +66,10 @@ def test_a_weight_on_meta_is_not_computed_with(strategy):
     for training in (True, False):
         layer.train(training)
         for _ in range(3):
-            with torch.set_grad_enabled(training), pytest.raises(ValueError, match="base layer's weight is on the meta"):
+            with (
+                torch.set_grad_enabled(training),
+                pytest.raises(ValueError, match="base layer's weight is on the meta"),
+            ):
                 layer(normal(3, 41))
     for safe in (True, False):
         with pytest.raises(ValueError, match="base layer's weight is on the meta device: it has no numbers to merge"):

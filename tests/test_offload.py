@@ -192,7 +192,9 @@ def test_merging_leaves_the_weights_that_a_model_is_offloaded_from():
     model.merge_adapter()
     model(IDS)
     assert all(torch.equal(given[name], before[name]) for name in before)
-    assert not torch.equal(offload.read(model.model.layers[0].q_proj.base_layer, "weight"), before["layers.0.q_proj.weight"])
+    assert not torch.equal(
+        offload.read(model.model.layers[0].q_proj.base_layer, "weight"), before["layers.0.q_proj.weight"]
+    )
 
 
 def test_merged_then_offloaded_then_unmerged(tmp_path):

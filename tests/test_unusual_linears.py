@@ -153,7 +153,9 @@ def test_outputs_of_other_shapes_are_not_broadcast(shape):
 
     layer = wrap(make(Reshaped))
     for _ in both_ways(layer):
-        with pytest.raises(ValueError, match=r"Reshaped, must return \[\.\.\., 7\] for an input of shape \[\.\.\., 12\]"):
+        with pytest.raises(
+            ValueError, match=r"Reshaped, must return \[\.\.\., 7\] for an input of shape \[\.\.\., 12\]"
+        ):
             layer(normal(3, 12))
 
 
@@ -178,7 +180,9 @@ def test_what_does_not_is_not_merged_into(cls, dtype):
     layer, x = wrap(make(cls, dtype=dtype)), normal(3, 12, dtype=dtype)
     expected, weight = layer(x), layer.weight.clone()
     for safe in (True, False):
-        with pytest.raises(ValueError, match=f"{cls.__name__} with a forward of its own, cannot be merged into: adding"):
+        with pytest.raises(
+            ValueError, match=f"{cls.__name__} with a forward of its own, cannot be merged into: adding"
+        ):
             layer.merge(safe_merge=safe)
     assert not layer.merged and torch.equal(layer.weight, weight) and torch.equal(layer(x), expected)
 
