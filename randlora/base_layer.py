@@ -60,9 +60,7 @@ def first_argument(base_layer: nn.Module, kwargs: dict[str, Any]) -> Tensor:
     return kwargs.pop(name)
 
 
-def product(
-    base_layer: nn.Module, x: Tensor, in_features: int, out_features: int, *args: Any, **kwargs: Any
-) -> Tensor:
+def product(base_layer: nn.Module, x: Tensor, in_features: int, out_features: int, *args: Any, **kwargs: Any) -> Tensor:
     """``base_layer(x, ...)``, as something that the update of `x` can be added to.
 
     Raises:

@@ -62,7 +62,7 @@ def plan(model: nn.Module, config: RandLoraConfig, bases: RandomBases | None = N
     saved = _find_saved(model, config)
     targets = find_targets(model, config)
     slots = _slots(model, targets)
-    offload.check_targets(model, targets, _with_trained_biases(model, config, targets))
+    offload.check_targets(model, targets, _of_trained_biases(model, config, targets))
     for name in targets:
         _check_target(model, name)
     dims = peft_dims(model, config, targets)
@@ -266,9 +266,7 @@ def _check_target(model: nn.Module, name: str) -> None:
             raise ValueError(f"target_modules matches {name!r}, which cannot be adapted: {error}") from error
 
 
-def _with_trained_biases(
-    model: nn.Module, config: RandLoraConfig, targets: dict[str, nn.Module]
-) -> Iterator[nn.Module]:
+def _of_trained_biases(model: nn.Module, config: RandLoraConfig, targets: dict[str, nn.Module]) -> Iterator[nn.Module]:
     if config.bias == "none" or config.inference_mode:
         return
     for module in model.modules() if config.bias == "all" else targets.values():

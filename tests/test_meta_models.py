@@ -49,7 +49,10 @@ def test_parameters_on_meta_name_themselves(part, strategy, kind, sizes):
         for grad in (True, False):
             layer.train(training)
             for _ in range(3):
-                with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=rf"{part}\['default'\] is on the meta"):
+                with (
+                    torch.set_grad_enabled(grad),
+                    pytest.raises(ValueError, match=rf"{part}\['default'\] is on the meta"),
+                ):
                     layer(x)
     with pytest.raises(ValueError, match="on the meta device"):
         layer.merge()
@@ -63,7 +66,10 @@ def test_a_weight_on_meta_is_not_computed_with(strategy):
     for training in (True, False):
         layer.train(training)
         for _ in range(3):
-            with torch.set_grad_enabled(training), pytest.raises(ValueError, match="base layer's weight is on the meta"):
+            with (
+                torch.set_grad_enabled(training),
+                pytest.raises(ValueError, match="base layer's weight is on the meta"),
+            ):
                 layer(normal(3, 41))
     for safe in (True, False):
         with pytest.raises(ValueError, match="base layer's weight is on the meta device: it has no numbers to merge"):
@@ -236,7 +242,7 @@ def test_merging_changes_nothing_where_one_layer_has_no_numbers(call, what):
         layer.base_layer.weight = nn.Parameter(layer.weight.to("meta"), requires_grad=False)
     else:
         on_meta(layer, part=what)
-    with pytest.raises(ValueError, match="'layers.1.down_proj': .* on the meta device"):
+    with pytest.raises(ValueError, match=r"'layers\.1\.down_proj': .* on the meta device"):
         getattr(model, call)()
     model.model.layers[1].down_proj = kept
     assert not any(layer.merged for layer in layers_of(model).values())

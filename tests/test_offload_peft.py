@@ -215,7 +215,10 @@ def test_parameters_on_meta_name_themselves(part):
     for training in (True, False):
         model.train(training)
         for _ in range(3):
-            with torch.set_grad_enabled(training), pytest.raises(ValueError, match=rf"{part}\['default'\] is on the meta"):
+            with (
+                torch.set_grad_enabled(training),
+                pytest.raises(ValueError, match=rf"{part}\['default'\] is on the meta"),
+            ):
                 model(X)
     with pytest.raises(ValueError, match="on the meta device"):
         model.base_model.model.tall.merge()

@@ -1,11 +1,8 @@
-"""Base layers that are not quite an ``nn.Linear``: of a class of someone's own, or put in place after adapting."""
-
-import copy
-import warnings
+"""Base layers that are not quite an ``nn.Linear``: of a class of someone's own."""
 
 import pytest
 import torch
-from common import make_base, make_layer, normal, randomize, reference_update
+from common import make_base, normal, randomize, reference_update
 from torch import nn
 
 import randlora
@@ -153,7 +150,9 @@ def test_outputs_of_other_shapes_are_not_broadcast(shape):
 
     layer = wrap(make(Reshaped))
     for _ in both_ways(layer):
-        with pytest.raises(ValueError, match=r"Reshaped, must return \[\.\.\., 7\] for an input of shape \[\.\.\., 12\]"):
+        with pytest.raises(
+            ValueError, match=r"Reshaped, must return \[\.\.\., 7\] for an input of shape \[\.\.\., 12\]"
+        ):
             layer(normal(3, 12))
 
 
@@ -178,7 +177,9 @@ def test_what_does_not_is_not_merged_into(cls, dtype):
     layer, x = wrap(make(cls, dtype=dtype)), normal(3, 12, dtype=dtype)
     expected, weight = layer(x), layer.weight.clone()
     for safe in (True, False):
-        with pytest.raises(ValueError, match=f"{cls.__name__} with a forward of its own, cannot be merged into: adding"):
+        with pytest.raises(
+            ValueError, match=f"{cls.__name__} with a forward of its own, cannot be merged into: adding"
+        ):
             layer.merge(safe_merge=safe)
     assert not layer.merged and torch.equal(layer.weight, weight) and torch.equal(layer(x), expected)
 
@@ -188,7 +189,7 @@ def test_merging_changes_no_layer_where_one_cannot_be_merged_into():
     model = randlora.get_peft_model(model, {"target_modules": ["0", "1"], **ON_CPU})
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for call in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ValueError, match="'1': the base layer, a .*Doubled"):
+        with pytest.raises(ValueError, match=r"'1': the base layer, a .*Doubled"):
             call()
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert type(model.unload()[1]) is Doubled
@@ -201,7 +202,7 @@ def test_a_forward_that_cannot_be_tried_is_not_merged_into():
 
     layer = wrap(make(Needs))
     layer(normal(3, 12), 1.0)
-    with pytest.raises(ValueError, match="how it uses its weight cannot be found out .TypeError"):
+    with pytest.raises(ValueError, match=r"how it uses its weight cannot be found out \(TypeError"):
         layer.merge()
 
 
@@ -271,143 +272,3 @@ def test_a_parametrised_layer_computes_with_its_weight_as_it_is():
     layer, x = wrap(base), normal(3, 12)
     for _ in both_ways(layer):
         torch.testing.assert_close(layer(x), base(x) + update(layer, x), rtol=1e-4, atol=1e-4)
-
-
-# ---- replaced after adapting ----
-
-
-def sequence():
-    model = nn.Sequential(make_base(12, 7), nn.Tanh(), make_base(7, 12))
-    model = randlora.get_peft_model(model, {"target_modules": ["0", "2"], **ON_CPU})
-    for i in (0, 2):
-        randomize(model.model[i])
-    return model
-
-
-def quantised():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.ao.quantization.quantize_dynamic(sequence(), {nn.Linear})
-
-
-def test_quantize_dynamic():
-    model, x = quantised(), normal(5, 12)
-    for _ in both_ways(model):
-        y = x
-        for i in range(3):
-            layer = model.model[i]
-            y = layer.base_layer(y) + update(layer, y) if i != 1 else layer(y)
-        torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-4)
-    names = ["default", "__base__", "default", "__base__", "default"]
-    assert model(x, adapter_names=names).shape == (5, 12)
-    assert "12 -> 7" in randlora.explain(model.model[0], 10)
-    model.add_adapter("b", {"target_modules": ["0"], "r": 3})
-    randomize(model.model[0])
-    model.set_adapter(["default", "b"])
-    first = model.model[0]
-    expected = first.base_layer(x) + update(first, x) + update(first, x, "b")
-    torch.testing.assert_close(first(x), expected, rtol=1e-4, atol=1e-4)
-    with model.disable_adapter():
-        assert torch.equal(model(x), model.model[2].base_layer(torch.tanh(first.base_layer(x))))
-
-
-def test_quantize_dynamic_is_not_merged_into():
-    model = quantised()
-    before = model(normal(5, 12))
-    for call in (model.merge_adapter, model.merge_and_unload, model.model[0].merge):
-        with pytest.raises(TypeError, match="has no tensor as its weight that could be merged into"):
-            call()
-    assert torch.equal(model(normal(5, 12)), before)
-    plain = model.unload()
-    assert not any(isinstance(module, randlora.Linear) for module in plain.modules())
-
-
-def test_quantize_dynamic_gives_no_wrong_gradients():
-    model, x = quantised(), normal(5, 12)
-    with pytest.raises(RuntimeError, match="passes no gradient on to its input"):
-        model(x).sum().backward()
-    model.model[0](x).sum().backward()  # nothing lies before it
-    assert model.model[0].randlora_lambda["default"].grad.any()
-
-
-def test_quantize_dynamic_of_merged_layers():
-    model, x = sequence(), normal(5, 12)
-    expected = model(x)
-    model.merge_adapter()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
-    torch.testing.assert_close(model(x), expected, rtol=0.2, atol=0.5)
-    for call in (model.unmerge_adapter, model.unload, lambda: model.set_adapter("default")):
-        with warnings.catch_warnings(), pytest.raises(ValueError, match="has been replaced by another"):
-            warnings.simplefilter("ignore")
-            call()
-    assert model.model[0].merged
-
-
-def test_quantize_of_torchao():
-    torchao = pytest.importorskip("torchao.quantization")
-    model, x = sequence(), normal(5, 12)
-    expected = model(x)
-    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
-    assert type(model.model[0]) is randlora.Linear
-    assert type(model.model[0].base_layer.weight) is not nn.Parameter
-    for _ in both_ways(model):
-        torch.testing.assert_close(model(x), expected, rtol=0.1, atol=0.2)
-
-
-def test_assigning_a_weight_to_an_adapted_layer():
-    layer = wrap(make_base(12, 7))
-    weight, bias = nn.Parameter(normal(7, 12, seed=8)), nn.Parameter(normal(7, seed=9))
-    layer.weight, layer.bias = weight, bias
-    assert layer.base_layer.weight is weight and layer.base_layer.bias is bias
-    assert "weight" not in layer._parameters and "bias" not in layer._parameters
-    x = normal(3, 12)
-    torch.testing.assert_close(layer(x), layer.base_layer(x) + update(layer, x), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("cls", [nn.Linear, Plain])
-@pytest.mark.parametrize("sizes", [(12, 9), (12, 24), (24, 7), (12, 1)])
-def test_a_base_layer_of_another_size(cls, sizes):
-    layer = make_layer(12, 7, bases=randlora.RandomBases(24, 24, 5))
-    layer.base_layer = make(cls, *sizes)
-    for _ in both_ways(layer):
-        with pytest.raises((ValueError, RuntimeError), match="shape"):
-            layer(normal(3, sizes[0]))
-    with pytest.raises(ValueError, match=r"must have a weight of shape \[7, 12\] to merge into"):
-        layer.merge()
-    assert not layer.merged
-
-
-def test_another_base_layer_of_the_same_size():
-    layer, x = wrap(make_base(12, 7)).eval(), normal(3, 12)
-    with torch.no_grad():
-        for _ in range(3):
-            layer(x)
-        layer.base_layer = nn.Linear(12, 7).requires_grad_(False)
-        for _ in range(3):
-            torch.testing.assert_close(layer(x), layer.base_layer(x) + update(layer, x), rtol=1e-4, atol=1e-4)
-    layer.merge()
-    layer.base_layer = other = nn.Linear(12, 7)
-    weight = other.weight.clone()
-    with pytest.raises(ValueError, match="has been replaced by another"):
-        layer.unmerge()
-    assert layer.merged and torch.equal(other.weight, weight)
-
-
-def test_a_merged_layer_that_is_copied_is_unmerged():
-    layer = wrap(make_base(12, 7))
-    layer.merge()
-    twin = copy.deepcopy(layer)
-    twin.unmerge()
-    assert torch.equal(twin.weight, make_base(12, 7).weight) and layer.merged
-
-
-def test_a_base_layer_of_bitsandbytes():
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    layer, x = wrap(make_base(64, 64)), normal(3, 64)
-    other = bitsandbytes.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
-    other.load_state_dict(layer.base_layer.state_dict())
-    layer.base_layer = other.to("cpu").requires_grad_(False)
-    for _ in both_ways(layer):
-        torch.testing.assert_close(layer(x), other(x) + update(layer, x), rtol=1e-2, atol=1e-2)

@@ -13,10 +13,13 @@ from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import nn
 
 from .. import offload, peft_prng, ties
+from ..base_layer import check
 from ..bypassed import first_calls, forget_calls
 from ..cache import inference_cache
 from ..checks import require_int
 from ..fast_path import disable_fast_path, restore_fast_path
+from ..linear import conv1d_types
+from ..targets import layer_sizes
 from ._peft_bases import Bases
 from ._peft_layer import Linear, convert, initialise_anew, seen_where_it_computes
 from ._peft_undo import undone_if_it_fails, unmerged_if_it_fails
@@ -66,7 +69,7 @@ class RandLoraModel(PeftRandLoraModel):
     def _draw(self, config, adapter_name: str, dims: tuple[int, int]) -> None:
         """The numbers that PEFT draws for this adapter if it is a model's first."""
         require_int("r", config.r, 1)
-        self._check_offloaded(config)
+        self._check_targets(config)
         sparsity = math.sqrt(min(dims)) if config.very_sparse else 3.0 if config.sparse else None
         with torch.device("cpu"):  # PEFT's generator is there, whatever the default device is
             num_bases = -(-min(dims) // config.r)
@@ -76,7 +79,8 @@ class RandLoraModel(PeftRandLoraModel):
             store.persistent = config.save_projection
             store[adapter_name] = tensor
 
-    def _check_offloaded(self, config) -> None:
+    def _check_targets(self, config) -> None:
+        """Raises for what cannot be adapted, before anything is changed."""
         config = self._prepare_adapter_config(config, self.get_model_config(self.model))
         config = _maybe_include_all_linear_layers(config, self.model)
         modules = dict(self.model.named_modules())
@@ -84,6 +88,14 @@ class RandLoraModel(PeftRandLoraModel):
         biased = {"none": (), "all": modules}.get(config.bias, targets)
         with_bias = [modules[name] for name in biased if isinstance(getattr(modules[name], "bias", None), nn.Parameter)]
         offload.check_targets(self.model, targets, () if config.inference_mode else with_bias)
+        for name in targets:
+            module = modules[name]
+            if isinstance(module, peft_randlora.RandLoraLayer) or not isinstance(module, (nn.Linear, *conv1d_types())):
+                continue  # what is no linear layer, PEFT refuses
+            try:
+                check(module, *layer_sizes(module), not isinstance(module, nn.Linear))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name!r} cannot be adapted: {error}") from error
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """PEFT's ``inject_adapter``; not only the first adapter, but every one gets bases after its own config.
