@@ -164,9 +164,10 @@ class Linear(nn.Linear, RandLoraLayer):
     def _base_is_plain(self) -> bool:
         """Whether the base layer does nothing but its product with a frozen weight, so that the op may do it."""
         base = self.base_layer
-        return not (base.weight.requires_grad and torch.is_grad_enabled()) and (
+        return (
             type(base) in (nn.Linear, *conv1d_types())
             and type(base.weight) in (Tensor, nn.Parameter)  # torchao's quantised weights are subclasses
+            and not base.weight.requires_grad
             and not (base._forward_hooks or base._forward_pre_hooks)
             and "forward" not in vars(base)  # accelerate's device map replaces it on the instance
         )
