@@ -207,7 +207,7 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
         return (
             type(base) in (nn.Linear, *conv1d_types())
             and type(base.weight) in (Tensor, nn.Parameter)  # torchao's quantised weights are subclasses
-            and not (base.weight.requires_grad and torch.is_grad_enabled())
+            and not base.weight.requires_grad
             and not (base._forward_hooks or base._forward_pre_hooks)
             # accelerate's device map replaces it on the instance, and leaves the method there when it is removed.
             and ("forward" not in vars(base) or getattr(base.forward, "__func__", None) is type(base).forward)

@@ -92,3 +92,46 @@ def logits(model, ids=None, **arguments):
 
 def bases(model, adapter="default"):
     return model.base_model.randlora_A[adapter], model.base_model.randlora_B[adapter]
+
+
+def tied_llama():
+    settings = llama().config
+    settings.tie_word_embeddings = True
+    torch.manual_seed(0)
+    return LlamaForCausalLM(settings)
+
+
+def broken(model, which=-1):
+    with torch.no_grad():
+        adapted(model)[which].randlora_lambda["default"][0, 0] = torch.nan
+    return model
+
+
+def adapted(model):
+    return [module for module in model.modules() if hasattr(module, "randlora_lambda")]
+
+
+def state(model):
+    """All that an operation may change, tensors by value and identity of parameters."""
+    modules = {name: (type(m), sorted(k for k in vars(m) if k != "_update_cache")) for name, m in model.named_modules()}
+    adapters = {
+        name: (m.active_adapters, m.merged_adapters[:], sorted(m.bases), m.disable_adapters)
+        for name, m in model.named_modules()
+        if hasattr(m, "randlora_lambda") and hasattr(m, "bases")
+    }
+    parameters = {name: (p, p.requires_grad) for name, p in model.named_parameters(remove_duplicate=False)}
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", None)
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    return modules, adapters, parameters, tied, dict(getattr(model, "peft_config", {})), values
+
+
+def assert_unchanged(model, before):
+    after = state(model)
+    for i in (0, 1, 3, 4):
+        assert after[i] == before[i]
+    assert after[2].keys() == before[2].keys()
+    for name, (parameter, flag) in before[2].items():
+        assert after[2][name][0] is parameter and after[2][name][1] == flag, name
+    assert after[5].keys() == before[5].keys()
+    for name, value in before[5].items():
+        torch.testing.assert_close(after[5][name], value, rtol=0, atol=0, equal_nan=True)

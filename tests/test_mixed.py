@@ -138,6 +138,40 @@ def test_modules_to_save():
     assert model.model.embed.modules_to_save["default"].weight.grad is not None
 
 
+class Headed(nn.Module):
+    def __init__(self, head, before=lambda x: x, keyword=None):
+        super().__init__()
+        self.up, self.head, self.before, self.keyword = nn.Linear(6, 6), head, before, keyword
+
+    def forward(self, x):
+        x = self.before(torch.tanh(self.up(x)))
+        return self.head(x) if self.keyword is None else self.head(**{self.keyword: x})
+
+
+HEADS = {
+    "pooled": lambda: Headed(nn.Linear(6, 3), lambda x: x.mean(1)),
+    "keyword": lambda: Headed(nn.Linear(6, 3), keyword="input"),
+    "conv": lambda: Headed(nn.Conv1d(6, 3, 2), lambda x: x.transpose(1, 2)),
+    "deep": lambda: Headed(nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_heads_to_save(head):
+    model = adapt(HEADS[head]().double(), target_modules=["up"], modules_to_save=["head"])
+    for i, name in enumerate(("b", "c")):
+        add(model, name, 2 + i, r=3, target_modules=["up"], modules_to_save=["head"] if name == "b" else None)
+    with torch.no_grad():
+        for i, name in enumerate(("default", "b")):
+            for parameter in model.model.head.modules_to_save[name].parameters():
+                parameter.copy_(normal(*parameter.shape, seed=i, dtype=torch.float64))
+    x = normal(4, 5, 6, dtype=torch.float64)
+    expected = torch.cat(each_alone(model, lambda m, i: m(x[i : i + 1])))
+    for active in ("default", "b", "c", []):
+        model.set_adapter(active)
+        assert_close(model(x, adapter_names=NAMES), expected)
+
+
 def test_base_product_is_computed_once():
     model = three()
     calls = []
@@ -252,10 +286,17 @@ def test_bad_names(names, error, named):
     assert all(layer.mixed_batch is None for layer in layers_of(model).values())
 
 
-def test_generate_with_the_wrong_length():
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"num_beams": 4}], ids=str)
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_generate_with_the_wrong_length(count, settings):
+    """Only the copies of samples that generate makes share a name."""
     model = three(tiny_llama())
-    with pytest.raises(ValueError, match="got 3 names"):
-        model.generate(IDS, adapter_names=NAMES[:3], max_new_tokens=2)
+    model.model.generation_config.update(**settings)
+    with pytest.raises(ValueError, match=f"got {count} names"):
+        model.generate(IDS, adapter_names=(NAMES * 2)[:count], max_new_tokens=2)
+    with pytest.raises(ValueError, match=f"got {count} names"):
+        model(IDS, adapter_names=(NAMES * 2)[:count])
+    assert not any("_expand_inputs_for_generation" in vars(module) for module in model.modules())
 
 
 def test_merged_and_disabled():

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from ..mixed import MixedBatch, mixed_batch, run_apart
@@ -76,9 +76,12 @@ class _InMixedBatch:
             return wrapper._forward_wrapped_passthrough(*args, **kwargs)
 
         def call(name: str, args: tuple, kwargs: dict) -> Any:
-            if name in self.randlora_lambda:
-                return wrapper._forward_wrapped_mixed_batch(*args, active_adapter=name, **kwargs)
-            return wrapper.original_module(*args, **kwargs)
+            if name not in self.randlora_lambda:
+                return wrapper.original_module(*args, **kwargs)
+            if isinstance(wrapper, ModulesToSaveWrapper):
+                return wrapper.modules_to_save[name](*args, **kwargs)
+            x, *others = args
+            return wrapper._forward_wrapped_mixed_batch(x, name, *others, **kwargs)
 
         return run_apart(self.mixed_batch, type(wrapper.original_module).__name__, call, args, kwargs)
 
