@@ -4,6 +4,7 @@
 #   make test PYTEST_ARGS="-k bases"    arguments for pytest
 #   make test TORCH=torch==2.10.0       another PyTorch (a requirement for pip)
 #   make bench BENCH="bases linear" ARGS=--quick  some benchmarks (default: all) and their arguments
+#   make asan FUZZ_SECONDS=3600         the op fuzzer for longer than a minute (make test: RANDLORA_FUZZ_SECONDS=3600)
 #   make test VENV=.venv-other          another environment
 #   make test MAX_JOBS=2                fewer compilers at once
 
@@ -13,6 +14,7 @@ TORCH ?= torch==2.13.0
 ARGS ?=
 PYTEST_ARGS ?=
 BENCH ?=
+FUZZ_SECONDS ?= 60
 
 # Pinned: another version would format the same code differently.
 LINTERS := ruff==0.17.* clang-format==23.*
@@ -24,12 +26,13 @@ CPP_FILES = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*
 # What the binary is made from. The folders are listed too: their times change when a file is removed.
 SOURCES := setup.py pyproject.toml $(shell find csrc build_backend -name __pycache__ -prune -o -print)
 
-.PHONY: help demo test pytest ctest bench gpu-build lint format clean distclean FORCE
+.PHONY: help demo test pytest ctest asan bench gpu-build lint format clean distclean FORCE
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      adapt a pretrained model to a real text classification task (a few minutes)"
 	@echo "make test      build, then run the Python and the C++ tests"
+	@echo "make asan      the op fuzzer and the tests of the ops on a build with address and undefined-behaviour sanitizers"
 	@echo "make bench     run the benchmarks (40 minutes; ARGS=--quick: ten), then write bench/results/REPORT.md"
 	@echo "make gpu-build a wheel with CUDA kernels for bench/gpu.sh on a machine with a Hopper GPU (PYTHON=python3.12)"
 	@echo "make lint      check style; make format: mend it"
@@ -53,6 +56,18 @@ ctest: $(VENV)/.installed
 	$(BIN)/cmake --build build/cmake $(if $(MAX_JOBS),--parallel $(MAX_JOBS))
 	@echo "== Running the C++ tests"
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure
+
+# The sanitizers' runtime must come first in a process, before Python. What PyTorch keeps until its end is no leak of ours,
+# and a size that cannot be had is an error, not the end.
+ASAN_TESTS ?= op_fuzz op_memory unique_base bases dropout linear ternary update_alone pattern_sizes
+asan: $(VENV)/.installed
+	@echo "== Compiling with sanitizers into build/asan"
+	RANDLORA_SANITIZE=1 RANDLORA_CUDA=0 $(BIN)/python setup.py -q build --build-lib build/asan
+	@echo "== Running the op fuzzer and the tests of the ops on it"
+	LD_PRELOAD="$$($(or $(CXX),c++) -print-file-name=libasan.so) $$($(or $(CXX),c++) -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4096 \
+		UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(CURDIR)/build/asan RANDLORA_FUZZ_SECONDS=$(FUZZ_SECONDS) \
+		$(BIN)/pytest -p no:cacheprovider $(ASAN_TESTS:%=tests/test_%.py) $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed $(VENV)/.model
 	@set -e; all=$$($(BIN)/python -c 'from bench.__main__ import QUESTIONS; print(*QUESTIONS)'); \

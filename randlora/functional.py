@@ -160,7 +160,8 @@ def linear(
             needs the weight and no dropout; in 16 bits it rounds away updates below half a unit in the last place of W.
         workspace: bytes that temporaries may take, 0 for no limit. Below what a strategy takes at once it works in
             groups of bases: more, smaller products.
-        pattern: ternary bases as :meth:`randlora.RandomBases.pattern` gives them, in place of A and B (None). Lists
+        pattern: ternary bases as :meth:`randlora.RandomBases.pattern` gives them, in place of A and B (None), of a
+            store that is large enough for the layer. Its tensors are checked once and not to be written to. Lists
             have a factored strategy on the CPU only. Where packed bases are made dense for the call, `workspace` counts
             that; with no limit the CPU does it for some 4 MiB of B at a time (all of it in 16 bits, CUDA always).
 
