@@ -35,7 +35,7 @@ log=$work/install.log
 # Whether the randlora that Python finds computes on the device. Not started in the checkout, whose folder of that name
 # may have no binary.
 computes() {
-  (cd "$work" && timeout 60 "$python" -c "import torch, randlora
+  (cd "$work" && timeout 120 "$python" -c "import torch, randlora
 out = torch.empty(4, 4, 4, device='$device')
 torch.ops.randlora.fill_bases_(out, 1, 1, (0, 0, 0), None)
 assert out.isfinite().all()
