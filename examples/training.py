@@ -1,5 +1,6 @@
 """The classifier (a pretrained encoder, the mean over its tokens, a linear head) and how it is trained."""
 
+import logging
 import math
 import os
 import random
@@ -16,6 +17,10 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()  # ours are the ones to watch
+# What transformers and PEFT import on the way tells of its parts for other machines, and of what it has to change for
+# the next torch: nothing that whoever runs the demo can use.
+for package in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+    logging.getLogger(package).setLevel(logging.ERROR)
 
 
 class TextClassifier(nn.Module):

@@ -205,6 +205,7 @@ def test_lazy_layers():
 
 
 def test_unknown_architecture_without_targets():
+    pytest.importorskip("peft")  # has the table of defaults
     model = tiny_bert()
     model.config.model_type = "nonesuch"
     with pytest.raises(ValueError, match="there is no default for 'nonesuch'"):
