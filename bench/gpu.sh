@@ -13,7 +13,8 @@
 # Needs a CUDA torch, transformers, peft, pytest, hypothesis, tqdm and matplotlib; compute-sanitizer and ncu where they
 # are on PATH. randlora comes from .gpu/ (bench/gpu_build.sh makes it beforehand, on a machine without a GPU), or is the
 # installed one, or is built here, which takes minutes of the call. PYTHON (default python3) chooses the interpreter.
-# Nothing is installed into it, and the GPU's settings are left alone.
+# Nothing is installed into it, and the GPU's settings are left alone. BENCH_COMMIT is the commit that results are said to
+# be of where the checkout is a copy without git (default: that of .gpu/).
 set -uo pipefail
 began=$(date +%s)
 call=${1:?"usage: bench/gpu.sh correct|deep RESULTS [--device cpu]"}
@@ -35,7 +36,7 @@ log=$work/install.log
 # Whether the randlora that Python finds computes on the device. Not started in the checkout, whose folder of that name
 # may have no binary.
 computes() {
-  (cd "$work" && timeout 60 "$python" -c "import torch, randlora
+  (cd "$work" && timeout 120 "$python" -c "import torch, randlora
 out = torch.empty(4, 4, 4, device='$device')
 torch.ops.randlora.fill_bases_(out, 1, 1, (0, 0, 0), None)
 assert out.isfinite().all()

@@ -56,7 +56,7 @@ class Steps:
 
     def pytest(self, *selected: str) -> tuple[str, ...]:
         config = ("-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT))
-        return ("-m", "pytest", "-m", "cuda", "-q", "-p", "no:cacheprovider", *config, *selected)
+        return ("-m", "pytest", "-m", "cuda", "-q", "--tb=short", "-p", "no:cacheprovider", *config, *selected)
 
     def layer(self, d: int, tokens: int) -> tuple[str, ...]:
         return self.bench(
@@ -74,7 +74,7 @@ class Steps:
         """With TF32; on a CPU one layer."""
         small = "--depth 1 --batch 1 --tf32 --quick --seconds 0 --no-picture"
         full = f"--batch {batch} --tf32 --seconds 4 --no-picture"
-        return self.bench("model", full, small, model=name, methods="randlora" if self.tiny else methods)
+        return self.bench("model", full, small, model=name, methods="frozen" if self.tiny else methods)
 
     # ---- the first call ----
 

@@ -16,7 +16,7 @@ Row = dict[str, str]
 CASE_COLUMNS = ("model", "targets", "pass", "kind", "d", "T", "dim", "n", "m", "batch", "tokens", "new_tokens", "dtype")
 LAUNCHES = ("kind", "strategy", "d", "T", "launches", "from_the_code", "device_ms", "host_ms", "step_ms", "graph_ms",
             "waits", "failed")  # fmt: skip
-NOTEWORTHY = re.compile(r"passed|failed|skipped|[Ee]rror|ERROR SUMMARY|wrong|hazard|out of memory|cannot|do not believe")
+NOTEWORTHY = re.compile(r"passed|failed|skipped|[Ee]rror|ERROR SUMMARY|wrong|hazard|out of memory|cannot|believe")
 NCU = {
     "gpu__time_duration.sum": "us", "dram__throughput.avg.pct_of_peak_sustained_elapsed": "dram %",
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "sm %",
@@ -69,7 +69,7 @@ def machine(head: str, results: Path) -> str:
 
 
 def times(path: Path) -> list[str]:
-    """A block of one CSV: a line per provider, a column per case: ms, times the baseline's speed, MiB at the peak."""
+    """A block of one CSV: a line per provider, a column per case, as :func:`cell` says it."""
     rows = read(path)
     cases: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
@@ -81,7 +81,7 @@ def times(path: Path) -> list[str]:
     same = [f"{name} {value}" for i, (name, value) in enumerate(zip(CASE_COLUMNS, next(iter(cases)), strict=True))
             if i not in told_apart and value and name not in ("pass", "kind")]  # fmt: skip
     baseline = next((row["baseline"] for row in rows if row.get("baseline")), "")
-    lines = [f"-- {path.stem}: ms, x {baseline}, peak MiB; {', '.join(same)}"]
+    lines = [f"-- {path.stem}: ms, x {baseline}, % of floor, peak MiB; {', '.join(same)}"]
     columns = [
         [head, *(cell(found, name) for name in providers)] for head, found in zip(heads, cases.values(), strict=True)
     ]
@@ -94,6 +94,7 @@ def times(path: Path) -> list[str]:
 
 
 def cell(rows: Sequence[Row], provider: str) -> str:
+    """ms, times the baseline's speed, the part of the floor's, MiB at the peak; as far as they are known."""
     row = next((row for row in rows if row["provider"] == provider), None)
     if row is None:
         return ""
@@ -101,6 +102,7 @@ def cell(rows: Sequence[Row], provider: str) -> str:
         return row["failed"][:24]
     said = f"{float(row['median_ms']):.4g}" if row.get("median_ms") else "-"
     said += f" {float(row['times_faster']):.2f}x" if row.get("times_faster") else ""
+    said += f" {float(row['reached']):.0%}" if row.get("reached") else ""
     said += f" {int(row['peak_bytes']) / 2**20:.0f}M" if row.get("peak_bytes") else ""
     return said
 
@@ -114,7 +116,9 @@ def launches(path: Path) -> list[str]:
 
 
 def kernels(path: Path) -> list[str]:
-    return ["-- kernels: MB, us, % of the memory's bandwidth", *("  ".join(row.values()) for row in read(path))]
+    found = [f"{row['case']:40} {'  '.join(list(row.values())[1:]):20}" for row in read(path)]
+    pairs = [" | ".join(found[i : i + 2]) for i in range(0, len(found), 2)]
+    return ["-- kernels: MB, us, % of the memory's bandwidth", *pairs]
 
 
 def correct(path: Path) -> list[str]:

@@ -37,6 +37,7 @@ CASES: dict[tuple[str, str, str], tuple[int, int]] = {
     ("dense", "merged", "float32"): (4, 9),
     ("sparse", "factored", "bfloat16"): (6, 11),
     ("sparse", "materialized", "bfloat16"): (6, 14),
+    ("sign", "factored", "bfloat16"): (6, 11),
     ("very_sparse", "materialized", "bfloat16"): (4, 10),
 }
 WAITING = ("Synchronize", "cudaMemcpy2D", "cudaFree", "cudaMalloc")  # runtime calls in which the host waits
@@ -58,7 +59,9 @@ class Trace:
 
 def trace(call: Callable[[], Any], on_gpu: bool) -> tuple[Trace, Any]:
     """One call, and what it returned."""
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as found:
+    with profile(
+        activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])], acc_events=True
+    ) as found:
         with record_function("the pass"):  # ending the profile waits
             result = call()
         if on_gpu:
