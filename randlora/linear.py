@@ -7,6 +7,7 @@ import sys
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import quantized
 from .bases import RandomBases
@@ -162,7 +163,8 @@ class Linear(nn.Linear, RandLoraLayer):
         base = self.base_layer
         return (
             type(base) in (nn.Linear, *conv1d_types())
-            and type(base.weight) in (Tensor, nn.Parameter)  # torchao's quantised weights are subclasses
+            # torchao's quantised weights are subclasses; torch.export puts fake tensors in the place of all parameters.
+            and type(base.weight) in (Tensor, nn.Parameter, FakeTensor)
             and not (base._forward_hooks or base._forward_pre_hooks)
             and "forward" not in vars(base)  # accelerate's device map replaces it on the instance
         )
@@ -199,7 +201,7 @@ class Linear(nn.Linear, RandLoraLayer):
             return result + F.linear(x, cached).to(result.dtype)
         # One accumulating product: the sum is rounded once, and no pass over the output is spent on adding.
         flat = torch.addmm(result.reshape(-1, self.out_features), x.reshape(-1, self.in_features).to(dtype), cached.t())
-        return flat.view(result.shape)
+        return torch.ops.aten._unsafe_view(flat, result.shape)  # as torch.nn.functional.linear does: not a view
 
     def train(self, mode: bool = True):
         if mode:
