@@ -49,8 +49,7 @@ class Layer {
       : a_(a), in_(a.x.size(-1)), out_(a.out_features), wide_(in_ <= out_), m_(std::min(in_, out_)) {
     r_ = a.lambda.size(0);
     n_ = a.lambda.size(1);
-    tokens_ = 1;
-    for (int64_t axis = 0; axis + 1 < a.x.dim(); ++axis) tokens_ *= a.x.size(axis);
+    tokens_ = tokens_of(a.x);
     if (a.pattern.empty()) {
       A_ = a.A->narrow(2, 0, m_);
       B2_ = cast(a.B->narrow(0, 0, std::max(in_, out_)).narrow(1, 0, n_), a.dtype)
@@ -302,7 +301,7 @@ at::Tensor linear(const at::Tensor& x, const std::optional<at::Tensor>& weight, 
                    out_features,
                    scale,
                    dtype,
-                   parse_strategy(strategy),
+                   parse_strategy(strategy, tokens_of(x)),
                    dropout,
                    seed,
                    weight_is_transposed,
@@ -332,7 +331,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(
                    grad.size(-1),
                    scale,
                    dtype,
-                   parse_strategy(strategy),
+                   parse_strategy(strategy, tokens_of(x)),
                    dropout,
                    seed,
                    weight_is_transposed,

@@ -35,7 +35,10 @@ struct LayerArguments {
   std::vector<at::Tensor> pattern;  // in place of A and B: ternary bases, see sparse_update.h, packed_update.h
 };
 
-Strategy parse_strategy(std::string_view name);
+// The strategy for this many tokens that a name means, or a plan: "factored<340,merged" is factored below 340 tokens
+// and merged from there on. A plan lets one traced graph serve all sizes.
+Strategy parse_strategy(std::string_view plan, int64_t tokens);
+int64_t tokens_of(const at::Tensor& x);
 
 // Throws ValueError / TypeError unless `t` is a strided tensor of floats where x is.
 void check_tensor(const at::Tensor& t, const char* name, const at::Tensor& x);

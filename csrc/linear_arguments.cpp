@@ -1,4 +1,6 @@
 #include <algorithm>
+#include <charconv>
+#include <limits>
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/Exception.h>
@@ -28,11 +30,35 @@ void check_tensor(const at::Tensor& t, const char* name, const at::Tensor& x) {
                     t.device());
 }
 
-Strategy parse_strategy(std::string_view name) {
-  if (name == "factored") return Strategy::factored;
-  if (name == "materialized") return Strategy::materialized;
-  TORCH_CHECK_VALUE(name == "merged", "strategy must be factored, materialized or merged, got \"", name, "\"");
-  return Strategy::merged;
+Strategy parse_strategy(std::string_view plan, int64_t tokens) {
+  std::optional<Strategy> found;
+  for (std::string_view rest = plan;;) {
+    const size_t comma = rest.find(','), length = std::min(comma, rest.size());
+    const std::string_view part = rest.substr(0, length), name = part.substr(0, part.find('<'));
+    int64_t limit = std::numeric_limits<int64_t>::max();
+    bool parsed = name.size() == part.size();
+    if (!parsed) {
+      const char* const end = part.data() + part.size();
+      const auto [stop, error] = std::from_chars(part.data() + name.size() + 1, end, limit);
+      parsed = error == std::errc() && stop == end;
+    }
+    TORCH_CHECK_VALUE(parsed && (name == "factored" || name == "materialized" || name == "merged"),
+                      "strategy must be factored, materialized or merged, got \"", plan, "\"");
+    if (!found.has_value() && tokens < limit)
+      found = name == "factored"       ? Strategy::factored
+              : name == "materialized" ? Strategy::materialized
+                                       : Strategy::merged;
+    if (comma == std::string_view::npos) break;
+    rest.remove_prefix(comma + 1);
+  }
+  TORCH_CHECK_VALUE(found.has_value(), "strategy must end with a name that has no limit, got \"", plan, "\"");
+  return *found;
+}
+
+int64_t tokens_of(const at::Tensor& x) {
+  int64_t tokens = 1;
+  for (int64_t axis = 0; axis + 1 < x.dim(); ++axis) tokens *= x.size(axis);
+  return tokens;
 }
 
 void check(const LayerArguments& a) {

@@ -10,9 +10,11 @@
 
 namespace randlora {
 
-// Products that choose their own precision: neither autocast nor autograd may step in.
+// Products that choose their own precision: neither autocast nor autograd may step in. Nor is a result that was
+// reshaped recorded as a view: what an op returns is an ordinary tensor, which in-place operations may touch.
 struct PlainKernels {
-  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset | c10::autograd_dispatch_keyset};
+  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset |
+                                           c10::autograd_dispatch_keyset_with_ADInplaceOrView};
 };
 
 at::Tensor unique_base(const at::Tensor& A, const at::Tensor& lambda, const at::Tensor& gamma, double scale,

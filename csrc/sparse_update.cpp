@@ -1,6 +1,7 @@
 #include "sparse_update.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
 #include <c10/util/Exception.h>
 
 #include "contents.h"
@@ -83,7 +84,7 @@ at::Tensor make_sparse_result(const SparsePattern& s, const std::optional<at::Te
   TORCH_CHECK_VALUE(w.stride(0) == 1 || w.stride(1) == 1, "weight must be contiguous along an axis, got strides ",
                     w.strides());
   if (w.stride(1) == 1) return at::empty({s.m, s.M}, w.options());
-  return at::empty({s.M, s.m}, w.options()).t();
+  return at::empty_strided({s.m, s.M}, {1, s.m}, w.options());
 }
 
 void check_sparse_grad(const SparsePattern& s, const at::Tensor& grad, const at::Tensor& gamma) {

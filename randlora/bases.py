@@ -145,6 +145,8 @@ class RandomBases:
         """The stored A and B (see :attr:`scale`), one shared copy per dtype and device. Not to be written to."""
         key = dtype or self.dtype, canonical(device or self.device)
         name = make_sure(self._handle, *key)
+        if name is None:
+            return self.draw(*key)
         held = getattr(self._ready, name, None)
         return self.tensors(*key) if held is None else held  # none: another thread let the store grow in between
 

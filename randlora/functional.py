@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import planner
-from .linear_op import Linear as LinearOp
-from .ops import UniqueBaseGrad
+from . import fake_kernels, linear_op, planner  # noqa: F401
+from .ops import UniqueBaseGrad, takes_functions
 from .patterns import Pattern, is_planes
 
 
@@ -37,7 +36,7 @@ def unique_base(
         ValueError: shapes or devices that do not fit, empty tensors. TypeError: other dtypes.
     """
     # Both are the same op. The function runs under torch.func too; the op's own autograd costs half its overhead.
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if takes_functions():
         return UniqueBaseGrad.apply(A, randlora_lambda, randlora_gamma, scale, dtype)
     return torch.ops.randlora.unique_base(A, randlora_lambda, randlora_gamma, scale, dtype)
 
@@ -198,18 +197,25 @@ def linear(
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         ordinary = F.linear(x, weight.t() if weight_is_transposed else weight, bias)
         weight = bias = None
+    strategies = strategy, strategy
     if strategy == "auto":
         grad = torch.is_grad_enabled()
-        strategies = planner.choose(
-            x.numel() // x.shape[-1], x.shape[-1], out_features, randlora_lambda.shape[-1], randlora_lambda.shape[0],
-            dtype, None if weight is None else weight.dtype, x.device.type, dropout=p > 0,
-            need_x=grad and x.requires_grad,
-            need_parameters=grad and (randlora_lambda.requires_grad or randlora_gamma.requires_grad),
-            form=planner.form(pattern),
+        shape = (
+            int(x.shape[-1]), out_features, int(randlora_lambda.shape[-1]), int(randlora_lambda.shape[0]),
+            dtype, None if weight is None else weight.dtype, x.device.type,
         )  # fmt: skip
-    else:
-        strategies = strategy, strategy
-    y = LinearOp.apply(
+        needs = {
+            "dropout": p > 0,
+            "need_x": grad and x.requires_grad,
+            "need_parameters": grad and (randlora_lambda.requires_grad or randlora_gamma.requires_grad),
+            "form": planner.form(pattern),
+        }
+        tokens = x.numel() // x.shape[-1]
+        if torch.compiler.is_compiling() or isinstance(tokens, torch.SymInt):
+            strategies = planner.plan(*shape, **needs)
+        else:
+            strategies = planner.choose(tokens, *shape, **needs)
+    y = linear_op.apply(
         x, weight, bias, A, B, randlora_lambda, randlora_gamma, out_features, scaling, dtype, *strategies, p,
         seed if p > 0 else None, weight_is_transposed, workspace,
         *[*(pattern or ()), *[None] * 5][:5],

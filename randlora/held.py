@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import re
 import weakref
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import patterns
 
@@ -38,18 +41,37 @@ class Ready:
         return re.sub(r"\W", "_", "_".join(map(str, key)))
 
 
+@contextlib.contextmanager
+def of_no_context() -> Iterator[None]:
+    """For what outlives the context it is first asked for in: it must not be that context's inference tensor, wrapper
+    of torch.func, or fake tensor.
+    """
+    with (
+        torch._C._DisableFuncTorch(), _disable_current_modes(), torch.inference_mode(False), torch.no_grad()
+    ):  # fmt: skip
+        yield
+
+
+def are_wanted_fake() -> bool:
+    """Whether this runs under a FakeTensorMode of the user's, to learn shapes: it takes no real tensors, and may speak of
+    devices that are not there. That of torch.export does take them, as constants of the program.
+    """
+    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    return mode is not None and not mode.allow_non_fake_inputs
+
+
 @torch.compiler.assume_constant_result
-def make_sure(handle: str, dtype: torch.dtype, device: torch.device) -> str:
+def make_sure(handle: str, dtype: torch.dtype, device: torch.device) -> str | None:
     """Generates the copy of these bases if there is none: at trace time under torch.compile, never in its graph.
 
-    Returns the name that :class:`Ready` has it under.
+    Returns the name that :class:`Ready` has it under; None where nothing has numbers (:func:`are_wanted_fake`).
     """
+    if are_wanted_fake():
+        return None
     bases = _by_handle[handle]
     name = Ready.name(dtype, device)
     if not hasattr(bases._ready, name):
-        # The copy outlives the context it is first asked for in, so it must not be that context's inference tensor or
-        # torch.func wrapper.
-        with bases._lock, torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad():
+        with bases._lock, of_no_context():
             if (dtype, device) not in bases._held:
                 _refuse_capture(device)
                 drawn = bases.draw(dtype, device)
@@ -62,13 +84,15 @@ def make_sure(handle: str, dtype: torch.dtype, device: torch.device) -> str:
 @torch.compiler.assume_constant_result
 def make_sure_pattern(handle: str, device: torch.device, min_dim: int) -> str | None:
     """As :func:`make_sure`, for the lists and the part of them that `min_dim` asks for; None if there are no lists."""
+    if are_wanted_fake():
+        return None
     bases = _by_handle[handle]
     name = Ready.name("pattern", min_dim, device)
     if hasattr(bases._ready, name):
         return name
     if device in bases._without_lists:
         return None
-    with torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad(), bases._lock:
+    with bases._lock, of_no_context():
         _refuse_capture(device)  # what is made is looked at, too
         found = bases._lists.get(device)
         if found is None:

@@ -7,6 +7,7 @@ import sys
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import base_layer as base_layers
 from . import cache, offload, planner, quantized
@@ -206,7 +207,8 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
         base = self.base_layer
         return (
             type(base) in (nn.Linear, *conv1d_types())
-            and type(base.weight) in (Tensor, nn.Parameter)  # torchao's quantised weights are subclasses
+            # torchao's quantised weights are subclasses; torch.export puts fake tensors in the place of all parameters.
+            and type(base.weight) in (Tensor, nn.Parameter, FakeTensor)
             and not base.weight.requires_grad
             and not (base._forward_hooks or base._forward_pre_hooks)
             # accelerate's device map replaces it on the instance, and leaves the method there when it is removed.
@@ -253,7 +255,7 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
             return result + F.linear(x, cached).to(result.dtype)
         # One accumulating product: the sum is rounded once, and no pass over the output is spent on adding.
         flat = torch.addmm(result.reshape(-1, self.out_features), x.reshape(-1, self.in_features).to(dtype), cached.t())
-        return flat.view(result.shape)
+        return torch.ops.aten._unsafe_view(flat, result.shape)  # as torch.nn.functional.linear does: not a view
 
     def _price_of_update(self, x: Tensor, dtype: torch.dtype, adapters: list[str]) -> tuple[float, float]:
         """What a call with `x` spends on the updates of `adapters`, and what building them costs."""

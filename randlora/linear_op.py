@@ -3,81 +3,41 @@
 ``torch.ops.randlora.linear`` (csrc/linear.h) rebuilds the scaled base, the hidden activations and the update in its
 backward. What autograd holds between the two is the input as it came (no cast copy), references to the weight, the
 bases and the parameters, and for dropout the seed of its mask.
+
+With a gradient g of y, everything follows from one form that is linear in each of its four arguments,
+``F(g, x, lambda, gamma) = <g, dropout(x) dW(lambda, gamma)^T>``: the update is its derivative by g, and the gradients
+of x, lambda and gamma are the three others. So a derivative in a direction, or of a gradient, is the same two ops again
+with one argument in the place of another, and the functions below can be differentiated any number of times.
 """
 
 from __future__ import annotations
 
-import torch
+import functools
 
-from .patterns import is_bits, is_planes
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .ops import once_per_sample, refuse_forward_over_forward
 
 _ops = torch.ops.randlora
 
-
-@torch.library.register_fake("randlora::dropout")
-def _(x, seed, p):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+# The update without the base weight, with every form of bases on every device.
+_ALONE = "materialized"
 
 
-@torch.library.register_fake("randlora::linear")
-def _(x, weight, bias, A, B, randlora_lambda, randlora_gamma, out_features, scale, dtype, *_):
-    return x.new_empty((*x.shape[:-1], out_features), dtype=dtype)
+def apply(*arguments) -> Tensor:
+    """The layer op: ``apply(x, weight, bias, A, B, lambda, gamma, out_features, scale, dtype, strategy,
+    backward_strategy, dropout, seed, transposed, workspace, p0, p1, p2, p3, p4)``.
 
-
-@torch.library.register_fake("randlora::linear_backward")
-def _(grad, x, weight, A, B, randlora_lambda, randlora_gamma, scale, dtype, strategy, dropout, seed, transposed,
-      workspace, pattern, need_x, need_lambda, need_gamma):  # fmt: skip
-    needed = ((x, need_x), (randlora_lambda, need_lambda), (randlora_gamma, need_gamma))
-    return tuple(like.new_empty(like.shape if need else (0,)) for like, need in needed)
-
-
-@torch.library.register_fake("randlora::sparse_update")
-def _(pattern, randlora_lambda, randlora_gamma, max_dim, scale, weight, dtype):
-    if weight is not None:
-        return torch.empty_like(weight)
-    rows = randlora_gamma.shape[1] if is_planes(pattern) else pattern[0].numel()
-    return randlora_gamma.new_empty((rows, max_dim), dtype=dtype)
-
-
-@torch.library.register_fake("randlora::packed_expand")
-def _(pattern, n, min_dim, max_dim, dtype, first=0, rows=None):
-    if rows is None:
-        rows = pattern[0].shape[0] - (0 if is_bits(pattern) else 1) - first
-    A = pattern[0].new_empty((rows, 1, min_dim), dtype=dtype)
-    return A, A.new_empty((rows * n, max_dim))
-
-
-@torch.library.register_fake("randlora::sparse_update_backward")
-def _(grad, pattern, randlora_lambda, randlora_gamma, scale, need_lambda, need_gamma):
-    needed = ((randlora_lambda, need_lambda), (randlora_gamma, need_gamma))
-    return tuple(like.new_empty(like.shape if need else (0,)) for like, need in needed)
-
-
-def _keep_sparse(ctx, inputs, output):
-    pattern, lam, gamma, _, ctx.scale, weight, _ = inputs
-    ctx.save_for_backward(lam, gamma, *pattern)
-    ctx.with_weight = weight is not None
-
-
-def _sparse_gradients(ctx, grad):
-    lam, gamma, *pattern = ctx.saved_tensors
-    rows = grad.index_select(0, pattern[0]) if ctx.with_weight and not is_planes(pattern) else grad
-    rows = rows if rows.dtype == torch.float64 else rows.float()
-    d_lam, d_gamma = _ops.sparse_update_backward(rows, pattern, lam, gamma, ctx.scale, True, True)
-    return [None] * len(pattern), d_lam, d_gamma, None, None, grad if ctx.with_weight else None, None
-
-
-torch.library.register_autograd("randlora::sparse_update", _sparse_gradients, setup_context=_keep_sparse)
-
-
-class Linear(torch.autograd.Function):
-    """``apply(x, weight, bias, A, B, lambda, gamma, out_features, scale, dtype, strategy, backward_strategy, dropout,
-    seed, transposed, workspace, p0, p1, p2, p3, p4)``; arguments as in csrc/linear.h, the last five its pattern,
-    filled up with None. Gradients for x, bias, lambda and gamma.
-
-    Nothing passes between forward and backward, so their strategies need not be the same.
+    Arguments are those of csrc/linear.h, the last five its pattern, filled up with None. Gradients for x, bias, lambda
+    and gamma. Nothing passes between forward and backward, so their strategies need not be the same.
     """
+    # torch.compile refuses functions that have a rule for forward-mode AD.
+    return (_Linear if torch.compiler.is_compiling() else _ForwardModeLinear).apply(*arguments)
 
+
+class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(x, weight, bias, A, B, randlora_lambda, randlora_gamma, out_features, scale, dtype, strategy,
                 backward_strategy, dropout, seed, transposed, workspace, p0, p1, p2, p3, p4):  # fmt: skip
@@ -102,7 +62,7 @@ class Linear(torch.autograd.Function):
         need_x, _, need_bias, _, _, need_lambda, need_gamma, *_ = ctx.needs_input_grad
         d_x = d_bias = d_lambda = d_gamma = None
         if need_x or need_lambda or need_gamma:
-            d_x, d_lambda, d_gamma = _LinearBackward.apply(
+            d_x, d_lambda, d_gamma = _backward(
                 grad, x, weight, A, B, randlora_lambda, randlora_gamma, *ctx.options, need_x, need_lambda, need_gamma,
                 *pattern,
             )  # fmt: skip
@@ -117,15 +77,55 @@ class Linear(torch.autograd.Function):
     def vmap(info, in_dims, x, *rest):
         if in_dims[0] is not None and all(d is None for d in in_dims[1:]):
             # A batch of inputs alone is one more leading axis.
-            return Linear.apply(x.movedim(in_dims[0], 0), *rest), 0
-        return _once_per_sample(Linear.apply, info, in_dims, x, *rest), 0
+            return apply(x.movedim(in_dims[0], 0), *rest), 0
+        return once_per_sample(apply)(info, in_dims, x, *rest)
+
+
+class _ForwardModeLinear(_Linear):
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _Linear.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:2], *inputs[3:7], *inputs[16:])
+        ctx.out_features, ctx.strategy = inputs[7], inputs[10]
+
+    @staticmethod
+    def jvp(ctx, x_t, weight_t, bias_t, A_t, B_t, lambda_t, gamma_t, *_):
+        refuse_forward_over_forward()
+        x, weight, A, B, lam, gamma, *pattern = ctx.saved_tensors
+        scale, dtype, backward_strategy, *options = ctx.options
+        transposed = options[2]
+
+        def forward(x, weight, lam, gamma):
+            strategy = _ALONE if weight is None else ctx.strategy
+            return apply(
+                x, weight, None, A, B, lam, gamma, ctx.out_features, scale, dtype, strategy,
+                _ALONE if weight is None else backward_strategy, *options, *pattern,
+            )  # fmt: skip
+
+        parts = []
+        if x_t is not None:
+            parts.append(forward(x_t, weight, lam, gamma))
+        if lambda_t is not None:
+            parts.append(forward(x, None, lambda_t, gamma))
+        if gamma_t is not None:
+            parts.append(forward(x, None, lam, gamma_t))
+        if weight_t is not None:
+            parts.append(F.linear(x.to(dtype), (weight_t.t() if transposed else weight_t).to(dtype)))
+        if bias_t is not None:
+            parts.append(bias_t.to(dtype).expand(*x.shape[:-1], ctx.out_features))
+        return _sum(parts, lambda: x.new_zeros((*x.shape[:-1], ctx.out_features), dtype=dtype))
+
+
+def _backward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for x, lambda and gamma, empty where they are not needed; differentiable."""
+    return (_LinearBackward if torch.compiler.is_compiling() else _ForwardModeLinearBackward).apply(*arguments)
 
 
 class _LinearBackward(torch.autograd.Function):
     @staticmethod
     def forward(grad, x, weight, A, B, randlora_lambda, randlora_gamma, scale, dtype, strategy, dropout, seed,
                 transposed, workspace, need_x, need_lambda, need_gamma, p0, p1, p2, p3, p4):  # fmt: skip
-        # Written out, as in Linear.forward: torch.compile takes *arguments for the form that begins with a ctx.
+        # Written out, as in _Linear.forward: torch.compile takes *arguments for the form that begins with a ctx.
         pattern = [t for t in (p0, p1, p2, p3, p4) if t is not None]
         return _ops.linear_backward(
             grad, x, weight, A, B, randlora_lambda, randlora_gamma, scale, dtype, strategy, dropout, seed, transposed,
@@ -134,25 +134,94 @@ class _LinearBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        pass
+        ctx.save_for_backward(*inputs[:7], *inputs[17:])
+        ctx.options, ctx.needed = inputs[7:14], inputs[14:17]
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            "randlora.Linear cannot be differentiated twice: it keeps nothing to do it with. For second derivatives "
-            "build the update with randlora.functional.delta_weight and apply torch.nn.functional.linear."
+    def backward(ctx, v_x, v_lambda, v_gamma):
+        """Of <v_x, dx> + <v_lambda, dlambda> + <v_gamma, dgamma>, where the three are derivatives of F."""
+        grad, x, weight, A, B, lam, gamma, *pattern = ctx.saved_tensors
+        scale, dtype, strategy, *options = ctx.options
+        need_grad, need_x, need_weight, _, _, need_lambda, need_gamma, *_ = ctx.needs_input_grad
+        if need_weight:
+            raise ValueError("the base weight is trainable: only the ordinary path can compute its gradient")
+        d_grad, d_x, d_lambda, d_gamma = [], [], [], []
+        for v, places, needs in (
+            (v_x, (v_x, weight, lam, gamma), (False, need_lambda, need_gamma)),
+            (v_lambda, (x, None, v_lambda, gamma), (need_x, False, need_gamma)),
+            (v_gamma, (x, None, lam, v_gamma), (need_x, need_lambda, False)),
+        ):
+            if v is None:
+                continue
+            in_x, in_weight, in_lambda, in_gamma = places
+            way = _ALONE if in_weight is None else strategy
+            if need_grad:
+                d_grad.append(apply(
+                    in_x, in_weight, None, A, B, in_lambda, in_gamma, grad.shape[-1], scale, dtype, way, way, *options,
+                    *pattern,
+                ))  # fmt: skip
+            if any(needs):
+                found = _backward(
+                    grad, in_x, in_weight, A, B, in_lambda, in_gamma, scale, dtype, way, *options, *needs, *pattern
+                )
+                for parts, part, need in zip((d_x, d_lambda, d_gamma), found, needs, strict=True):
+                    if need:
+                        parts.append(part)
+        d_grad, d_x, d_lambda, d_gamma = map(_sum, (d_grad, d_x, d_lambda, d_gamma))
+        return (
+            (None if d_grad is None else d_grad.to(grad.dtype)),
+            d_x,
+            None,
+            None,
+            None,
+            d_lambda,
+            d_gamma,
+            *[None] * 15,
         )
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
-        return _once_per_sample(_LinearBackward.apply, info, in_dims, *arguments), (0, 0, 0)
+        return once_per_sample(_backward)(info, in_dims, *arguments)
 
 
-def _once_per_sample(function, info, in_dims, *arguments):
-    results = [
-        function(*(a if d is None else a.select(d, i) for a, d in zip(arguments, in_dims, strict=True)))
-        for i in range(info.batch_size)
-    ]
-    if isinstance(results[0], torch.Tensor):
-        return torch.stack(results)
-    return tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+class _ForwardModeLinearBackward(_LinearBackward):
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _LinearBackward.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:7], *inputs[17:])
+
+    @staticmethod
+    def jvp(ctx, grad_t, x_t, weight_t, A_t, B_t, lambda_t, gamma_t, *_):
+        refuse_forward_over_forward()
+        grad, x, weight, A, B, lam, gamma, *pattern = ctx.saved_tensors
+        scale, dtype, strategy, dropout, seed, transposed, workspace = ctx.options
+        need_x, need_lambda, need_gamma = ctx.needed
+        found = [], [], []
+        for tangent, places, needs in (
+            (grad_t, (grad_t, x, weight, lam, gamma), ctx.needed),
+            (x_t, (grad, x_t, None, lam, gamma), (False, need_lambda, need_gamma)),
+            (lambda_t, (grad, x, None, lambda_t, gamma), (need_x, False, need_gamma)),
+            (gamma_t, (grad, x, None, lam, gamma_t), (need_x, need_lambda, False)),
+        ):
+            if tangent is None or not any(needs):
+                continue
+            in_grad, in_x, in_weight, in_lambda, in_gamma = places
+            parts = _backward(
+                in_grad, in_x, in_weight, A, B, in_lambda, in_gamma, scale, dtype,
+                _ALONE if in_weight is None else strategy, dropout, seed, transposed, workspace, *needs, *pattern,
+            )  # fmt: skip
+            for into, part, need in zip(found, parts, needs, strict=True):
+                if need:
+                    into.append(part)
+        if need_x and weight_t is not None:
+            rows = (weight_t if transposed else weight_t.t()).to(dtype)
+            found[0].append(F.linear(grad.to(dtype), rows).to(x.dtype))
+        return tuple(
+            _sum(parts, functools.partial(like.new_zeros, like.shape if need else (0,)))
+            for parts, like, need in zip(found, (x, lam, gamma), ctx.needed, strict=True)
+        )
+
+
+def _sum(parts: list[Tensor], otherwise=lambda: None) -> Tensor | None:
+    return sum(parts[1:], parts[0]) if parts else otherwise()

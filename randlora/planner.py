@@ -33,6 +33,11 @@ for y otherwise. An addition counts as :data:`ADDITION` multiply-adds.
 
 Those of medium density on the CPU (planes) cost a third of P M m where dW is built. What is made dense for the call,
 planes for ``factored`` and bits always, costs the traffic of that, and is a temporary: on the CPU of some 4 MiB.
+
+Where a call is traced (torch.compile, torch.export), the number of tokens may be a symbol, and comparing it would tie
+the graph to one side of the comparison. All costs are straight lines in T, so there :func:`plan` says from how many
+tokens on which strategy is the cheapest, and the op looks up its own number of tokens when it runs: one graph serves
+all sizes, and takes for each what an eager call would.
 """
 
 from __future__ import annotations
@@ -48,7 +53,7 @@ STRATEGIES = ("factored", "materialized", "merged")
 
 # Multiply-adds per byte of memory traffic, (device type, bytes per element): CPU cores reach about 35 G/s of them in
 # fp32 against 5 GB/s each; an H100 400 T/s in 16 bits, 33 T/s in fp32, against 3 TB/s.
-BALANCE = {("cpu", 8): 4.0, ("cpu", 4): 7.0, ("cpu", 2): 7.0, ("cuda", 8): 10.0, ("cuda", 4): 10.0, ("cuda", 2): 130.0}
+BALANCE = {("cpu", 8): 4, ("cpu", 4): 7, ("cpu", 2): 7, ("cuda", 8): 10, ("cuda", 4): 10, ("cuda", 2): 130}
 
 
 # Of the dense product's work, what ternary bases at two bits per element cost: a third, in code that is not quite MKL
@@ -84,7 +89,7 @@ class Cost:
     workspace: int
     traffic: int
 
-    def total(self, balance: float) -> float:
+    def total(self, balance: int) -> int:
         return self.multiply_adds + balance * self.traffic
 
 
@@ -237,14 +242,51 @@ def choose(
 
     `weight_dtype` None: there is no base weight to work with. `form`: of the bases, see :func:`form`.
     """
-    options = _options(
-        T, in_features, out_features, n, r, dtype.itemsize, form, device_type, dropout=dropout,
-        has_weight=weight_dtype is not None, need_x=need_x, need_parameters=need_parameters,
+    totals = _totals(
+        T, in_features, out_features, n, r, dtype, weight_dtype, device_type, dropout=dropout, need_x=need_x,
+        need_parameters=need_parameters, form=form,
     )  # fmt: skip
-    if not (weight_dtype == dtype and dtype in (torch.float32, torch.float64)):
-        options.pop("merged", None)
-    balance = BALANCE.get((device_type, dtype.itemsize), 10.0)
-    return _cheapest(options, 0, balance), _cheapest(options, 1, balance)
+    return tuple(_lowest({name: passes[which] for name, passes in totals.items()}) for which in (0, 1))
+
+
+def plan(*shape, **needs) -> tuple[str, str]:
+    """What :func:`choose` gives for every T, as the op takes it: ``"factored<340,merged"`` is factored below 340 tokens
+    and merged from there on. Arguments as for `choose`, without T.
+    """
+    at_0, at_1 = (_totals(T, *shape, **needs) for T in (0, 1))
+    return tuple(
+        _envelope({name: (start[which], at_1[name][which] - start[which]) for name, start in at_0.items()})
+        for which in (0, 1)
+    )
+
+
+def _envelope(lines: dict[str, tuple[int, int]]) -> str:
+    """Which of the lines ``start + slope * T`` is the lowest, from T = 0 on; the first of them where some are equal."""
+    T, parts = 0, []
+    while True:
+        found = _lowest({name: start + slope * T for name, (start, slope) in lines.items()})
+        start, slope = lines[found]
+        limit, comes_first = None, True
+        for name, (other_start, other_slope) in lines.items():
+            if name == found:
+                comes_first = False
+            elif other_slope < slope:
+                ahead, gain = other_start - start, slope - other_slope
+                crossing = -(-ahead // gain) if comes_first else ahead // gain + 1  # as low, or lower
+                limit = crossing if limit is None or crossing < limit else limit
+        if limit is None:
+            return ",".join([*parts, found])
+        parts.append(f"{found}<{limit}")
+        T = limit
+
+
+def _lowest(totals: dict[str, int]) -> str:
+    # A loop, not min(): torch.compile does not trace min() with a key.
+    found = next(iter(totals))
+    for name, total in totals.items():
+        if total < totals[found]:
+            found = name
+    return found
 
 
 def price_of_update(
@@ -282,14 +324,18 @@ def _options(
     return costs(T, in_features, out_features, n, r, element_bytes, **needs)
 
 
-def _cheapest(options: dict[str, tuple[Cost, Cost]], which: int, balance: float) -> str:
-    # A loop, not min(): T may be symbolic under torch.compile.
-    best, least = "materialized", None
-    for name, cost in options.items():
-        total = cost[which].total(balance)
-        if least is None or total < least:
-            best, least = name, total
-    return best
+def _totals(
+    T, in_features, out_features, n, r, dtype, weight_dtype, device_type, *, form=None, **needs
+) -> dict[str, tuple[int, int]]:
+    """Cost forward and backward of the strategies that `auto` takes for this call."""
+    has_weight = weight_dtype is not None
+    options = _options(
+        T, in_features, out_features, n, r, dtype.itemsize, form, device_type, has_weight=has_weight, **needs
+    )
+    if not (weight_dtype == dtype and dtype in (torch.float32, torch.float64)):
+        options.pop("merged", None)
+    balance = BALANCE.get((device_type, dtype.itemsize), 10)
+    return {name: tuple(cost.total(balance) for cost in passes) for name, passes in options.items()}
 
 
 def explain(layer: torch.nn.Module, tokens: int, training: bool = True) -> str:
@@ -300,7 +346,7 @@ def explain(layer: torch.nn.Module, tokens: int, training: bool = True) -> str:
     """
     lines = []
     dtype, device = layer.compute_dtype_and_device()
-    balance = BALANCE.get((device.type, dtype.itemsize), 10.0)
+    balance = BALANCE.get((device.type, dtype.itemsize), 10)
     for adapter in layer.active_adapters:
         n, r = layer.num_bases[adapter], layer.r[adapter]
         dropout = training and getattr(layer.randlora_dropout[adapter], "p", 0.0) > 0

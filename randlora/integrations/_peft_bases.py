@@ -11,6 +11,7 @@ import weakref
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..bases import RandomBases
 
@@ -72,6 +73,8 @@ class Bases(BufferDict):
         A, B = (self, self.partner) if self.kind == "randlora_A" else (self.partner, self)
         A, B = A[adapter], B[adapter]
         pair = self.pairs.get(adapter)
+        if pair is not None and isinstance(A, FakeTensor):  # torch.export puts them in the place of all buffers
+            return pair
         if pair is None or pair.A is not A or pair.B is not B:
             pair = Pair.of(A, B)
             for store in (self, self.partner):
