@@ -16,7 +16,7 @@ sys.path.append(str(ROOT))
 for package in ("peft", "transformers", "matplotlib", "tqdm", "hypothesis"):
     pytest.importorskip(package)
 
-from bench import correct, gpu, gpu_steps, gpu_table, launches, measure, peak, questions, records  # noqa: E402
+from bench import correct, correct_checks, gpu, gpu_steps, gpu_table, launches, measure, peak, questions, records  # noqa: E402
 from bench.gpu_steps import CALL_SECONDS, CALLS, Step  # noqa: E402
 
 
@@ -197,18 +197,19 @@ def test_metrics_of_ncu(tmp_path):
 # ---- what the steps measure ----
 
 
-def test_a_wrong_result_is_seen(monkeypatch):
-    monkeypatch.setattr(correct, "SCALE", 0.7)
-    problem = correct.Problem("dense", 41, 24)
+def test_a_wrong_result_is_seen():
+    problem = correct_checks.Problem("dense", 41, 24)
     true = problem.expected(1.0)
-    wrong = correct.Check({"op": "layer", "shape": (41, 24)}, ("y",), 1e-5, lambda: [(true[0] * 1.001, true[0])])
-    nan = correct.Check({"op": "layer", "shape": (41, 24)}, ("y",), 1e-5, lambda: [(true[0] * float("nan"), true[0])])
-    bits = correct.Check({"op": "bases", "shape": (1,)}, ("A",), 0, lambda: [(true[0] + 1e-9, true[0])])
+    wrong = correct_checks.Check({"op": "layer", "shape": (41, 24)}, ("y",), 1e-5, lambda: [(true[0] * 1.001, true[0])])
+    nan = correct_checks.Check(
+        {"op": "layer", "shape": (41, 24)}, ("y",), 1e-5, lambda: [(true[0] * float("nan"), true[0])]
+    )
+    bits = correct_checks.Check({"op": "bases", "shape": (1,)}, ("A",), 0, lambda: [(true[0] + 1e-9, true[0])])
 
     def raises():
         raise RuntimeError("a device-side error")
 
-    broken = correct.Check({"op": "layer", "shape": (41, 24)}, ("y",), 1e-5, raises)
+    broken = correct_checks.Check({"op": "layer", "shape": (41, 24)}, ("y",), 1e-5, raises)
     for check in (wrong, nan, bits, broken):
         (row,) = correct.rows_of(check)
         assert row["failed"]
@@ -216,8 +217,8 @@ def test_a_wrong_result_is_seen(monkeypatch):
 
 
 def test_every_kernel_has_a_check():
-    """By the ops that launch them: whoever adds an op with a CUDA kernel adds it to bench/correct.py."""
-    text = (ROOT / "bench/correct.py").read_text()
+    """By the ops that launch them: whoever adds an op with a CUDA kernel adds it to bench/correct_checks.py."""
+    text = (ROOT / "bench/correct_checks.py").read_text()
     ops = {
         line.split('"')[1] for path in (ROOT / "csrc/cuda").glob("*.cu") for line in path.read_text().splitlines()
         if "m.impl(" in line
@@ -230,7 +231,7 @@ def test_every_kind_and_strategy_is_asked_about():
     """Whoever adds one adds it to the first call."""
     from randlora import bases, planner
 
-    assert set(correct.KINDS) == set(bases.KINDS) == {kind for kind, _, _ in launches.CASES}
+    assert set(correct_checks.KINDS) == set(bases.KINDS) == {kind for kind, _, _ in launches.CASES}
     assert {strategy for _, strategy, _ in launches.CASES} == set(planner.STRATEGIES)
 
 

@@ -1,0 +1,253 @@
+"""What bench/correct.py asks: checks of every op, form of the bases and strategy, small, with random parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KINDS = ("dense", "sparse", "very_sparse", "sign")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Relative errors, of norms: several times what a correct computation showed on the CPU, far below a wrong one.
+ALLOWED = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.003}
+LAYERS = ((40, 72), (72, 40), (64, 64), (41, 107), (107, 41))  # in, out: wide, tall, aligned, odd
+FEW_LAYERS = ((64, 96), (107, 41))
+RANK, TOKENS, SCALE, DROPOUT, SEED = 8, 50, 0.7, 0.3, 2**40 + 3
+Names = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Check:
+    """``run()`` gives pairs of a result and what it should be; errors above `allowed` are failures, 0: any bit."""
+
+    about: dict[str, Any]
+    results: Names
+    allowed: float
+    run: Callable[[], list[tuple[Tensor, Tensor]]]
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ---- bases ----
+
+
+def bases_checks(device: torch.device, few: bool) -> Iterator[Check]:
+    import randlora
+
+    for kind in KINDS:
+        for shape in ((341, 41, 5), (96, 64, 8))[: 1 if few else 2]:
+            bases = randlora.RandomBases(*shape, kind=kind, seed=SEED)
+
+            def same_bits(bases=bases, kind=kind) -> list[tuple[Tensor, Tensor]]:
+                assert bases.to(device).fingerprint() == bases.fingerprint(), "fingerprints differ"
+                pairs = []
+                for dtype in DTYPES if kind == "dense" else (torch.int8, *DTYPES):
+                    pairs += zip(bases.draw(dtype, device), bases.draw(dtype, torch.device("cpu")), strict=True)
+                return pairs
+
+            yield Check({"op": "bases", "kind": kind, "shape": shape}, ("A", "B") * 5, 0, same_bits)
+
+
+# ---- forms ----
+
+
+def forms(kind: str) -> Names:
+    """In which form bases of a kind come to the ops."""
+    return {"dense": ("dense",), "sparse": ("bits", "planes"), "sign": ("bits",), "very_sparse": ("lists",)}[kind]
+
+
+def given(bases: Any, form: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any, list[Tensor]]:
+    """A, B and pattern, as the layer op takes them."""
+    from randlora import patterns
+
+    if form == "dense":
+        return *bases.draw(dtype, device), []
+    A, B = bases.draw(torch.int8, device)
+    A, columns, M = A[:, 0], iter([B.flatten(1)]), B.shape[0]
+    if form == "bits":
+        made = patterns.Bits(A, columns, M, patterns.planes_of(bases.sparsity))
+    else:
+        made = {"planes": patterns.Planes, "lists": patterns.Lists}[form](A, columns, M)
+    return None, None, list(made.of(A.shape[1]))
+
+
+class Problem:
+    """A layer in float64 on the CPU."""
+
+    def __init__(self, kind: str, in_features: int, out_features: int) -> None:
+        import randlora
+
+        self.wide = in_features <= out_features
+        self.m, self.M = sorted((in_features, out_features))
+        self.bases = randlora.RandomBases(self.M, self.m, RANK, kind, seed=SEED)
+        self.scale = SCALE * self.bases.scale
+        self.n = self.bases.num_bases
+        self.x, self.g = normal(TOKENS, in_features, seed=1), normal(TOKENS, out_features, seed=2)
+        self.weight, self.bias = (
+            normal(out_features, in_features, seed=3) / in_features**0.5,
+            normal(out_features, seed=4),
+        )
+        self.lam, self.gamma = normal(RANK, self.n, seed=5), normal(self.n, self.m, seed=6) / self.M
+        self.A, self.B = (t.double() for t in self.bases.draw(torch.float64, torch.device("cpu")))
+
+    def update(self, lam: Tensor, gamma: Tensor) -> Tensor:
+        """dW [out, in]"""
+        found = self.B.flatten(1) @ (self.scale * lam[:, :, None] * self.A * gamma).flatten(0, 1)
+        return found if self.wide else found.T
+
+    def expected(self, mask: Tensor | float) -> list[Tensor]:
+        """y, dx, dlambda, dgamma; `mask` [T, in] is the dropout's, on the update's input alone."""
+        x, lam, gamma = (t.clone().requires_grad_() for t in (self.x, self.lam, self.gamma))
+        y = x @ self.weight.T + self.bias + (x * mask) @ self.update(lam, gamma).T
+        return [y.detach(), *torch.autograd.grad(y, (x, lam, gamma), self.g)]
+
+
+# ---- ops ----
+
+
+def layer_checks(device: torch.device, few: bool) -> Iterator[Check]:
+    op, op_backward = torch.ops.randlora.linear, torch.ops.randlora.linear_backward
+
+    for kind in KINDS:
+        for sizes in FEW_LAYERS if few else LAYERS:
+            problem = Problem(kind, *sizes)
+            seed = torch.tensor([SEED])
+            mask = torch.ops.randlora.dropout(torch.ones_like(problem.x), seed, DROPOUT)
+            references = {0.0: problem.expected(1.0), DROPOUT: problem.expected(mask)}
+            for form in forms(kind):
+                for strategy in ("factored", "materialized", "merged"):
+                    if form == "lists" and strategy == "factored" and device.type != "cpu":
+                        continue  # lists have a factored form on the CPU only
+                    for dropout in (0.0, DROPOUT)[: 1 if strategy == "merged" else 2]:
+                        for dtype in DTYPES:
+
+                            def run(
+                                problem=problem, form=form, strategy=strategy, dropout=dropout, dtype=dtype, seed=seed,
+                                expected=references[dropout],
+                            ) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
+                                x, g, weight, bias = (
+                                    t.to(device, dtype) for t in (problem.x, problem.g, problem.weight, problem.bias)
+                                )
+                                lam, gamma = (
+                                    t.to(device, torch.promote_types(dtype, torch.float32))
+                                    for t in (problem.lam, problem.gamma)
+                                )
+                                A, B, pattern = given(problem.bases, form, dtype, device)
+                                options = (dtype, strategy, dropout, seed.to(device), False, 0, pattern)
+                                y = op(x, weight, bias, A, B, lam, gamma, g.shape[1], problem.scale, *options)
+                                gradients = op_backward(
+                                    g, x, weight, A, B, lam, gamma, problem.scale, *options, True, True, True
+                                )
+                                return list(zip((y, *gradients), expected, strict=True))
+
+                            about = {"op": "layer", "kind": kind, "form": form, "strategy": strategy,
+                                     "dropout": dropout, "dtype": name_of(dtype), "shape": sizes}  # fmt: skip
+                            yield Check(about, ("y", "dx", "dlambda", "dgamma"), ALLOWED[dtype], run)
+
+
+def unique_base_checks(device: torch.device, few: bool) -> Iterator[Check]:
+    ops, promote = torch.ops.randlora, torch.promote_types
+    pairs = [(dtype, dtype) for dtype in DTYPES] + [(dtype, torch.float32) for dtype in DTYPES[2:]]
+    for r, n, m in ((8, 3, 64), (32, 11, 341)) if few else ((8, 3, 64), (32, 11, 341), (5, 1, 1), (3, 2, 4099)):
+        for dtype, parameter_dtype in pairs:
+
+            def run(r=r, n=n, m=m, dtype=dtype, parameter_dtype=parameter_dtype) -> list[tuple[Tensor, Tensor]]:
+                A, G = normal(r, 1, m, seed=1), normal(r, n, m, seed=2)
+                lam, gamma = normal(r, n, seed=3), normal(n, m, seed=4)
+                S = ops.unique_base(*_to(device, (A, dtype), (lam, parameter_dtype), (gamma, parameter_dtype)), SCALE)
+                factors = _to(device, (G, promote(dtype, parameter_dtype)), (A, dtype), (lam, parameter_dtype),
+                              (gamma, parameter_dtype))  # fmt: skip
+                dlam, dgamma = ops.unique_base_backward(*factors, SCALE)
+                t = SCALE * G * A
+                return [
+                    (S, SCALE * lam[:, :, None] * A * gamma), (dlam, (t * gamma).sum(2)),
+                    (dgamma, (t * lam[:, :, None]).sum(0)),
+                ]  # fmt: skip
+
+            about = {"op": "unique_base", "dtype": f"{name_of(dtype)}, {name_of(parameter_dtype)}", "shape": (r, n, m)}
+            yield Check(about, ("S", "dlambda", "dgamma"), ALLOWED[dtype], run)
+
+
+def _to(device: torch.device, *pairs: tuple[Tensor, torch.dtype]) -> list[Tensor]:
+    return [t.to(device, dtype) for t, dtype in pairs]
+
+
+def sparse_checks(device: torch.device, few: bool) -> Iterator[Check]:
+    """Updates by themselves: with the weight by rows, by columns and without it, in every form that there is."""
+    ops = torch.ops.randlora
+    for kind, sizes in (
+        ("sparse", (41, 107)),
+        ("sign", (64, 96)),
+        ("very_sparse", (41, 107)),
+        ("very_sparse", (8, 70001)),
+    ):
+        if few and sizes[1] > 1000:
+            continue
+        problem = Problem(kind, *sizes)
+        for form in forms(kind):
+            for dtype in DTYPES:
+                accumulator = torch.promote_types(dtype, torch.float32)
+
+                def run(
+                    problem=problem, form=form, dtype=dtype, accumulator=accumulator
+                ) -> list[tuple[Tensor, Tensor]]:
+                    _, _, pattern = given(problem.bases, form, dtype, device)
+                    lam, gamma = (t.to(device, accumulator) for t in (problem.lam, problem.gamma))
+                    options = problem.M, problem.scale
+                    rows = pattern[0].long().cpu() if form == "lists" else torch.arange(problem.m)
+                    D, W = problem.update(problem.lam, problem.gamma).T, problem.weight.T  # [m, M]
+                    by_rows, by_columns = W.contiguous().to(device, dtype), problem.weight.to(device, dtype).T
+                    G = normal(len(rows), problem.M, seed=7)
+                    leaves = [t.clone().requires_grad_() for t in (problem.lam, problem.gamma)]
+                    gradients = torch.autograd.grad(problem.update(*leaves).T[rows], leaves, G)
+                    found = ops.sparse_update_backward(G.to(device, accumulator), pattern, lam, gamma, problem.scale,
+                                                       True, True)  # fmt: skip
+                    return [
+                        (ops.sparse_update(pattern, lam, gamma, *options, None, dtype), D[rows]),
+                        (ops.sparse_update(pattern, lam, gamma, *options, by_rows, dtype), D + W),
+                        (ops.sparse_update(pattern, lam, gamma, *options, by_columns, dtype), D + W),
+                        *zip(found, gradients, strict=True),
+                    ]
+
+                about = {"op": "sparse_update", "kind": kind, "form": form, "dtype": name_of(dtype), "shape": sizes}
+                yield Check(about, ("D", "rows", "columns", "dlambda", "dgamma"), ALLOWED[dtype], run)
+
+
+def bit_checks(device: torch.device, few: bool) -> Iterator[Check]:
+    """What must have the CPU's bits: masks, and packed bases made dense."""
+    ops, cpu = torch.ops.randlora, torch.device("cpu")
+    for dtype in DTYPES:
+        for size in (37 * 341, 4096):
+
+            def masks(dtype=dtype, size=size) -> list[tuple[Tensor, Tensor]]:
+                x, seed = normal(size, seed=1).to(dtype), torch.tensor([SEED])
+                return [(ops.dropout(x.to(device), seed.to(device), DROPOUT), ops.dropout(x, seed, DROPOUT))]
+
+            yield Check({"op": "dropout", "dtype": name_of(dtype), "shape": (size,)}, ("y",), 0, masks)
+        for kind in ("sparse", "sign"):
+            for sizes in ((64, 96), (41, 107)):
+                for form in forms(kind):
+
+                    def dense(kind=kind, sizes=sizes, form=form, dtype=dtype) -> list[tuple[Tensor, Tensor]]:
+                        bases = Problem(kind, *sizes).bases
+                        arguments = bases.num_bases, bases.min_dim, bases.max_dim, dtype, 3, 4
+                        return list(zip(ops.packed_expand(given(bases, form, dtype, device)[2], *arguments),
+                                        ops.packed_expand(given(bases, form, dtype, cpu)[2], *arguments),
+                                        strict=True))  # fmt: skip
+
+                    about = {"op": "packed_expand", "kind": kind, "form": form, "dtype": name_of(dtype), "shape": sizes}
+                    yield Check(about, ("A", "B2"), 0, dense)
+
+
+def checks(device: torch.device, few: bool) -> Iterator[Check]:
+    for some in (bases_checks, bit_checks, unique_base_checks, sparse_checks, layer_checks):
+        yield from some(device, few)
