@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import fingerprint, patterns, peft_prng
 from .checks import require_dtype, require_float, require_int
-from .held import Ready, canonical, make_sure, make_sure_pattern, register
+from .held import Ready, canonical, make_sure, make_sure_pattern, register, renew_in_children
 from .patterns import Pattern
 
 KINDS = ("dense", "sparse", "very_sparse", "sign")
@@ -112,17 +112,18 @@ class RandomBases:
                 "randlora_A [r, 1, min_dim] and randlora_B [max_dim, num_bases, r] must agree in r, got "
                 f"{list(A.shape)} and {list(B.shape)}"
             )
-        known = _given_bases.get((id(A), id(B)))
-        if known is not None:
-            return known
-        self = cls.__new__(cls)
-        self.r, self.min_dim, self.max_dim, self.num_bases = A.shape[0], A.shape[2], B.shape[0], B.shape[1]
-        self.kind, self.prng, self.seed, self.sparsity = "given", "none", 0, None
-        self.dtype, self.device = A.dtype, A.device
-        self.given = (A, B)
-        self._reset()
-        _given_bases[id(A), id(B)] = self  # while it lives, so do the tensors and their ids
-        return self
+        with _given_lock:
+            known = _given_bases.get((id(A), id(B)))
+            if known is not None:
+                return known
+            self = cls.__new__(cls)
+            self.r, self.min_dim, self.max_dim, self.num_bases = A.shape[0], A.shape[2], B.shape[0], B.shape[1]
+            self.kind, self.prng, self.seed, self.sparsity = "given", "none", 0, None
+            self.dtype, self.device = A.dtype, A.device
+            self.given = (A, B)
+            self._reset()
+            _given_bases[id(A), id(B)] = self  # while it lives, so do the tensors and their ids
+            return self
 
     # ---- values ----
 
@@ -168,8 +169,8 @@ class RandomBases:
     @property
     def nbytes(self) -> int:
         """Bytes of all copies that exist at the moment, packed ones included."""
-        lists = sum(lists.nbytes for lists, _ in self._lists.values())
-        return lists + sum(A.nbytes + B.nbytes for A, B in self._held.values())
+        lists = sum(lists.nbytes for lists, _ in list(self._lists.values()))  # other threads may be adding to it
+        return lists + sum(A.nbytes + B.nbytes for A, B in list(self._held.values()))
 
     def require(self, max_dim: int, min_dim: int, num_bases: int) -> None:
         """Make the store serve a layer of these dimensions: grows it, or raises ``ValueError`` where it cannot."""
@@ -182,17 +183,21 @@ class RandomBases:
                 f"[{self.r}, 1, {self.min_dim}] and [{self.max_dim}, {self.num_bases}, {self.r}]"
             )
         with self._lock:
-            self.max_dim, self.min_dim = max(self.max_dim, max_dim), max(self.min_dim, min_dim)
-            self.num_bases = max(self.num_bases, num_bases)
-            self._held.clear()  # the smaller copies are prefixes of the next ones
-            self._lists.clear()
+            size = max(self.max_dim, max_dim), max(self.min_dim, min_dim), max(self.num_bases, num_bases)
+            if size == (self.max_dim, self.min_dim, self.num_bases):
+                return  # another thread was first
+            # Before the size: who sees it may count on copies of it. The smaller ones are prefixes of the next ones.
             self._ready = Ready()
+            self._held.clear()
+            self._lists.clear()
+            self.max_dim, self.min_dim, self.num_bases = size
 
     def to(self, *args, **kwargs) -> RandomBases:
         """The same bases with another default ``dtype`` and/or ``device``, given as for ``nn.Module.to``."""
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         other = self.__class__.__new__(self.__class__)
-        other.__dict__.update(self.__dict__)
+        with self._lock:  # of one size
+            other.__dict__.update(self.__dict__)
         other.dtype = self.dtype if dtype is None else require_dtype("dtype", dtype)
         other.device = self.device if device is None else canonical(device)
         other._reset()
@@ -206,7 +211,7 @@ class RandomBases:
         The values are generated on ``device`` in blocks and hashed in canonical form (float32, or int8 for ternary
         bases; little endian, A before B), whatever ``dtype`` is: equal fingerprints mean equal bases.
         """
-        limits = {"max_dim": self.max_dim, "min_dim": self.min_dim, "num_bases": self.num_bases}
+        limits = self._size()
         asked = (max_dim, min_dim, num_bases)
         dims = tuple(
             limit if value is None else require_int(name, value, 1, limit)
@@ -252,16 +257,18 @@ class RandomBases:
         if self.given is not None:
             self._held[self.given[0].dtype, canonical(self.given[0].device)] = self.given
 
+    def _size(self) -> dict[str, int]:
+        with self._lock:  # another thread may be letting it grow
+            return {name: getattr(self, name) for name in ("max_dim", "min_dim", "num_bases")}
+
     def __deepcopy__(self, memo) -> RandomBases:
         return self
 
     def __reduce__(self):
         if self.given is not None:
             return RandomBases.from_tensors, self.given
-        arguments = {
-            name: getattr(self, name)
-            for name in ("max_dim", "min_dim", "r", "kind", "seed", "num_bases", "prng", "dtype", "device")
-        }
+        arguments = self._size()
+        arguments |= {name: getattr(self, name) for name in ("r", "kind", "seed", "prng", "dtype", "device")}
         if self.prng == "philox" and self.kind in ("sparse", "very_sparse"):
             arguments["sparsity"] = self.sparsity
         from .store import is_shared, rebuild
@@ -284,3 +291,10 @@ def sparsity_of(kind: str, min_dim: int, sparsity: float | None) -> float | None
 
 
 _given_bases: weakref.WeakValueDictionary[tuple[int, int], RandomBases] = weakref.WeakValueDictionary()
+_given_lock = threading.Lock()
+
+
+@renew_in_children
+def _renew() -> None:
+    global _given_lock
+    _given_lock = threading.Lock()
