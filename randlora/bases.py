@@ -49,6 +49,8 @@ class RandomBases:
         ValueError, TypeError: for arguments outside the ranges above.
     """
 
+    watched = True  # whether it is looked at if given tensors have been written to
+
     def __init__(
         self,
         max_dim: int,
@@ -91,7 +93,9 @@ class RandomBases:
     def from_tensors(cls, A: Tensor, B: Tensor) -> RandomBases:
         """Bases that exist already: ``A [r, 1, min_dim]`` and ``B [max_dim, num_bases, r]``, such as PEFT's buffers.
 
-        The tensors are not copied, and equal tensors give the same object, so that layers share its casts.
+        The tensors are not copied, and the same tensors give the same object, so that layers share its casts. Bases are
+        fixed: what writes to the tensors must move their version counters (``load_state_dict`` and ordinary in-place
+        operations do, ``.data`` does not), and graphs of ``torch.compile`` keep the casts they were made with.
         """
         for name, t, shape in (
             ("randlora_A", A, "[r, 1, min_dim]"),
@@ -144,6 +148,7 @@ class RandomBases:
 
     def tensors(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """The stored A and B (see :attr:`scale`), one shared copy per dtype and device. Not to be written to."""
+        self._drop_outdated()
         key = dtype or self.dtype, canonical(device or self.device)
         name = make_sure(self._handle, *key)
         held = getattr(self._ready, name, None)
@@ -155,6 +160,7 @@ class RandomBases:
         They are kept in this form only (lists, planes or bits: :mod:`randlora.patterns`), unless :meth:`tensors` is
         called. Given bases are recognised where that makes them faster: the ternary ones that PEFT stores dense.
         """
+        self._drop_outdated()
         device = canonical(device or self.device)
         if self.prng == "philox" and not patterns.wanted(self.sparsity, device):
             return None
@@ -211,6 +217,7 @@ class RandomBases:
         The values are generated on ``device`` in blocks and hashed in canonical form (float32, or int8 for ternary
         bases; little endian, A before B), whatever ``dtype`` is: equal fingerprints mean equal bases.
         """
+        self._drop_outdated()
         limits = self._size()
         asked = (max_dim, min_dim, num_bases)
         dims = tuple(
@@ -247,15 +254,33 @@ class RandomBases:
     # ---- housekeeping ----
 
     def _reset(self) -> None:
-        self._held: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+        self._held = self._own_copy()
         self._lists: dict[torch.device, tuple[patterns.Form, float]] = {}
         self._without_lists: set[torch.device] = set()  # where those not drawn here were looked at in vain
         self._ready = Ready()
         self._hashes: dict[tuple[int, int, int], str] = {}
         self._lock = threading.Lock()
         self._handle = register(self)
-        if self.given is not None:
-            self._held[self.given[0].dtype, canonical(self.given[0].device)] = self.given
+        self._version = self.version()
+
+    def version(self) -> tuple:
+        """Equal as long as the values are, as far as version counters tell: given tensors may be written to."""
+        return self._handle, *(None if t.is_inference() else t._version for t in self.given or ())
+
+    def _drop_outdated(self) -> None:
+        """Drops copies of given tensors that have been written to since."""
+        if torch.compiler.is_compiling() or self.given is None:
+            return
+        version = self.version()
+        if version != self._version and self.watched:
+            with self._lock:
+                self._ready, self._hashes = Ready(), {}
+                self._held, self._lists, self._without_lists = self._own_copy(), {}, set()
+                self._version = version
+
+    def _own_copy(self) -> dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]]:
+        """Given tensors are the copy in their own dtype."""
+        return {} if self.given is None else {(self.given[0].dtype, canonical(self.given[0].device)): self.given}
 
     def _size(self) -> dict[str, int]:
         with self._lock:  # another thread may be letting it grow
