@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import fingerprint, patterns, peft_prng
 from .checks import require_dtype, require_float, require_int, require_size
-from .held import Ready, canonical, make_sure, make_sure_pattern, register
+from .held import Ready, canonical, make_sure, make_sure_pattern, register, renew_in_children
 from .patterns import Pattern
 
 KINDS = ("dense", "sparse", "very_sparse", "sign")
@@ -48,6 +48,8 @@ class RandomBases:
     Raises:
         ValueError, TypeError: for arguments outside the ranges above.
     """
+
+    watched = True  # whether it is looked at if given tensors have been written to
 
     def __init__(
         self,
@@ -91,7 +93,9 @@ class RandomBases:
     def from_tensors(cls, A: Tensor, B: Tensor) -> RandomBases:
         """Bases that exist already: ``A [r, 1, min_dim]`` and ``B [max_dim, num_bases, r]``, such as PEFT's buffers.
 
-        The tensors are not copied, and equal tensors give the same object, so that layers share its casts.
+        The tensors are not copied, and the same tensors give the same object, so that layers share its casts. Bases are
+        fixed: what writes to the tensors must move their version counters (``load_state_dict`` and ordinary in-place
+        operations do, ``.data`` does not), and graphs of ``torch.compile`` keep the casts they were made with.
         """
         for name, t, shape in (
             ("randlora_A", A, "[r, 1, min_dim]"),
@@ -112,17 +116,18 @@ class RandomBases:
                 "randlora_A [r, 1, min_dim] and randlora_B [max_dim, num_bases, r] must agree in r, got "
                 f"{list(A.shape)} and {list(B.shape)}"
             )
-        known = _given_bases.get((id(A), id(B)))
-        if known is not None:
-            return known
-        self = cls.__new__(cls)
-        self.r, self.min_dim, self.max_dim, self.num_bases = A.shape[0], A.shape[2], B.shape[0], B.shape[1]
-        self.kind, self.prng, self.seed, self.sparsity = "given", "none", 0, None
-        self.dtype, self.device = A.dtype, A.device
-        self.given = (A, B)
-        self._reset()
-        _given_bases[id(A), id(B)] = self  # while it lives, so do the tensors and their ids
-        return self
+        with _given_lock:
+            known = _given_bases.get((id(A), id(B)))
+            if known is not None:
+                return known
+            self = cls.__new__(cls)
+            self.r, self.min_dim, self.max_dim, self.num_bases = A.shape[0], A.shape[2], B.shape[0], B.shape[1]
+            self.kind, self.prng, self.seed, self.sparsity = "given", "none", 0, None
+            self.dtype, self.device = A.dtype, A.device
+            self.given = (A, B)
+            self._reset()
+            _given_bases[id(A), id(B)] = self  # while it lives, so do the tensors and their ids
+            return self
 
     # ---- values ----
 
@@ -143,6 +148,7 @@ class RandomBases:
 
     def tensors(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """The stored A and B (see :attr:`scale`), one shared copy per dtype and device. Not to be written to."""
+        self._drop_outdated()
         key = dtype or self.dtype, canonical(device or self.device)
         name = make_sure(self._handle, *key)
         if name is None:
@@ -156,6 +162,7 @@ class RandomBases:
         They are kept in this form only (lists, planes or bits: :mod:`randlora.patterns`), unless :meth:`tensors` is
         called. Given bases are recognised where that makes them faster: the ternary ones that PEFT stores dense.
         """
+        self._drop_outdated()
         device = canonical(device or self.device)
         if self.prng == "philox" and not patterns.wanted(self.sparsity, device):
             return None
@@ -170,8 +177,8 @@ class RandomBases:
     @property
     def nbytes(self) -> int:
         """Bytes of all copies that exist at the moment, packed ones included."""
-        lists = sum(lists.nbytes for lists, _ in self._lists.values())
-        return lists + sum(A.nbytes + B.nbytes for A, B in self._held.values())
+        lists = sum(lists.nbytes for lists, _ in list(self._lists.values()))  # other threads may be adding to it
+        return lists + sum(A.nbytes + B.nbytes for A, B in list(self._held.values()))
 
     def require(self, max_dim: int, min_dim: int, num_bases: int) -> None:
         """Make the store serve a layer of these dimensions: grows it, or raises ``ValueError`` where it cannot."""
@@ -184,17 +191,21 @@ class RandomBases:
                 f"[{self.r}, 1, {self.min_dim}] and [{self.max_dim}, {self.num_bases}, {self.r}]"
             )
         with self._lock:
-            self.max_dim, self.min_dim = max(self.max_dim, max_dim), max(self.min_dim, min_dim)
-            self.num_bases = max(self.num_bases, num_bases)
-            self._held.clear()  # the smaller copies are prefixes of the next ones
-            self._lists.clear()
+            size = max(self.max_dim, max_dim), max(self.min_dim, min_dim), max(self.num_bases, num_bases)
+            if size == (self.max_dim, self.min_dim, self.num_bases):
+                return  # another thread was first
+            # Before the size: who sees it may count on copies of it. The smaller ones are prefixes of the next ones.
             self._ready = Ready()
+            self._held.clear()
+            self._lists.clear()
+            self.max_dim, self.min_dim, self.num_bases = size
 
     def to(self, *args, **kwargs) -> RandomBases:
         """The same bases with another default ``dtype`` and/or ``device``, given as for ``nn.Module.to``."""
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         other = self.__class__.__new__(self.__class__)
-        other.__dict__.update(self.__dict__)
+        with self._lock:  # of one size
+            other.__dict__.update(self.__dict__)
         other.dtype = self.dtype if dtype is None else require_dtype("dtype", dtype)
         other.device = self.device if device is None else canonical(device)
         other._reset()
@@ -208,7 +219,8 @@ class RandomBases:
         The values are generated on ``device`` in blocks and hashed in canonical form (float32, or int8 for ternary
         bases; little endian, A before B), whatever ``dtype`` is: equal fingerprints mean equal bases.
         """
-        limits = {"max_dim": self.max_dim, "min_dim": self.min_dim, "num_bases": self.num_bases}
+        self._drop_outdated()
+        limits = self._size()
         asked = (max_dim, min_dim, num_bases)
         dims = tuple(
             limit if value is None else require_int(name, value, 1, limit)
@@ -246,15 +258,37 @@ class RandomBases:
     # ---- housekeeping ----
 
     def _reset(self) -> None:
-        self._held: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+        self._held = self._own_copy()
         self._lists: dict[torch.device, tuple[patterns.Form, float]] = {}
         self._without_lists: set[torch.device] = set()  # where those not drawn here were looked at in vain
         self._ready = Ready()
         self._hashes: dict[tuple[int, int, int], str] = {}
         self._lock = threading.Lock()
         self._handle = register(self)
-        if self.given is not None:
-            self._held[self.given[0].dtype, canonical(self.given[0].device)] = self.given
+        self._version = self.version()
+
+    def version(self) -> tuple:
+        """Equal as long as the values are, as far as version counters tell: given tensors may be written to."""
+        return self._handle, *(None if t.is_inference() else t._version for t in self.given or ())
+
+    def _drop_outdated(self) -> None:
+        """Drops copies of given tensors that have been written to since."""
+        if torch.compiler.is_compiling() or self.given is None:
+            return
+        version = self.version()
+        if version != self._version and self.watched:
+            with self._lock:
+                self._ready, self._hashes = Ready(), {}
+                self._held, self._lists, self._without_lists = self._own_copy(), {}, set()
+                self._version = version
+
+    def _own_copy(self) -> dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]]:
+        """Given tensors are the copy in their own dtype."""
+        return {} if self.given is None else {(self.given[0].dtype, canonical(self.given[0].device)): self.given}
+
+    def _size(self) -> dict[str, int]:
+        with self._lock:  # another thread may be letting it grow
+            return {name: getattr(self, name) for name in ("max_dim", "min_dim", "num_bases")}
 
     def __deepcopy__(self, memo) -> RandomBases:
         return self
@@ -262,10 +296,8 @@ class RandomBases:
     def __reduce__(self):
         if self.given is not None:
             return RandomBases.from_tensors, self.given
-        arguments = {
-            name: getattr(self, name)
-            for name in ("max_dim", "min_dim", "r", "kind", "seed", "num_bases", "prng", "dtype", "device")
-        }
+        arguments = self._size()
+        arguments |= {name: getattr(self, name) for name in ("r", "kind", "seed", "prng", "dtype", "device")}
         if self.prng == "philox" and self.kind in ("sparse", "very_sparse"):
             arguments["sparsity"] = self.sparsity
         from .store import is_shared, rebuild
@@ -288,3 +320,10 @@ def sparsity_of(kind: str, min_dim: int, sparsity: float | None) -> float | None
 
 
 _given_bases: weakref.WeakValueDictionary[tuple[int, int], RandomBases] = weakref.WeakValueDictionary()
+_given_lock = threading.Lock()
+
+
+@renew_in_children
+def _renew() -> None:
+    global _given_lock
+    _given_lock = threading.Lock()

@@ -64,6 +64,10 @@ def _opened(limit: int) -> Iterator[InferenceCache]:
         yield outer
         return
     cache = InferenceCache(limit)
+    if torch.compiler.is_compiling():  # graphs keep nothing
+        yield cache
+        return
+    cache._open()
     token = _current.set(cache)
     try:
         yield cache
@@ -90,7 +94,7 @@ class InferenceCache:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._thread: int | None = threading.get_ident()  # None: closed
+        self._thread: int | None = None  # None: closed
         self._layers: weakref.WeakKeyDictionary[nn.Module, dict[tuple, _Entry]] = weakref.WeakKeyDictionary()
 
     @property
@@ -102,6 +106,9 @@ class InferenceCache:
 
     def _serves_this_thread(self) -> bool:
         return self._thread == threading.get_ident()
+
+    def _open(self) -> None:
+        self._thread = threading.get_ident()
 
     def _close(self) -> None:
         self._thread = None

@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import os
 import re
+import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +32,22 @@ def register(bases: RandomBases) -> str:
     handle = f"bases {next(_handles)}"
     _by_handle[handle] = bases
     return handle
+
+
+def renew_in_children(renew: Callable[[], None]) -> Callable[[], None]:
+    """Have `renew` make a lock anew in every forked child: a thread that held it is not there to give it back.
+
+    What such a lock guards is whole at any moment, not only while nobody holds it.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=renew)
+    return renew
+
+
+@renew_in_children
+def _renew() -> None:
+    for bases in list(_by_handle.values()):
+        bases._lock = threading.Lock()
 
 
 class Ready:

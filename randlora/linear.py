@@ -233,7 +233,7 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
             return None
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None  # others would have to wait
         key = merged, dtype, x.device, stream, *adapters
-        settings = tuple((self.scaling[name], self._bases(name)._handle) for name in adapters)
+        settings = tuple((self.scaling[name], self._bases(name).version()) for name in adapters)
 
         def price() -> tuple[float, float]:
             return self._price_of_update(x, dtype, adapters)

@@ -7,9 +7,16 @@ import weakref
 from collections.abc import Callable
 
 from .bases import RandomBases, sparsity_of
+from .held import renew_in_children
 
 _lock = threading.Lock()
 _shared: weakref.WeakValueDictionary[tuple, RandomBases] = weakref.WeakValueDictionary()
+
+
+@renew_in_children
+def _renew() -> None:
+    global _lock
+    _lock = threading.Lock()
 
 
 def shared_bases(r: int, seed: int = 0, kind: str = "dense", sparsity: float | None = None) -> RandomBases:

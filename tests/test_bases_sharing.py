@@ -13,6 +13,7 @@ from common import KINDS, make_base, normal, randomize
 
 import randlora
 from randlora import RandomBases
+from randlora.held import _by_handle
 from randlora.store import shared_bases
 
 
@@ -78,6 +79,53 @@ def test_given_tensors_are_used_as_they_are():
     again = pickle.loads(pickle.dumps(bases))
     assert torch.equal(again.A, A) and torch.equal(again.B, B)
     assert again.fingerprint() == bases.fingerprint() != RandomBases.from_tensors(A, 2 * B).fingerprint()
+
+
+@pytest.mark.parametrize("write", ["in place", "load_state_dict"])
+@pytest.mark.parametrize("ternary", [False, True])
+def test_given_tensors_that_are_written_to(ternary, write):
+    """A model's buffers, say, that are loaded after a first call: no cast, packed form, hash or update stays."""
+
+    def values(seed):
+        tensors = normal(5, 1, 41, seed=seed), normal(64, 9, 5, seed=seed + 1)
+        return tuple(torch.where(t.abs() > 1.9, t.sign(), 0.0) for t in tensors) if ternary else tensors
+
+    buffers = torch.nn.Module()
+    for name, tensor in zip("AB", values(0), strict=True):
+        buffers.register_buffer(name, tensor)
+    bases = RandomBases.from_tensors(buffers.A, buffers.B)
+    layer = randomize(randlora.Linear(make_base(41, 24), r=5, bases=bases)).eval()
+    x = normal(3, 41)
+
+    def results(layer):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            half = layer(x)
+        with torch.no_grad(), randlora.inference_cache():
+            kept = [layer(x) for _ in range(60)][-1]
+        return half, kept, layer.get_delta_weight("default"), layer.bases["default"].fingerprint()
+
+    with torch.no_grad(), randlora.inference_cache() as scope:
+        before = results(layer)
+        for name, tensor in zip("AB", values(2), strict=True):
+            if write == "in place":
+                getattr(buffers, name).copy_(tensor)
+            else:
+                buffers.load_state_dict({name: tensor}, strict=False)
+        assert scope.nbytes > 0
+        after = results(layer)
+    fresh = randlora.Linear(make_base(41, 24), r=5, bases=RandomBases.from_tensors(*values(2))).eval()
+    expected = results(randomize(fresh))
+    for a, b, c in zip(after, expected, before, strict=True):
+        if isinstance(a, str):
+            assert a == b != c
+        else:
+            torch.testing.assert_close(a, b)
+            assert not torch.allclose(a, c)
+    count = len(_by_handle)
+    for _ in range(3):
+        buffers.A.add_(0)
+        assert torch.equal(bases.tensors(torch.bfloat16)[0], buffers.A.bfloat16())
+    assert len(_by_handle) == count
 
 
 # ---- contexts and threads ----

@@ -288,6 +288,23 @@ def test_compiled_functions_keep_nothing():
         assert relative_error(compiled(x), reference_forward(layer, x)) < 1e-5
 
 
+@pytest.mark.parametrize("form", ["with", "decorator"])
+def test_a_scope_that_is_opened_in_compiled_code_keeps_nothing(form):
+    torch._dynamo.reset()
+    layer, x = make_layer(41, 24).eval(), normal(3, 41)
+
+    def call(x):
+        with randlora.inference_cache():
+            return layer(x)
+
+    function = call if form == "with" else randlora.inference_cache()(layer.forward)
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        for factor in (1, 3):
+            layer.randlora_lambda["default"].data.mul_(factor)
+            assert relative_error(compiled(x), reference_forward(layer, x)) < 1e-5
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("tracer", ["jit", "make_fx"])
 def test_traced_graphs_follow_the_parameters(tracer):

@@ -162,6 +162,8 @@ class Pair:
     def __init__(self, A: Tensor, B: Tensor) -> None:
         self.A, self.B = A, B
         self.bases = RandomBases.from_tensors(A, B)
+        # Bases are replaced, never written to; but DistributedDataParallel copies a model's buffers over themselves.
+        self.bases.watched = False
         self.signs, self.factor = None, 1.0
         if A.dtype.itemsize > 2 and not A.is_meta:
             sizes = _ternary_size(A), _ternary_size(B)
