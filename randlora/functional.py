@@ -113,7 +113,7 @@ def sparse_delta_weight(
 ) -> Tensor:
     """:func:`delta_weight` of ternary bases, from what :meth:`randlora.RandomBases.pattern` gives. Differentiable."""
     if isinstance(pattern, Pattern):
-        pattern.require(randlora_lambda, in_features, out_features)
+        pattern.require(randlora_lambda.shape, in_features, out_features)
     m, M = min(in_features, out_features), max(in_features, out_features)
     dtype = torch.promote_types(randlora_lambda.dtype, randlora_gamma.dtype)
     rows = torch.ops.randlora.sparse_update(pattern, randlora_lambda, randlora_gamma, M, scaling * scale, None, dtype)
@@ -182,14 +182,14 @@ def linear(
         raise TypeError(f"x and weight must have the same dtype, got {x.dtype} and {weight.dtype}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
-    if out_features < 1 or not x.shape[-1] or randlora_lambda.dim() != 2 or not randlora_lambda.numel():
+    in_features, sizes = x.shape[-1], randlora_lambda.shape
+    if out_features < 1 or in_features < 1 or len(sizes) != 2 or not (sizes[0] and sizes[1]):
         raise ValueError(
             f"x must have shape [..., in], weight two dimensions and randlora_lambda [r, n], none of them 0, got "
-            f"{list(x.shape)}, {out_features if weight is None else list(weight.shape)} and "
-            f"{list(randlora_lambda.shape)}"
+            f"{list(x.shape)}, {out_features if weight is None else list(weight.shape)} and {list(sizes)}"
         )
     if isinstance(pattern, Pattern):
-        pattern.require(randlora_lambda, x.shape[-1], out_features)
+        pattern.require(sizes, in_features, out_features)
     p = dropout if training else 0.0
     if p > 0 and seed is None:
         seed = torch.randint(0, 2**63 - 1, (1,), device=x.device)
@@ -201,7 +201,7 @@ def linear(
     if strategy == "auto":
         grad = torch.is_grad_enabled()
         shape = (
-            int(x.shape[-1]), out_features, int(randlora_lambda.shape[-1]), int(randlora_lambda.shape[0]),
+            int(in_features), out_features, int(sizes[1]), int(sizes[0]),
             dtype, None if weight is None else weight.dtype, x.device.type,
         )  # fmt: skip
         needs = {
@@ -210,7 +210,7 @@ def linear(
             "need_parameters": grad and (randlora_lambda.requires_grad or randlora_gamma.requires_grad),
             "form": planner.form(pattern),
         }
-        tokens = x.numel() // x.shape[-1]
+        tokens = x.numel() // in_features
         if torch.compiler.is_compiling() or isinstance(tokens, torch.SymInt):
             strategies = planner.plan(*shape, **needs)
         else:

@@ -47,16 +47,15 @@ class Pattern(tuple[Tensor, ...]):
     def __reduce__(self):
         return Pattern, (tuple(self), self.r, self.num_bases, self.min_dim, self.max_dim)
 
-    def require(self, randlora_lambda: Tensor, in_features: int, out_features: int) -> None:
-        """Raises ``ValueError`` unless a layer of these sizes can have these bases."""
+    def require(self, parameters: torch.Size, in_features: int, out_features: int) -> None:
+        """Raises ``ValueError`` unless a layer of these sizes, of lambda's shape and features, can have these bases."""
         m, M = min(in_features, out_features), max(in_features, out_features)
-        shape = randlora_lambda.shape
-        fits = len(shape) == 2 and shape[0] == self.r and shape[1] <= self.num_bases
+        fits = len(parameters) == 2 and parameters[0] == self.r and parameters[1] <= self.num_bases
         if not fits or m > self.min_dim or self.max_dim < M:
             raise ValueError(
                 f"this pattern is of bases with r = {self.r}, at most {self.num_bases} of them, for layers of up to "
-                f"{self.min_dim} and {self.max_dim} features, got randlora_lambda {list(shape)} and a {in_features} "
-                f"-> {out_features} layer: ask RandomBases.pattern(min_dim) of bases that are large enough"
+                f"{self.min_dim} and {self.max_dim} features, got randlora_lambda {list(parameters)} and a "
+                f"{in_features} -> {out_features} layer: take the pattern of bases that are large enough"
             )
 
 
