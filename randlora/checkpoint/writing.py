@@ -67,6 +67,22 @@ def save(
         replace_files(target, writers, described_by=CONFIG_NAME)
 
 
+def check_ways(safe_serialization: bool, save_function: Callable | None) -> None:
+    """Raises ``ValueError`` for ways to save that other libraries have and files of adapters have not."""
+    if not safe_serialization:
+        raise ValueError(
+            "safe_serialization must be True: adapters are safetensors files with a checksum, not pickles, which run "
+            "any code when they are loaded"
+        )
+    # Of these libraries all write pickles, on the main process; transformers leaves them out for safetensors as well.
+    origin = str(getattr(getattr(save_function, "func", save_function), "__module__", "")).partition(".")[0]
+    if save_function is not None and origin not in ("accelerate", "safetensors", "torch", "torch_xla"):
+        raise ValueError(
+            f"save_function={save_function!r} would not be called: files are written by safetensors and replaced as a "
+            "whole. Write into a folder and copy it from there"
+        )
+
+
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     try:
         save_file(tensors, path, metadata)
