@@ -183,38 +183,47 @@ def _trained(
     state_dict: Mapping[str, Tensor] | None,
 ) -> dict[str, Tensor]:
     """Copies of what the adapter trains, by their names in the file."""
-    given = None if state_dict is None else {_in_state(key): value for key, value in state_dict.items()}
-
-    def copy_of(key: str, live: Any, dtype: torch.dtype | None = None) -> Tensor:
-        value = live if given is None else given.get(key)
-        if value is None:
-            raise ValueError(f"adapter {name!r} cannot be saved: state_dict has no {key}, which this model has")
-        if isinstance(value, Tensor) and value.shape != live.shape:
-            raise ValueError(
-                f"adapter {name!r} cannot be saved: state_dict has {key} of shape {list(value.shape)}, where this "
-                f"model's is {list(live.shape)}"
-            )
-        return _copy(name, key, value, dtype)
-
-    tensors = {
-        f"{PREFIX}{plain_name(slot)}.{part}": copy_of(
-            plain_name(f"model.{slot}.{part}.{name}"), getattr(layer, part)[name], torch.float32
-        )
-        for slot, layer in layers.items()
-        for part in PARAMETERS
-    }
+    live: dict[str, Any] = {}
+    sources: dict[str, str] = {}  # the same in the model's state dict
+    for slot, layer in layers.items():
+        for part in PARAMETERS:
+            key = f"{PREFIX}{plain_name(slot)}.{part}"
+            live[key], sources[key] = getattr(layer, part)[name], plain_name(f"model.{slot}.{part}.{name}")
+    parameters = set(live)
     saved = {path: m for path, m in saved_modules(model.model).items() if name in m.modules_to_save}
     for path, module in saved.items():
-        for key, value in module.modules_to_save[name].state_dict().items():
-            source = plain_name(f"model.{path}.modules_to_save.{name}.{key}")
-            tensors[plain_name(f"{PREFIX}{path}.{key}")] = copy_of(source, value)
+        for part, value in module.modules_to_save[name].state_dict(keep_vars=True).items():
+            key = plain_name(f"{PREFIX}{path}.{part}")
+            live[key], sources[key] = value, plain_name(f"model.{path}.modules_to_save.{name}.{part}")
     adapted = set(map(plain_name, layers))
     for path, bias in biases.trained(model.model, config.bias, layers, saved).items():
         owner = path.rpartition(".")[0]
         # As in a model that has this adapter only.
         key = f"{PREFIX}{owner}.base_layer.bias" if owner in adapted else f"{PREFIX}{path}"
-        tensors[key] = copy_of(f"model.{path}", bias)
-    return tensors
+        live[key], sources[key] = bias, f"model.{path}"
+    values = live if state_dict is None else _of_state(name, state_dict, live, sources)
+    return {
+        key: _copy(name, sources[key], value, torch.float32 if key in parameters else None)
+        for key, value in values.items()
+    }
+
+
+def _of_state(
+    name: str, state_dict: Mapping[str, Tensor], live: Mapping[str, Any], sources: Mapping[str, str]
+) -> dict[str, Any]:
+    """What `state_dict` has in place of the `live` tensors, of the same shapes, or ``ValueError``."""
+    given = {_in_state(key): value for key, value in state_dict.items()}
+    found = {}
+    for key, source in sources.items():
+        if source not in given:
+            raise ValueError(f"adapter {name!r} cannot be saved: state_dict has no {source}, which this model has")
+        value = found[key] = given[source]
+        if isinstance(value, Tensor) and value.shape != live[key].shape:
+            raise ValueError(
+                f"adapter {name!r} cannot be saved: state_dict has {source} of shape {list(value.shape)}, where this "
+                f"model's is {list(live[key].shape)}"
+            )
+    return found
 
 
 def _in_state(key: str) -> str:
