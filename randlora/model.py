@@ -19,6 +19,7 @@ from .active import ActiveAdapters, restore
 from .bypassed import first_calls, forget_calls
 from .cache import inference_cache
 from .config import RandLoraConfig
+from .delegation import Delegating
 from .injection import adapted_layers, saved_modules
 from .mixed import mixed_batch
 from .undo import all_or_nothing
@@ -37,7 +38,7 @@ def get_peft_model(model: nn.Module, config: Any, adapter_name: str = "default")
     return RandLoraModel(model, config, adapter_name)
 
 
-class RandLoraModel(ActiveAdapters):
+class RandLoraModel(Delegating, ActiveAdapters):
     """A model with RandLoRA adapters on its layers; attributes that it lacks are those of the wrapped ``model``.
 
     Setting and deleting such an attribute does so in ``model``, if it has it and the name does not begin with "_".
@@ -187,34 +188,6 @@ class RandLoraModel(ActiveAdapters):
         layers = [*adapted_layers(self.model).values(), *saved_modules(self.model).values()]
         return mixed_batch(self.model, layers, adapter_names)
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            # "model" is not there yet while copying; special methods are those of this class, accelerate's hooks those
-            # of one module.
-            if name in ("model", "_hf_hook", "_old_forward") or name.startswith("__"):
-                raise
-            return getattr(self.model, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value) if self._owns(name) else setattr(self.model, name, value)
-
-    def __delattr__(self, name: str) -> None:
-        super().__delattr__(name) if self._owns(name) else delattr(self.model, name)
-
-    def _owns(self, name: str) -> bool:
-        """Whether setting `name` means this object: what it has, what nobody has, private names, and ``model``."""
-        own = ("_parameters", "_buffers", "_modules")
-        return (
-            name.startswith("_")
-            or name in self.__dict__
-            or hasattr(type(self), name)
-            or any(name in self.__dict__.get(kind, ()) for kind in own)
-            or "model" not in self.__dict__.get("_modules", ())
-            or not hasattr(self.model, name)
-        )
-
     @property
     def base_model(self) -> RandLoraModel:
         """This object, so that ``model.base_model.model`` is the wrapped model, as in PEFT."""
@@ -307,17 +280,7 @@ class RandLoraModel(ActiveAdapters):
         from . import checkpoint
 
         names = self._names(list(self.peft_config) if selected_adapters is None else selected_adapters)
-        if not safe_serialization:
-            raise ValueError(
-                "safe_serialization must be True: adapters are safetensors files with a checksum, not pickles, which "
-                "run any code when they are loaded"
-            )
-        origin = str(getattr(getattr(save_function, "func", save_function), "__module__", "")).partition(".")[0]
-        if save_function is not None and origin not in ("accelerate", "safetensors", "torch", "torch_xla"):
-            raise ValueError(
-                f"save_function={save_function!r} would not be called: files are written by safetensors and replaced "
-                "as a whole. Write into a folder and copy it from there"
-            )
+        checkpoint.check_ways(safe_serialization, save_function)
         if is_main_process:
             checkpoint.save(self, save_directory, names, for_peft, state_dict)
 

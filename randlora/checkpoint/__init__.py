@@ -11,6 +11,6 @@ from .checking import load
 from .layout import read_config
 from .reading import Loaded, read
 from .replace import write_text
-from .writing import save
+from .writing import check_ways, save
 
-__all__ = ["Loaded", "load", "read", "read_config", "save", "write_text"]
+__all__ = ["Loaded", "check_ways", "load", "read", "read_config", "save", "write_text"]

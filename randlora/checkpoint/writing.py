@@ -68,6 +68,22 @@ def save(
         replace_files(target, writers, described_by=CONFIG_NAME)
 
 
+def check_ways(safe_serialization: bool, save_function: Callable | None) -> None:
+    """Raises ``ValueError`` for ways to save that other libraries have and files of adapters have not."""
+    if not safe_serialization:
+        raise ValueError(
+            "safe_serialization must be True: adapters are safetensors files with a checksum, not pickles, which run "
+            "any code when they are loaded"
+        )
+    # Of these libraries all write pickles, on the main process; transformers leaves them out for safetensors as well.
+    origin = str(getattr(getattr(save_function, "func", save_function), "__module__", "")).partition(".")[0]
+    if save_function is not None and origin not in ("accelerate", "safetensors", "torch", "torch_xla"):
+        raise ValueError(
+            f"save_function={save_function!r} would not be called: files are written by safetensors and replaced as a "
+            "whole. Write into a folder and copy it from there"
+        )
+
+
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     try:
         save_file(tensors, path, metadata)
@@ -168,39 +184,47 @@ def _trained(
     state_dict: Mapping[str, Tensor] | None,
 ) -> dict[str, Tensor]:
     """Copies of what the adapter trains, by their names in the file."""
-    saved = {path: m for path, m in saved_modules(model.model).items() if name in m.modules_to_save}
-    adapted = set(map(plain_name, layers))
-    live: dict[str, tuple[str, Tensor, torch.dtype | None]] = {}  # by name in the file: key of the model, tensor, dtype
+    live: dict[str, Any] = {}
+    sources: dict[str, str] = {}  # the same in the model's state dict
     for slot, layer in layers.items():
         for part in PARAMETERS:
-            source = plain_name(f"model.{slot}.{part}.{name}")
-            live[f"{PREFIX}{plain_name(slot)}.{part}"] = source, getattr(layer, part)[name], torch.float32
+            key = f"{PREFIX}{plain_name(slot)}.{part}"
+            live[key], sources[key] = getattr(layer, part)[name], plain_name(f"model.{slot}.{part}.{name}")
+    parameters = set(live)
+    saved = {path: m for path, m in saved_modules(model.model).items() if name in m.modules_to_save}
     for path, module in saved.items():
-        for key, value in module.modules_to_save[name].state_dict(keep_vars=True).items():
-            source = plain_name(f"model.{path}.modules_to_save.{name}.{key}")
-            live[plain_name(f"{PREFIX}{path}.{key}")] = source, value, None
+        for part, value in module.modules_to_save[name].state_dict(keep_vars=True).items():
+            key = plain_name(f"{PREFIX}{path}.{part}")
+            live[key], sources[key] = value, plain_name(f"model.{path}.modules_to_save.{name}.{part}")
+    adapted = set(map(plain_name, layers))
     for path, bias in biases.trained(model.model, config.bias, layers, saved).items():
         owner = path.rpartition(".")[0]
         # As in a model that has this adapter only.
         key = f"{PREFIX}{owner}.base_layer.bias" if owner in adapted else f"{PREFIX}{path}"
-        live[key] = f"model.{path}", bias, None
+        live[key], sources[key] = bias, f"model.{path}"
+    values = with_numbers(model.model, live) if state_dict is None else _of_state(name, state_dict, live, sources)
+    return {
+        key: _copy(name, sources[key], value, torch.float32 if key in parameters else None)
+        for key, value in values.items()
+    }
 
-    if state_dict is None:
-        found = with_numbers(model.model, {key: tensor for key, (_, tensor, _) in live.items()})
-        return {key: _copy(name, source, found[key], dtype) for key, (source, _, dtype) in live.items()}
+
+def _of_state(
+    name: str, state_dict: Mapping[str, Tensor], live: Mapping[str, Any], sources: Mapping[str, str]
+) -> dict[str, Any]:
+    """What `state_dict` has in place of the `live` tensors, of the same shapes, or ``ValueError``."""
     given = {_in_state(key): value for key, value in state_dict.items()}
-    tensors = {}
-    for key, (source, tensor, dtype) in live.items():
-        value = given.get(source)
-        if value is None:
+    found = {}
+    for key, source in sources.items():
+        if source not in given:
             raise ValueError(f"adapter {name!r} cannot be saved: state_dict has no {source}, which this model has")
-        if isinstance(value, Tensor) and value.shape != tensor.shape:
+        value = found[key] = given[source]
+        if isinstance(value, Tensor) and value.shape != live[key].shape:
             raise ValueError(
                 f"adapter {name!r} cannot be saved: state_dict has {source} of shape {list(value.shape)}, where this "
-                f"model's is {list(tensor.shape)}"
+                f"model's is {list(live[key].shape)}"
             )
-        tensors[key] = _copy(name, source, value, dtype)
-    return tensors
+    return found
 
 
 def _in_state(key: str) -> str:
