@@ -151,18 +151,15 @@ def _exchange(layer: Mergeable) -> None:
     """Lets the merged weight and the kept one change places: it can be undone, and needs memory for one layer only."""
     base, kept = layer.get_base_layer(), layer._unmerged_weight
     weight = base.weight.detach()
-    merged = None if isinstance(kept, tuple) else weight.clone()
+    merged = (base.weight,) if isinstance(kept, tuple) else weight.clone()
     try:
-        if merged is None:
-            layer._unmerged_weight = (base.weight,)
+        layer._unmerged_weight = merged
+        if isinstance(kept, tuple):
             quantized.replace_weight(base, kept[0])
         else:
             weight.copy_(kept)
-            kept.copy_(merged)
     except BaseException:
         layer._unmerged_weight = kept
-        if merged is not None:
-            weight.copy_(merged)
         raise
 
 
