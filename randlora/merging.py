@@ -173,21 +173,18 @@ def _check_unmerge(layer: Mergeable) -> None:
 def _exchange(layer: Mergeable) -> None:
     """Lets the merged weight and the kept one change places: it can be undone, and needs memory for one layer only."""
     base, kept = layer.get_base_layer(), layer._unmerged_weight
-    if isinstance(kept, tuple):
-        layer._unmerged_weight = (base.weight,)
-        try:
-            quantized.replace_weight(base, kept[0])
-        except BaseException:
-            layer._unmerged_weight = kept
-            raise
-        return
-    merged = _numbers(base)
+    merged = (base.weight,) if isinstance(kept, tuple) else _numbers(base)
     try:
-        _put(base, kept)
+        layer._unmerged_weight = merged
+        if isinstance(kept, tuple):
+            quantized.replace_weight(base, kept[0])
+        else:
+            _put(base, kept)
     except BaseException:
-        _put(base, merged)
+        layer._unmerged_weight = kept
+        if not isinstance(kept, tuple):
+            _put(base, merged)
         raise
-    layer._unmerged_weight = merged
 
 
 def _numbers(base: nn.Module) -> Tensor:

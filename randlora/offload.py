@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections import ChainMap
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,8 +107,8 @@ def _lost(grad: Tensor) -> None:
     )
 
 
-def with_numbers(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors` of `model` (its own objects), those that are offloaded brought in.
+def with_numbers(model: nn.Module, tensors: dict[str, Any]) -> dict[str, Any]:
+    """`tensors` of `model` (its own objects), those that are offloaded brought in; what is no tensor stays as it is.
 
     Raises:
         ValueError: one that is on the meta device and has not been offloaded.
@@ -118,10 +119,17 @@ def with_numbers(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tens
         if hooks(module)
         for name, tensor in (*module._parameters.items(), *module._buffers.items())
     }
-    found = {k: read(*owners[id(t)]) if t.is_meta and id(t) in owners else t for k, t in tensors.items()}
-    if missing := sorted(key for key, tensor in found.items() if tensor.is_meta):
+    found = {
+        key: read(*owners[id(value)]) if _is_meta(value) and id(value) in owners else value
+        for key, value in tensors.items()
+    }
+    if missing := sorted(key for key, value in found.items() if _is_meta(value)):
         raise ValueError(f"{missing[0]} is on the meta device: it has no numbers to save")
     return found
+
+
+def _is_meta(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_meta
 
 
 def require_numbers(tensor: Tensor, what: str, purpose: str) -> None:

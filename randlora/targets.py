@@ -54,6 +54,8 @@ def find_targets(model: nn.Module, config: RandLoraConfig) -> dict[str, nn.Modul
         inner = tuple(f"{name}." for name, module in modules.items() if is_attention(module))
         found = {n[0]: modules[n[0]] for n in (names[key] for key, left in allowed.items() if left)}
         linear = {name: m for name, m in found.items() if is_supported(m) and not name.startswith(inner)}
+        for name, module in linear.items():
+            _check_has_size(name, module)
         linear = {name: m for name, m in linear.items() if m is not head and all(layer_sizes(m))}
         _check_not_compiled(linear, wanted)
         return _some(linear, model, config)
@@ -85,8 +87,7 @@ def _check_not_compiled(found: dict[str, nn.Module], wanted: list[str] | str) ->
 
 def _check_supported(found: dict[str, nn.Module], wanted: list[str] | str) -> None:
     for name, module in found.items():
-        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
-            raise ValueError(f"{name!r} is a lazy layer that has no size yet: call the model once before adapting it")
+        _check_has_size(name, module)
         if getattr(module, "is_modules_to_save", False):
             raise ValueError(
                 f"target_modules={wanted!r} matches {name!r}, which another adapter has among its modules_to_save"
@@ -103,6 +104,11 @@ def _check_supported(found: dict[str, nn.Module], wanted: list[str] | str) -> No
                 "torch.nn.Linear, transformers' Conv1D, torch.nn.MultiheadAttention and quantised linear layers can"
                 + (f"; inside it: {', '.join(inside)}" if inside else "; exclude_modules leaves it out")
             )
+
+
+def _check_has_size(name: str, module: nn.Module) -> None:
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        raise ValueError(f"{name!r} is a lazy layer that has no size yet: call the model once before adapting it")
 
 
 def is_attention(module: nn.Module) -> bool:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterable
-from typing import Any
 
 from torch import nn
 
 from .layer import RandLoraLayer
-from .modules_to_save import ModuleToSave
 
 FLAG = "tie_word_embeddings"
 Ties = dict[int, list[tuple[str, nn.Module, str]]]  # by parameter: (module's name, module, name in the module)
@@ -52,7 +50,8 @@ def forget(model: nn.Module, before: Ties) -> None:
     would else be lost in saving and loading.
     """
     broken = [found for found in before.values() if len({id(m._parameters.get(key)) for _, m, key in found}) > 1]
-    tied = [module for module in model.modules() if getattr(getattr(module, "config", None), FLAG, False)]
+    # Not only where it is True: PEFT may have set it meanwhile, and left the others tied.
+    tied = [module for module in model.modules() if hasattr(getattr(module, "config", None), FLAG)]
     if not broken or not tied:
         return
     copies = [(m, key, _copy(m._parameters[key])) for found in shared(model).values() for _, m, key in found[1:]]
@@ -62,14 +61,14 @@ def forget(model: nn.Module, before: Ties) -> None:
         if isinstance(getattr(module, "all_tied_weights_keys", None), dict):
             module.all_tied_weights_keys = {}
     read = {id(module.config) for module in tied if _reads_flag(module)}  # T5's scales its output by it
-    switched: list[Any] = []
+    configs = {id(module.config): module.config for module in tied if id(module.config) not in read}.values()
+    flags = [(config, getattr(config, FLAG)) for config in configs]
     try:
-        for config in {id(module.config): module.config for module in tied if id(module.config) not in read}.values():
-            switched.append(config)
+        for config, _ in flags:
             setattr(config, FLAG, False)
     except BaseException:
-        for config in switched:
-            setattr(config, FLAG, True)
+        for config, flag in flags:
+            setattr(config, FLAG, flag)
         raise
 
 
@@ -77,7 +76,7 @@ def before_unloading(model: nn.Module, merged: Iterable[str]) -> Ties:
     """What is shared, with the modules that take the places of saved ones; warns of those that it parts."""
     merged, ties = list(merged), shared(model)
     for name, saved in model.named_modules():
-        if not isinstance(saved, ModuleToSave):
+        if not (hasattr(saved, "modules_to_save") and hasattr(saved, "original_module")):  # ours, or PEFT's
             continue
         chosen = next((saved.modules_to_save[n] for n in merged if n in saved.modules_to_save), None)
         if chosen is None:

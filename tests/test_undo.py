@@ -109,7 +109,7 @@ OPERATIONS = {
         lambda m, _: m.add_adapter("b", r=3),
     ),
 }  # fmt: skip
-TRIES = 20
+TRIES = 12
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
