@@ -103,15 +103,18 @@ class _WithoutGradient(torch.autograd.Function):
         )
 
 
-def require_weight(weight: Tensor, x: Tensor, shape: tuple[int, int]) -> None:
-    """Raises ``ValueError`` unless an ordinary weight has numbers for `x` and the size that was adapted."""
+def require_weight(base_layer: nn.Module, x: Tensor, shape: tuple[int, int]) -> None:
+    """Raises ``ValueError`` unless an ordinary layer has numbers for `x` and the size that was adapted."""
+    weight, bias = base_layer.weight, base_layer.bias
     if weight.shape != shape:
         raise ValueError(
             f"the base layer's weight must have the shape that was adapted, {list(shape)}, got {list(weight.shape)}: "
             "was the layer replaced?"
         )
-    if weight.is_meta and not x.is_meta:
+    if not x.is_meta:
         offload.require_numbers(weight, "the base layer's weight", "to compute with")
+        if bias is not None:
+            offload.require_numbers(bias, "the base layer's bias", "to compute with")
 
 
 def require_mergeable(base_layer: nn.Module, shape: tuple[int, int], transposed: bool) -> None:

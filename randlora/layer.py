@@ -165,10 +165,12 @@ class RandLoraLayer(Mergeable):
     def reset_randlora_parameters(self, adapter_name: str) -> None:
         """PEFT's initialisation: lambda zero and gamma ``1 / max(num_bases, min_dim)``, so that the update is zero."""
         self._check_adapter(adapter_name)
-        with torch.no_grad():
-            self.randlora_lambda[adapter_name].zero_()
-            gamma = self.randlora_gamma[adapter_name]
-            gamma.fill_(1 / max(gamma.shape))
+        gamma = self.randlora_gamma[adapter_name]
+        for parameters, value in ((self.randlora_lambda, 0.0), (self.randlora_gamma, 1 / max(gamma.shape))):
+            with torch.no_grad():
+                parameter = parameters[adapter_name].fill_(value)
+            if parameter.is_meta and offload.hooks(parameters):
+                offload.write(parameters, adapter_name, torch.full_like(parameter, value, device="cpu"))
 
     def reset_parameters(self) -> None:
         """torch's way to fill modules after ``to_empty``: all adapters start anew, the base layer is not touched."""
@@ -186,6 +188,8 @@ class RandLoraLayer(Mergeable):
             left = others[:1]
             warnings.warn(f"the active adapter {adapter_name!r} was deleted; {left[0]!r} is active now", stacklevel=2)
         with all_or_nothing(self):
+            for parameters in self.trained_parts():
+                offload.forget(parameters, adapter_name)
             for kept in (
                 self.r,
                 self.num_bases,

@@ -158,7 +158,7 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
             if result is not None:
                 return result
         if plain:
-            base_layers.require_weight(self.weight, x, self._weight_shape)
+            base_layers.require_weight(self.base_layer, x, self._weight_shape)
             result, adapters = self._update(x, dtype, adapters[0], self.weight, self.bias), adapters[1:]
         else:
             result = self._product(x, *args, **kwargs)
@@ -225,7 +225,7 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
         weight = self.weight if self._base_is_plain() else None
         merged = exact and weight is not None and weight.dtype == dtype
         if weight is not None:
-            base_layers.require_weight(weight, x, self._weight_shape)
+            base_layers.require_weight(self.base_layer, x, self._weight_shape)
         sources = [p[name] for name in adapters for p in (self.randlora_lambda, self.randlora_gamma)]
         if merged:  # the update alone does not depend on the weight, which need not be an ordinary tensor
             sources.append(weight)

@@ -78,6 +78,12 @@ def write(module: nn.Module, name: str, value: Tensor) -> None:
         hook.weights_map[name] = value.detach().cpu()
 
 
+def forget(module: nn.Module, name: str) -> None:
+    """Before a tensor of `module` is deleted: its hooks would look for it when they are removed."""
+    for hook in hooks(module):
+        hook.original_devices.pop(name, None)
+
+
 def trained(parameters: nn.ParameterDict, adapter: str, what: str, device: torch.device) -> Tensor:
     """lambda or gamma of an adapter (`what`), as a call on `device` takes it.
 

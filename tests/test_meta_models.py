@@ -77,6 +77,16 @@ def test_a_weight_on_meta_is_not_computed_with(strategy):
     assert not layer.merged
 
 
+def test_a_bias_on_meta_is_not_computed_with():
+    layer = make_layer()
+    layer.base_layer.bias = nn.Parameter(layer.bias.to("meta"), requires_grad=False)
+    for training in (True, False):
+        layer.train(training)
+        for _ in range(3):
+            with torch.set_grad_enabled(training), pytest.raises(ValueError, match="base layer's bias is on the meta"):
+                layer(normal(3, 41))
+
+
 def test_what_a_base_layer_returns_on_meta_is_not_added_to():
     class Own(nn.Linear):
         def forward(self, x):

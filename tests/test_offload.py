@@ -146,6 +146,24 @@ def test_hooks_that_are_removed_give_everything_back(tmp_path):
     torch.testing.assert_close(model(IDS), expected)
 
 
+def test_changing_the_adapters_of_an_offloaded_model(tmp_path):
+    model, expected = offloaded(adapt(net()), "cpu", tmp_path), adapt(net())
+    with torch.no_grad():
+        for m in (model, expected):
+            m.add_weighted_adapter(["default"], [0.5], "less")
+            m.set_adapter("less")
+        torch.testing.assert_close(model(IDS), expected(IDS))
+        for m in (model, expected):
+            m.model.layers[0].q_proj.reset_parameters()
+            m.set_adapter("default")
+        torch.testing.assert_close(model(IDS), expected(IDS))
+        for m in (model, expected):
+            m.set_adapter("less")
+            m.delete_adapter("default")
+        accelerate.hooks.remove_hook_from_submodules(model)
+        torch.testing.assert_close(model(IDS), expected(IDS))
+
+
 # ---- files, and looking at a model ----
 
 
