@@ -161,6 +161,10 @@ class RandLoraModel(PeftRandLoraModel):
 
     # ---- layers ----
 
+    def forward(self, *args, **kwargs):
+        """PEFT's ``forward``. That of earlier versions goes past the hooks of the model."""
+        return self.model(*args, **kwargs)
+
     @staticmethod
     def _create_new_module(config, randlora_A, randlora_B, adapter_name: str, target, **kwargs) -> Linear:
         create = PeftRandLoraModel._create_new_module
