@@ -15,7 +15,7 @@ from .. import peft_prng
 from ..checks import require_int
 from ..fast_path import disable_fast_path, restore_fast_path
 from ..injection import untie
-from ._peft_bases import Bases
+from ._peft_bases import Bases, is_8_bit
 from ._peft_layer import Linear, convert, initialise_anew
 from ._peft_undo import undone_if_it_fails, unmerged_if_it_fails
 from ._peft_wrappers import Trainability, activate, mixed, wrappers
@@ -220,6 +220,12 @@ def _check(name: str, module: nn.Module) -> None:
             f"{name!r} is a RandLoRA layer around another one, as PEFT builds for a second adapter on a quantised "
             "layer: save the adapters and load them with randlora enabled"
         )
+    for adapter, parameter in module.randlora_lambda.items():
+        if is_8_bit(parameter):
+            raise ValueError(
+                f"{name!r} has adapter {adapter!r} in {parameter.dtype}, in which it cannot be computed: cast it to "
+                "torch.float32"
+            )
     for adapter, rank in module.r.items():
         if adapter in module.randlora_lambda and module.randlora_A[adapter].shape[0] != rank:
             raise ValueError(
