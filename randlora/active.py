@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from . import injection
+from . import injection, ties
 from .config import PEFT_TYPE, RandLoraConfig
 from .injection import adapted_layers, saved_modules
-from .layer import RandLoraLayer
+from .merging import merged_or_not, unmerged
+from .undo import all_or_nothing
 
 
 class ActiveAdapters(nn.Module):
@@ -60,28 +61,35 @@ class ActiveAdapters(nn.Module):
                 raise ValueError(f"{' and '.join(several)} cannot act together: both have a copy of {path!r} to save")
         if any(layer.merged for layer in adapted_layers(self.model).values()):
             warnings.warn("set_adapter: merged adapters are unmerged first", stacklevel=2)
+        with all_or_nothing(self, *self._parts(), deep=False):
+            self._set_active(names, inference_mode)
             self.unmerge_adapter()
-        self._set_active(names, inference_mode)
 
     def _set_active(self, names: list[str], inference_mode: bool) -> None:
-        self._active, self._inference_mode = names, inference_mode
-        for layer in adapted_layers(self.model).values():
-            layer.set_adapter([name for name in names if name in layer.randlora_lambda], inference_mode)
-        for module in saved_modules(self.model).values():
-            module.set_adapter(next((name for name in names if name in module.modules_to_save), None), inference_mode)
-        if any(config.bias != "none" for config in self.peft_config.values()):
-            modes = set() if inference_mode else {self.peft_config[name].bias for name in names}
-            injection.train_biases(self.model, modes)
+        with all_or_nothing(self, *self._parts(), deep=False):
+            self._active, self._inference_mode = names, inference_mode
+            for layer in adapted_layers(self.model).values():
+                layer.set_adapter([name for name in names if name in layer.randlora_lambda], inference_mode)
+            for module in saved_modules(self.model).values():
+                name = next((name for name in names if name in module.modules_to_save), None)
+                module.set_adapter(name, inference_mode)
+            if any(config.bias != "none" for config in self.peft_config.values()):
+                modes = set() if inference_mode else {self.peft_config[name].bias for name in names}
+                injection.train_biases(self.model, modes)
+
+    def _parts(self) -> list[nn.Module]:
+        return [*adapted_layers(self.model).values(), *saved_modules(self.model).values()]
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Freeze or unfreeze the parameters of these adapters, whether they are active or not."""
-        for name in self._names(adapter_names):
+        names = self._names(adapter_names)
+        with all_or_nothing(self, deep=False):
             for layer in adapted_layers(self.model).values():
-                if name in layer.randlora_lambda:
+                for name in filter(layer.randlora_lambda.__contains__, names):
                     layer.randlora_lambda[name].requires_grad_(requires_grad)
                     layer.randlora_gamma[name].requires_grad_(requires_grad)
             for module in saved_modules(self.model).values():
-                if name in module.modules_to_save:
+                for name in filter(module.modules_to_save.__contains__, names):
                     module.modules_to_save[name].requires_grad_(requires_grad)
 
     @contextlib.contextmanager
@@ -108,9 +116,11 @@ class ActiveAdapters(nn.Module):
         self._enable(False)
 
     def _enable(self, enabled: bool) -> None:
-        self._enabled = enabled
-        for part in (*adapted_layers(self.model).values(), *saved_modules(self.model).values()):
-            part.enable_adapters(enabled)
+        parts = self._parts()
+        with all_or_nothing(self, *parts, deep=False):
+            self._enabled = enabled
+            for part in parts:
+                part.enable_adapters(enabled)
 
     def _flags(self) -> list[tuple[nn.Parameter, bool]]:
         return [(parameter, parameter.requires_grad) for parameter in self.parameters()]
@@ -121,22 +131,17 @@ class ActiveAdapters(nn.Module):
         """Add updates (default: of the active adapters) to the base weights. :meth:`unmerge_adapter` takes them back.
 
         Raises:
-            ValueError: an unknown name; with `safe_merge` a merged weight that is not finite. Nothing is changed then.
+            ValueError, TypeError: an unknown name; a layer that cannot be merged into, such as one with a
+                parametrised weight; with `safe_merge` a merged weight that is not finite. Nothing is changed then.
         """
         names = self._names(adapter_names)
-        injection.untie(self.model, names)
-        before: list[tuple[RandLoraLayer, list[str]]] = []
-        try:
-            for layer in adapted_layers(self.model).values():
-                before.append((layer, list(layer.merged_adapters)))
-                wanted = [n for n in names if n in layer.randlora_lambda and n not in layer.merged_adapters]
-                layer.merge(safe_merge=safe_merge, adapter_names=wanted)
-        except Exception:
-            for layer, merged in before:
-                if layer.merged_adapters != merged:
-                    layer.unmerge()
-                    layer.merge(adapter_names=merged)
-            raise
+        wanted = injection.to_merge(self.model, names)
+        with all_or_nothing(self), merged_or_not(wanted):
+            shared = ties.shared(self.model)
+            ties.part(self.model, names)
+            for layer, adapters in wanted.items():
+                layer.merge(safe_merge=safe_merge, adapter_names=adapters)
+            ties.forget(self.model, shared)
 
     def _names(self, adapter_names: str | Sequence[str] | None) -> list[str]:
         if adapter_names is None:
@@ -148,9 +153,11 @@ class ActiveAdapters(nn.Module):
 
     def unmerge_adapter(self) -> None:
         """Give the base weights back, bit for bit."""
-        for layer in adapted_layers(self.model).values():
-            if layer.merged:
-                layer.unmerge()
+        with self._unmerged():
+            pass
+
+    def _unmerged(self) -> contextlib.AbstractContextManager[None]:
+        return unmerged(layer for layer in adapted_layers(self.model).values() if layer.merged)
 
     def _check(self, adapter_name: str) -> None:
         if adapter_name not in self.peft_config:

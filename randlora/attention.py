@@ -18,6 +18,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .fast_path import disable_fast_path, restore_fast_path
 from .layer import RandLoraLayer
 from .linear import Linear
+from .undo import all_or_nothing
 
 __all__ = ["PROJECTIONS", "MultiheadAttention", "disable_fast_path", "restore_fast_path"]
 
@@ -118,17 +119,18 @@ class MultiheadAttention(nn.MultiheadAttention):
         before = [getattr(self, name) for name in self.projections]
         active = list(dict.fromkeys(name for layer in before for name in layer.active_adapters))
         frozen = any(layer._inference_mode for layer in before)
-        for name, layer in layers.items():
-            if isinstance(layer, RandLoraLayer):
-                layer.update_layer(adapter_name, **settings)
-            else:
-                layer = Linear(layer, adapter_name, strategy=strategy, **settings).train(self.training)
-                setattr(self, name, layer)
-                if any(other.disable_adapters for other in before):
-                    layer.enable_adapters(False)
-            wanted = [other for other in active if other in layer.randlora_lambda]
-            if active and (layer.active_adapters, layer._inference_mode) != (wanted, frozen):
-                layer.set_adapter(wanted, inference_mode=frozen)
+        with all_or_nothing(self):
+            for name, layer in layers.items():
+                if isinstance(layer, RandLoraLayer):
+                    layer.update_layer(adapter_name, **settings)
+                else:
+                    layer = Linear(layer, adapter_name, strategy=strategy, **settings).train(self.training)
+                    setattr(self, name, layer)
+                    if any(other.disable_adapters for other in before):
+                        layer.enable_adapters(False)
+                wanted = [other for other in active if other in layer.randlora_lambda]
+                if active and (layer.active_adapters, layer._inference_mode) != (wanted, frozen):
+                    layer.set_adapter(wanted, inference_mode=frozen)
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -314,6 +316,8 @@ def check_base(base_layer: nn.Module) -> None:
         raise TypeError(f"base_layer has parts that torch.nn.MultiheadAttention has not: {', '.join(unknown)}")
     if type(base_layer.out_proj) not in (NonDynamicallyQuantizableLinear, nn.Linear):
         raise TypeError(f"base_layer.out_proj must be torch's own, got {type(base_layer.out_proj).__name__}")
+    if recomputed := sorted({*base_layer.out_proj._parameters, *base_layer.out_proj._buffers} - {"weight", "bias"}):
+        raise TypeError(f"base_layer.out_proj has parts that torch's has not: {', '.join(recomputed)}")
     if any(getattr(base_layer, hooks) for hooks in _HOOKS):
         raise ValueError("base_layer has hooks, which would be lost: remove them and register them on the adapted one")
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import fingerprint, patterns, peft_prng
-from .checks import require_dtype, require_float, require_int
+from .checks import require_dtype, require_float, require_int, require_size
 from .held import Ready, canonical, make_sure, make_sure_pattern, register
 from .patterns import Pattern
 
@@ -31,7 +31,7 @@ class RandomBases:
     Args:
         max_dim: rows of B, the largest ``max(in_features, out_features)`` it serves.
         min_dim: columns of A, the largest ``min(in_features, out_features)`` it serves.
-        r: rank of one base.
+        r: rank of one base, up to 65,536.
         kind: ``"dense"`` (uniform), ``"sparse"`` (-1, 0, +1 with 2/3 zeros), ``"very_sparse"`` (1 - 1/sqrt(min_dim)
             zeros) or ``"sign"`` (-1, +1); unit variance each.
         seed: PEFT's ``projection_prng_key``, ``0 <= seed < 2**64``.
@@ -63,13 +63,13 @@ class RandomBases:
         *,
         sparsity: float | None = None,
     ) -> None:
-        self.r = require_int("r", r, 1)
-        self.min_dim = require_int("min_dim", min_dim, 1)
-        self.max_dim = require_int("max_dim", max_dim, 1)
+        self.r = require_size("r", r)
+        self.min_dim = require_size("min_dim", min_dim, 2**31 - 1)
+        self.max_dim = require_size("max_dim", max_dim, 2**31 - 1)
         if self.max_dim < self.min_dim:
             raise ValueError(f"max_dim must be at least min_dim = {min_dim}, got {max_dim}")
         default_bases = -(-self.min_dim // self.r)
-        self.num_bases = default_bases if num_bases is None else require_int("num_bases", num_bases, 1)
+        self.num_bases = default_bases if num_bases is None else require_size("num_bases", num_bases, 2**31 - 1)
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
         if prng not in PRNGS:

@@ -7,6 +7,9 @@ import numbers
 
 import torch
 
+# Far above what any layer has a use for, and low enough that sizes stay numbers a machine can count with.
+MAX_RANK = 2**16
+
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -17,6 +20,13 @@ def require_int(name: str, value: int, low: int, high: int | None = None) -> int
     if value < low or (high is not None and value > high):
         bounds = f"at least {low}" if high is None else f"between {low} and {high}"
         raise ValueError(f"{name} must be {bounds}, got {value}")
+    return int(value)
+
+
+def require_size(name: str, value: int, high: int = MAX_RANK) -> int:
+    """`value` as an int that some dimension can have, or TypeError / ValueError."""
+    if require_int(name, value, 1) > high:
+        raise ValueError(f"{name} must be at most {high}, got {value}")
     return int(value)
 
 

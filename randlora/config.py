@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .bases import KINDS, PRNGS
-from .checks import require_float, require_int
+from .checks import require_float, require_int, require_size
 from .planner import STRATEGIES
 
 CONFIG_NAME = "adapter_config.json"
@@ -29,7 +29,7 @@ class RandLoraConfig:
     """Settings of one adapter (PEFT: ``RandLoraConfig``).
 
     Args:
-        r: rank of one base. A lower rank means more bases and more trained numbers.
+        r: rank of one base, up to 65,536. A lower rank means more bases and more trained numbers.
         randlora_alpha: the update is scaled by ``randlora_alpha / r``.
         randlora_dropout: dropout probability on the update's input.
         target_modules: which layers to adapt: a list of names (a whole name or its last components), a regular
@@ -85,12 +85,12 @@ class RandLoraConfig:
     inference_mode: bool = False
 
     def __post_init__(self) -> None:
-        self.r = require_int("r", self.r, 1)
+        self.r = require_size("r", self.r)
         require_float("randlora_alpha", self.randlora_alpha)
         self.randlora_dropout = require_float("randlora_dropout", self.randlora_dropout, 0.0, 1.0)
         self.projection_prng_key = require_int("projection_prng_key", self.projection_prng_key, 0, 2**64 - 1)
         if self.num_bases is not None:
-            self.num_bases = require_int("num_bases", self.num_bases, 1)
+            self.num_bases = require_size("num_bases", self.num_bases)
         for name in ("save_projection", "sparse", "very_sparse", "fan_in_fan_out", "init_weights", "inference_mode"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 from torch import nn
 
+from . import ties
 from .attention import MultiheadAttention, check_base, disable_fast_path, restore_fast_path
 from .bases import RandomBases
 from .config import RandLoraConfig
 from .layer import RandLoraLayer
 from .linear import Linear
+from .merging import merged_or_not
 from .mixed import BASE
 from .modules_to_save import ModuleToSave
 from .store import shared, shared_bases
 from .targets import find_targets, layer_sizes, peft_dims
+from .undo import all_or_nothing
 
 # What PEFT trains and saves beside the adapter for these tasks, where the model has it.
 TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
@@ -95,7 +97,7 @@ def shared_peft_bases(max_dim: int, min_dim: int, r: int, kind: str, seed: int, 
 
 
 def apply(model: nn.Module, plan: Plan, adapter_name: str) -> None:
-    """Wrap the targets, or add the adapter to those that are wrapped already."""
+    """Wrap the targets, or add the adapter to those that are wrapped already. Callers undo what a failure leaves."""
     config = plan.config
     settings = {
         "r": config.r,
@@ -134,56 +136,65 @@ def apply(model: nn.Module, plan: Plan, adapter_name: str) -> None:
             disable_fast_path(module)
 
 
-def unload(model: nn.Module, merged: Iterable[str], progressbar: bool) -> nn.Module:
-    """Merge the adapters `merged` and put the plain modules back; returns the model."""
-    layers = adapted_layers(model)
-    untie(model, merged)
-    bar = layers.values()
+def to_merge(model: nn.Module, names: Iterable[str]) -> dict[RandLoraLayer, list[str]]:
+    """Layer -> which of the adapters `names` are to be merged into it; checked for all layers first."""
+    found = {}
+    for path, layer in adapted_layers(model).items():
+        wanted = [name for name in names if name in layer.randlora_lambda and name not in layer.merged_adapters]
+        if wanted:
+            found[layer] = wanted
+            try:
+                layer.check_merge(wanted)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{path!r} cannot be merged into: {error}") from error
+    return found
+
+
+def unload(
+    model: nn.Module, merged: Iterable[str], progressbar: bool = False, safe_merge: bool = False,
+    low_memory: bool = False,
+) -> nn.Module:  # fmt: skip
+    """Merge the adapters `merged` and put the plain modules back; returns the model.
+
+    What raises leaves the model as it was, except with `low_memory`: then layers that were merged before stay so.
+    """
+    layers, wanted = adapted_layers(model), to_merge(model, merged)
+    bar = wanted.items()
     if progressbar:
         from tqdm import tqdm
 
         bar = tqdm(bar, desc="merge and unload" if merged else "unload", unit="layer")
-    for layer in bar:
-        wanted = [n for n in merged if n in layer.randlora_lambda and n not in layer.merged_adapters]
-        layer.merge(adapter_names=wanted)
-        layer._unmerged_weight = None  # one layer at a time: no second copy of the model's weights
-    attentions = {n: m for n, m in model.named_modules() if isinstance(m, MultiheadAttention)}
-    places = Places(model)
-    for name, layer in layers.items():
-        if name.rpartition(".")[0] not in attentions:
-            places.put(layer, layer.get_base_layer())
-    for attention in attentions.values():
-        places.put(attention, attention.unwrap())
-    for module in saved_modules(model).values():
-        chosen = next((n for n in merged if n in module.modules_to_save), None)
-        places.put(module, module.original_module if chosen is None else module.modules_to_save[chosen])
-    for module in model.modules():
-        if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
-            restore_fast_path(module)
+    shared = ties.before_unloading(model, merged)
+    if low_memory:
+        with all_or_nothing(model):
+            ties.part(model, merged)
+        _merge(bar, safe_merge, keep=False)
+    with all_or_nothing(model), merged_or_not(() if low_memory else wanted):
+        if not low_memory:
+            ties.part(model, merged)
+            _merge(bar, safe_merge, keep=True)
+        attentions = {n: m for n, m in model.named_modules() if isinstance(m, MultiheadAttention)}
+        places = Places(model)
+        for name, layer in layers.items():
+            if name.rpartition(".")[0] not in attentions:
+                places.put(layer, layer.get_base_layer())
+        for attention in attentions.values():
+            places.put(attention, attention.unwrap())
+        for module in saved_modules(model).values():
+            chosen = next((n for n in merged if n in module.modules_to_save), None)
+            places.put(module, module.original_module if chosen is None else module.modules_to_save[chosen])
+        for module in model.modules():
+            if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
+                restore_fast_path(module)
+        ties.forget(model, shared)
     return model
 
 
-def untie(model: nn.Module, merged: Iterable[str]) -> None:
-    """Give layers that `merged` is about to change a weight of their own where another module has the same one."""
-    merged = set(merged)
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(name)
-    for name, layer in adapted_layers(model).items():
-        base = layer.get_base_layer()
-        shared = [n for n in owners.get(id(base.weight), ()) if n not in (name, f"{name}.base_layer")]
-        if not shared or type(base.weight) is not nn.Parameter or not merged & set(layer.randlora_lambda):
-            continue
-        owners[id(base.weight)] = shared
-        base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=base.weight.requires_grad)
-        if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-            model.config.tie_word_embeddings = False  # else the merged weight would be lost in saving and loading
-        others = " and ".join(n.removesuffix(".base_layer") for n in shared)
-        warnings.warn(
-            f"{name!r} shares its weight with {others}: merging gives it one of its own, they are no longer tied",
-            stacklevel=3,
-        )
+def _merge(wanted: Iterable[tuple[RandLoraLayer, list[str]]], safe_merge: bool, keep: bool) -> None:
+    for layer, names in wanted:
+        layer.merge(safe_merge, names)
+        if not keep:
+            layer._unmerged_weight = None
 
 
 # ---- looking at a model ----

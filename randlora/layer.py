@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from .bases import RandomBases
-from .checks import require_float, require_int
+from .checks import require_float, require_size
 from .functional import delta_weight, flat_bases, sparse_delta_weight
 from .merging import Mergeable
 from .mixed import MixedBatch
 from .patterns import Pattern
 from .store import shared_bases
+from .undo import all_or_nothing
 
 BaseTensors = Tensor | Mapping[str, Tensor] | None
 
@@ -93,11 +94,16 @@ class RandLoraLayer(Mergeable):
             raise ValueError(f"adapter_name {adapter_name!r} is taken by torch.nn's containers: choose another one")
         if adapter_name in self.randlora_lambda:
             raise ValueError(f"this layer already has an adapter named {adapter_name!r}: delete it first")
-        r = require_int("r", r, 1)
+        if not self.in_features or not self.out_features:
+            raise ValueError(
+                f"the base layer has {self.in_features} inputs and {self.out_features} outputs: without numbers there "
+                "is nothing to adapt"
+            )
+        r = require_size("r", r)
         alpha = require_float("randlora_alpha", randlora_alpha)
         dropout = require_float("randlora_dropout", randlora_dropout, 0.0, 1.0)
         m, M = min(self.in_features, self.out_features), max(self.in_features, self.out_features)
-        n = -(-m // r) if num_bases is None else require_int("num_bases", num_bases, 1)
+        n = -(-m // r) if num_bases is None else require_size("num_bases", num_bases)
         if init_weights not in (True, False):
             raise TypeError(f"init_weights must be True or False, got {init_weights!r}")
         bases = self._choose_bases(adapter_name, randlora_A, randlora_B, bases, r)
@@ -106,14 +112,16 @@ class RandLoraLayer(Mergeable):
         weight = self.get_base_layer().weight
         # 16-bit and quantised weights get fp32 parameters: their updates would vanish in 16 bits.
         dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
-        self.r[adapter_name], self.num_bases[adapter_name], self.bases[adapter_name] = r, n, bases
-        self.randlora_alpha[adapter_name], self.scaling[adapter_name] = alpha, alpha / r
-        self.randlora_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.randlora_lambda[adapter_name] = nn.Parameter(torch.randn(r, n, dtype=dtype, device=weight.device))
-        self.randlora_gamma[adapter_name] = nn.Parameter(torch.full((n, m), 1 / M, dtype=dtype, device=weight.device))
-        if init_weights:
-            self.reset_randlora_parameters(adapter_name)
-        self.set_adapter(self._active_adapters or [adapter_name], self._inference_mode)
+        with all_or_nothing(self):
+            self.r[adapter_name], self.num_bases[adapter_name], self.bases[adapter_name] = r, n, bases
+            self.randlora_alpha[adapter_name], self.scaling[adapter_name] = alpha, alpha / r
+            self.randlora_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
+            lam = torch.randn(r, n, dtype=dtype, device=weight.device)
+            gamma = torch.full((n, m), 1 / M, dtype=dtype, device=weight.device)
+            self.randlora_lambda[adapter_name], self.randlora_gamma[adapter_name] = map(nn.Parameter, (lam, gamma))
+            if init_weights:
+                self.reset_randlora_parameters(adapter_name)
+            self.set_adapter(self._active_adapters or [adapter_name], self._inference_mode)
 
     def _choose_bases(
         self, adapter_name: str, A: BaseTensors, B: BaseTensors, bases: RandomBases | None, r: int
@@ -149,26 +157,25 @@ class RandLoraLayer(Mergeable):
         self._check_adapter(adapter_name)
         if adapter_name in self.merged_adapters:
             raise ValueError(f"adapter {adapter_name!r} is merged into the base weight: call unmerge() first")
-        for kept in (
-            self.r,
-            self.num_bases,
-            self.randlora_alpha,
-            self.scaling,
-            self.bases,
-            self.randlora_dropout,
-            self.randlora_lambda,
-            self.randlora_gamma,
-        ):
-            del kept[adapter_name]
-        if adapter_name in self._active_adapters:
-            left = [name for name in self._active_adapters if name != adapter_name]
-            if not left and len(self.randlora_lambda):
-                left = [next(iter(self.randlora_lambda))]
-                warnings.warn(
-                    f"the active adapter {adapter_name!r} was deleted; {left[0]!r} is active now",
-                    stacklevel=2,
-                )
-            self.set_adapter(left, self._inference_mode)
+        active, left = self._active_adapters, [name for name in self._active_adapters if name != adapter_name]
+        others = [name for name in self.randlora_lambda if name != adapter_name]
+        if active == [adapter_name] and others:
+            left = others[:1]
+            warnings.warn(f"the active adapter {adapter_name!r} was deleted; {left[0]!r} is active now", stacklevel=2)
+        with all_or_nothing(self):
+            for kept in (
+                self.r,
+                self.num_bases,
+                self.randlora_alpha,
+                self.scaling,
+                self.bases,
+                self.randlora_dropout,
+                self.randlora_lambda,
+                self.randlora_gamma,
+            ):
+                del kept[adapter_name]
+            if adapter_name in active:
+                self.set_adapter(left, self._inference_mode)
 
     # ---- which adapters act ----
 

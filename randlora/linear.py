@@ -10,15 +10,17 @@ from torch import Tensor, nn
 
 from . import quantized
 from .bases import RandomBases
+from .bypassed import Noticed
 from .cache import UpdateCache
 from .functional import compute_dtype, linear
 from .layer import BaseTensors, RandLoraLayer
 from .mixed import add_updates
 from .patterns import is_planes
 from .planner import STRATEGIES
+from .undo import all_or_nothing
 
 
-class Linear(nn.Linear, RandLoraLayer):
+class Linear(nn.Linear, RandLoraLayer, Noticed):
     """Wraps an ``nn.Linear`` and adds ``dW = alpha / r * sum_i B_i diag(lambda_i) A diag(gamma_i)`` to its weight.
 
     The base layer is frozen; ``randlora_lambda[adapter_name]`` and ``randlora_gamma[adapter_name]`` are trained.
@@ -99,12 +101,14 @@ class Linear(nn.Linear, RandLoraLayer):
             bases=bases,
             num_bases=num_bases,
         )
-        base_layer.requires_grad_(False)
-        quantized.prepare(base_layer)
+        with all_or_nothing(base_layer):
+            base_layer.requires_grad_(False)
+            quantized.prepare(base_layer)
 
     @property
     def weight(self) -> Tensor:
         """The base layer's weight (with merged adapters in it)."""
+        self._note("_was_read")
         return self.base_layer.weight
 
     @property
@@ -113,6 +117,7 @@ class Linear(nn.Linear, RandLoraLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features]`` to ``[..., out_features]`` in the dtype that the base layer gives."""
+        self._note("_was_called")
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.mixed_batch is not None and not self.disable_adapters:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import quantized
 from .checks import require_dtype
@@ -16,7 +17,7 @@ class Mergeable:
     """The merging half of :class:`randlora.RandLoraLayer`, whose attributes it uses.
 
     ``merged_adapters`` names what is in the weight; ``_unmerged_weight`` is the weight as it was before: a tensor, or
-    for quantised layers the parameter itself in a tuple.
+    for quantised layers the parameter itself in a tuple. It is None in a merged layer whose weight was not kept.
     """
 
     @property
@@ -38,7 +39,7 @@ class Mergeable:
             safe_merge: raise ``ValueError``, with nothing changed, if the merged weight is not finite.
 
         Raises:
-            TypeError: a weight of a dtype that updates cannot be added to.
+            TypeError, ValueError: see :meth:`check_merge`. Nothing is changed then, or if memory runs out.
         """
         if isinstance(adapter_names, str):
             adapter_names = [adapter_names]
@@ -50,21 +51,52 @@ class Mergeable:
             names = [name for name in names if name not in repeated]
         if not names:
             return
+        self.check_merge(names)
         base, kept = self.get_base_layer(), self._unmerged_weight
         weight = base.weight
-        if isinstance(kept, tuple) or quantized.is_quantized(base):
+        if self._is_quantized():
             self._merge_quantized(base, names, safe_merge)
             return
-        require_dtype("the base weight's dtype", weight.dtype)
         with torch.no_grad():
             merged = sum((self.get_delta_weight(name).to(weight.device) for name in names), start=weight)
             merged = merged.to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"merging {', '.join(names)} gives NaN or infinity in the weight; nothing was changed")
-            if kept is None:
+        with merged_or_not([self]), torch.no_grad():
+            if kept is None and not self.merged:
                 self._unmerged_weight = weight.detach().clone()
+            self.merged_adapters.extend(names)
             weight.copy_(merged)
-        self.merged_adapters.extend(names)
+
+    def check_merge(self, adapter_names: Sequence[str]) -> None:
+        """Raise what :meth:`merge` would raise whatever the numbers are; for a look at all layers before the first.
+
+        Raises:
+            ValueError: a weight that the base layer computes anew at every call, such as a parametrised or pruned one:
+                what is added to it would be lost. A base layer that does something else with its weight than to
+                multiply by it, in a forward of its own or in hooks (tried with a small input). A layer whose weight
+                its model only reads: the adapter has no effect there, and would have one if it was merged.
+            TypeError: a weight of a dtype that updates cannot be added to.
+        """
+        base = self.get_base_layer()
+        if not isinstance(base._parameters.get("weight"), nn.Parameter):
+            raise ValueError(_recomputed(base))
+        if not self._is_quantized():
+            require_dtype("the base weight's dtype", base.weight.dtype)
+            if _does_more(base, self.fan_in_fan_out):
+                raise ValueError(
+                    f"this {type(base).__name__} does something else with its weight than to multiply by it, in its "
+                    "forward or in hooks, so that what is merged would not act as the adapter does; nothing was changed"
+                )
+        if getattr(self, "bypassed", False) and any(
+            self.randlora_lambda[n].any() and self.randlora_gamma[n].any() for n in adapter_names
+        ):
+            raise ValueError(_BYPASSED)
+        if self._unmerged_weight is None and self.merged and self._is_quantized():
+            raise ValueError(_NOT_KEPT)
+
+    def _is_quantized(self) -> bool:
+        return isinstance(self._unmerged_weight, tuple) or quantized.is_quantized(self.get_base_layer())
 
     def _merge_quantized(self, base: nn.Module, names: list[str], safe_merge: bool) -> None:
         kept = self._unmerged_weight
@@ -74,10 +106,11 @@ class Mergeable:
             parameter, stands_for, loss = quantized.merged_parameter(base, update, original)
             if safe_merge and not torch.isfinite(stands_for).all():
                 raise ValueError(f"merging {', '.join(names)} gives NaN or infinity in the weight; nothing was changed")
-        before = quantized.replace_weight(base, parameter)
-        if kept is None:
-            self._unmerged_weight = (before,)
-        self.merged_adapters.extend(names)
+        with merged_or_not([self]):
+            before = quantized.replace_weight(base, parameter)
+            if kept is None:
+                self._unmerged_weight = (before,)
+            self.merged_adapters.extend(names)
         if loss is not None:
             warnings.warn(loss, stacklevel=3)
 
@@ -86,11 +119,114 @@ class Mergeable:
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        base, kept = self.get_base_layer(), self._unmerged_weight
+        with unmerged([self]):
+            pass
+
+
+@contextlib.contextmanager
+def unmerged(layers: Iterable[Mergeable]) -> Iterator[None]:
+    """Gives the base weights of these merged layers back; if that or the block raises, they are merged again."""
+    layers = list(layers)
+    if any(layer._unmerged_weight is None for layer in layers):
+        raise ValueError(_NOT_KEPT)
+    names, exchanged, kept = [list(layer.merged_adapters) for layer in layers], 0, []
+    try:
+        for layer in layers:
+            _exchange(layer)
+            exchanged += 1
+        kept = [layer._unmerged_weight for layer in layers]
+        yield
+        for layer in layers:
+            layer._unmerged_weight = None
+            layer.merged_adapters.clear()
+    except BaseException:
+        for i, layer in enumerate(layers[:exchanged]):
+            layer._unmerged_weight = kept[i] if kept else layer._unmerged_weight
+            layer.merged_adapters[:] = names[i]
+            _exchange(layer)
+        raise
+
+
+def _exchange(layer: Mergeable) -> None:
+    """Lets the merged weight and the kept one change places: it can be undone, and needs memory for one layer only."""
+    base, kept = layer.get_base_layer(), layer._unmerged_weight
+    weight = base.weight.detach()
+    merged = (base.weight,) if isinstance(kept, tuple) else weight.clone()
+    try:
+        layer._unmerged_weight = merged
         if isinstance(kept, tuple):
             quantized.replace_weight(base, kept[0])
         else:
-            with torch.no_grad():
-                base.weight.copy_(kept)
-        self._unmerged_weight = None
-        self.merged_adapters.clear()
+            weight.copy_(kept)
+    except BaseException:
+        layer._unmerged_weight = kept
+        raise
+
+
+@contextlib.contextmanager
+def merged_or_not(layers: Iterable[Mergeable]) -> Iterator[None]:
+    """If the block, which merges adapters into some of `layers`, raises, all of them are as they were before it.
+
+    The weights as they were come from what the layers keep; of layers that are merged already a copy is made.
+    """
+    before = [(layer, layer._unmerged_weight, list(layer.merged_adapters), _current(layer)) for layer in layers]
+    try:
+        yield
+    except BaseException:
+        for layer, kept, names, weight in before:
+            base = layer.get_base_layer()
+            if isinstance(weight, nn.Parameter):
+                if base.weight is not weight:
+                    quantized.replace_weight(base, weight)
+            elif (source := layer._unmerged_weight if weight is None else weight) is not None:
+                with torch.no_grad():
+                    base.weight.copy_(source)
+            layer._unmerged_weight, layer.merged_adapters[:] = kept, names
+        raise
+
+
+def _current(layer: Mergeable) -> Tensor | None:
+    """What the layer's weight must be set to again: None where the layer will keep it itself."""
+    if layer._is_quantized():
+        return layer.get_base_layer().weight
+    return layer.get_base_layer().weight.detach().clone() if layer.merged else None
+
+
+def _does_more(base: nn.Module, transposed: bool) -> bool:
+    """Whether the output is far from ``x W^T + b``, as with masked or scaled weights; rounding is not meant."""
+    own = "forward" not in vars(base) and type(base).forward is (type(base) if transposed else nn.Linear).forward
+    if "_hf_hook" in vars(base) or base.weight.is_meta:  # accelerate's, which moves the weight and changes nothing
+        return False
+    if own and not (base._forward_hooks or base._forward_pre_hooks):
+        return False
+    weight, training = base.weight.detach(), base.training
+    x = torch.randn(1, 4, weight.shape[0 if transposed else 1], generator=torch.Generator().manual_seed(0))
+    x = x.to(weight.device, weight.dtype)
+    try:
+        with torch.no_grad():
+            got = base.eval()(x)
+            exact = nn.functional.linear(x, weight.T if transposed else weight, base.bias)
+        return bool(torch.linalg.vector_norm((got - exact).double()) > 0.2 * torch.linalg.vector_norm(exact.double()))
+    except Exception:  # it takes other inputs than this, or gives something else than a tensor
+        return False
+    finally:
+        base.train(training)
+
+
+_BYPASSED = (
+    "its model reads the weight of this layer and never calls the layer, so that its adapter has no effect, and would "
+    "have one after merging: set the adapter's randlora_lambda to zero here to leave it out; nothing was changed"
+)
+_NOT_KEPT = "the weight as it was before merging was not kept (merge_and_unload with low_memory=True)"
+
+
+def _recomputed(base: nn.Module) -> str:
+    """Why this layer cannot be merged into, and what to do."""
+    what = "computed anew from others at every call, so that a merged update would be lost"
+    way = "remove what computes it, for example with torch.nn.utils.prune.remove or remove_weight_norm"
+    if torch.nn.utils.parametrize.is_parametrized(base, "weight"):
+        way = "torch.nn.utils.parametrize.remove_parametrizations(layer.get_base_layer(), 'weight') removes that"
+    elif not base._forward_pre_hooks:
+        what = "a tensor that no state dict holds"
+        way = "layer.get_base_layer().weight = torch.nn.Parameter(layer.weight.detach()) makes it one"
+    return f"the weight of this {type(base).__name__} is no parameter but {what}: {way}; nothing was changed"

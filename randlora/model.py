@@ -16,9 +16,11 @@ from torch import nn
 
 from . import combine, injection, specialise
 from .active import ActiveAdapters, restore
+from .bypassed import first_calls, forget_calls
 from .config import RandLoraConfig
 from .injection import adapted_layers, saved_modules
 from .mixed import mixed_batch
+from .undo import all_or_nothing
 
 
 def get_peft_model(model: nn.Module, config: Any, adapter_name: str = "default") -> RandLoraModel:
@@ -55,14 +57,15 @@ class RandLoraModel(ActiveAdapters):
             raise ValueError("this model is adapted already: add another adapter with add_adapter()")
         injection.check_name(adapter_name, {})
         plan = config if isinstance(config, injection.Plan) else injection.plan(model, RandLoraConfig.of(config))
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
         self.model = model
         self.__class__ = specialise.class_for(type(self), type(model))
         self._init_adapters()
-        self._add(adapter_name, plan)
-        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-            self._require_input_gradients()
+        with all_or_nothing(model):
+            for parameter in model.parameters():
+                parameter.requires_grad_(False)
+            self._add(adapter_name, plan)
+            if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+                self._require_input_gradients()
 
     # ---- adding and removing adapters ----
 
@@ -85,17 +88,19 @@ class RandLoraModel(ActiveAdapters):
                 "already"
             )
         flags = self._flags() if self.peft_config else []
-        injection.apply(self.model, plan, adapter_name)
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = getattr(self.model, "name_or_path", None) or None
-        self.peft_config[adapter_name] = config
-        if self._active:
-            self._set_active(self._active, self._inference_mode)
-        else:
-            self._set_active([adapter_name], config.inference_mode)
-        restore(flags)  # what was there before keeps its trainability
-        if not self._enabled:
-            self._enable(False)
+        with all_or_nothing(self):
+            injection.apply(self.model, plan, adapter_name)
+            self.peft_config[adapter_name] = config
+            if self._active:
+                self._set_active(self._active, self._inference_mode)
+            else:
+                self._set_active([adapter_name], config.inference_mode)
+            restore(flags)  # what was there before keeps its trainability
+            if not self._enabled:
+                self._enable(False)
+            forget_calls(self)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was the only active one, the first of the others becomes active."""
@@ -105,16 +110,17 @@ class RandLoraModel(ActiveAdapters):
         left = [name for name in self._active if name != adapter_name]
         others = [name for name in self.peft_config if name != adapter_name]
         flags, orphaned = self._flags(), self._active == [adapter_name]
-        self._set_active(others[:1] if orphaned else left, self._inference_mode)
-        for layer in adapted_layers(self.model).values():
-            if adapter_name in layer.randlora_lambda:
-                layer.delete_adapter(adapter_name)
-        for module in saved_modules(self.model).values():
-            if adapter_name in module.modules_to_save:
-                del module.modules_to_save[adapter_name]
-        del self.peft_config[adapter_name]
-        if not orphaned:
-            restore(flags)
+        with all_or_nothing(self):
+            self._set_active(others[:1] if orphaned else left, self._inference_mode)
+            for layer in adapted_layers(self.model).values():
+                if adapter_name in layer.randlora_lambda:
+                    layer.delete_adapter(adapter_name)
+            for module in saved_modules(self.model).values():
+                if adapter_name in module.modules_to_save:
+                    del module.modules_to_save[adapter_name]
+            del self.peft_config[adapter_name]
+            if not orphaned:
+                restore(flags)
 
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
         """Add an adapter whose update is exactly ``sum_i weights[i] * dW_i``.
@@ -130,37 +136,42 @@ class RandLoraModel(ActiveAdapters):
         for name in adapters:
             self._check(name)
         flags = self._flags()
-        self.peft_config[adapter_name] = combine.add(self, list(adapters), list(weights), adapter_name)
-        self._set_active(self._active, self._inference_mode)
-        restore(flags)
+        with all_or_nothing(self):
+            self.peft_config[adapter_name] = combine.add(self, list(adapters), list(weights), adapter_name)
+            self._set_active(self._active, self._inference_mode)
+            restore(flags)
 
     # ---- merging ----
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
-    ) -> nn.Module:
-        """Merge and return the plain model, without adapters; this object is of no use afterwards."""
-        names = self._names(adapter_names)
-        if safe_merge:
-            self.merge_adapter(names, safe_merge=True)
-        return injection.unload(self.model, names, progressbar)
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None,
+        low_memory: bool = False,
+    ) -> nn.Module:  # fmt: skip
+        """Merge and return the plain model, without adapters; this object is of no use afterwards.
+
+        Until all is merged the weights as they were are kept, so that an error, such as one of memory, leaves the model
+        as it was. With `low_memory` they are not: what was merged before an error stays merged, outputs are the same,
+        and a second call goes on.
+
+        Raises:
+            ValueError, TypeError: as :meth:`merge_adapter`.
+        """
+        return injection.unload(self.model, self._names(adapter_names), progressbar, safe_merge, low_memory)
 
     def unload(self) -> nn.Module:
         """The model as it was before, without adapters; this object is of no use afterwards."""
-        self.unmerge_adapter()
-        for module in saved_modules(self.model).values():
-            module.set_adapter(None)
-        return injection.unload(self.model, [], False)
+        with all_or_nothing(self), self._unmerged():
+            return injection.unload(self.model, [])
 
     # ---- calls ----
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        with self._batch(adapter_names):
+        with self._batch(adapter_names), first_calls(self, self.model):
             return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The wrapped model's ``generate``, with `adapter_names` as in a call (beams follow their sample)."""
-        with self._batch(adapter_names):
+        with self._batch(adapter_names), first_calls(self, self.model):
             return self.model.generate(*args, **kwargs)
 
     def _batch(self, adapter_names: Sequence[str] | None):
@@ -277,9 +288,10 @@ class RandLoraModel(ActiveAdapters):
             raise ValueError("this model is adapted already: call its load_adapter()")
         loaded = checkpoint.read(model, path)
         loaded.plan.config.inference_mode = not is_trainable
-        self = cls(model, loaded.plan, adapter_name)
-        loaded.copy_into(self.model, adapter_name)
-        return self if is_trainable else self.eval()
+        with all_or_nothing(model, values=loaded.overwritten(model)):
+            self = cls(model, loaded.plan, adapter_name)
+            loaded.copy_into(self.model, adapter_name)
+            return self if is_trainable else self.eval()
 
     def load_adapter(self, path: str | os.PathLike, adapter_name: str, is_trainable: bool = False) -> None:
         """Add the adapter in the folder `path`. It acts once :meth:`set_adapter` names it. Errors as above.
@@ -291,5 +303,6 @@ class RandLoraModel(ActiveAdapters):
         injection.check_name(adapter_name, self.peft_config)
         loaded = checkpoint.read(self.model, path)
         loaded.plan.config.inference_mode = not is_trainable
-        self._add(adapter_name, loaded.plan)
-        loaded.copy_into(self.model, adapter_name)
+        with all_or_nothing(self, values=loaded.overwritten(self.model)):
+            self._add(adapter_name, loaded.plan)
+            loaded.copy_into(self.model, adapter_name)

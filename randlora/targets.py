@@ -49,7 +49,9 @@ def find_targets(model: nn.Module, config: RandLoraConfig) -> dict[str, nn.Modul
         inner = tuple(f"{name}." for name, module in modules.items() if is_attention(module))
         found = {n[0]: modules[n[0]] for n in (names[key] for key, left in allowed.items() if left)}
         linear = {name: m for name, m in found.items() if is_supported(m) and not name.startswith(inner)}
-        return _some({name: m for name, m in linear.items() if m is not head}, model, config)
+        for name, module in linear.items():
+            _check_has_size(name, module)
+        return _some({n: m for n, m in linear.items() if m is not head and all(layer_sizes(m))}, model, config)
     meant = [names[key][0] for key, left in allowed.items() if any(_matches(name, wanted) for name in left)]
     hits = {name: modules[name] for name in meant}
     _check_supported(hits, wanted)
@@ -66,11 +68,15 @@ def _is_all_linear(wanted: list[str] | str) -> bool:
 
 def _check_supported(found: dict[str, nn.Module], wanted: list[str] | str) -> None:
     for name, module in found.items():
-        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
-            raise ValueError(f"{name!r} is a lazy layer that has no size yet: call the model once before adapting it")
+        _check_has_size(name, module)
         if getattr(module, "is_modules_to_save", False):
             raise ValueError(
                 f"target_modules={wanted!r} matches {name!r}, which another adapter has among its modules_to_save"
+            )
+        if is_supported(module) and not all(layer_sizes(module)):
+            raise ValueError(
+                f"target_modules={wanted!r} matches {name!r}, a {type(module).__name__} with (in, out) = "
+                f"{layer_sizes(module)}: without numbers there is nothing to adapt; exclude_modules leaves it out"
             )
         if not is_supported(module):
             inside = [f"{name}.{n}" for n, m in module.named_modules() if n and is_supported(m)][:3]
@@ -79,6 +85,11 @@ def _check_supported(found: dict[str, nn.Module], wanted: list[str] | str) -> No
                 "torch.nn.Linear, transformers' Conv1D, torch.nn.MultiheadAttention and quantised linear layers can"
                 + (f"; inside it: {', '.join(inside)}" if inside else "; exclude_modules leaves it out")
             )
+
+
+def _check_has_size(name: str, module: nn.Module) -> None:
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        raise ValueError(f"{name!r} is a lazy layer that has no size yet: call the model once before adapting it")
 
 
 def is_attention(module: nn.Module) -> bool:
@@ -183,7 +194,8 @@ def peft_dims(model: nn.Module, config: RandLoraConfig, found: dict[str, nn.Modu
 def layer_sizes(module: nn.Module) -> tuple[int, int]:
     """in_features and out_features of a layer that :func:`is_supported`."""
     if is_attention(module):
-        return max(module.embed_dim, module.kdim, module.vdim), module.embed_dim
+        sizes = module.embed_dim, module.kdim, module.vdim
+        return max(sizes) if all(sizes) else 0, module.embed_dim
     if hasattr(module, "in_features"):
         return module.in_features, module.out_features
     return tuple(module.weight.shape)  # Conv1D

@@ -198,8 +198,9 @@ def test_a_model_that_is_itself_one_layer(layer):
 
 def test_lazy_layers():
     model = nn.Sequential(nn.Linear(2, 3), nn.LazyLinear(4))
-    with pytest.raises(ValueError, match="'1' is a lazy layer"):
-        found(model, target_modules=["1"])
+    for targets in (["1"], "all-linear"):
+        with pytest.raises(ValueError, match="'1' is a lazy layer"):
+            found(model, target_modules=targets)
     model(torch.zeros(1, 2))
     assert found(model, target_modules=["1"]) == ["1"]
 

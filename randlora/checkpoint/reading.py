@@ -45,6 +45,11 @@ class Loaded:
     saved: dict[str, dict[str, Tensor]]  # module to save -> its state dict
     biases: dict[str, Tensor]
 
+    def overwritten(self, model: nn.Module) -> list[Tensor]:
+        """Those numbers of `model` that :meth:`copy_into` writes over."""
+        present = biases.biases_of(model) if self.biases else {}
+        return [present[name] for name in self.biases if name in present]
+
     def copy_into(self, model: nn.Module, adapter_name: str) -> None:
         layers, modules = adapted_layers(model), dict(model.named_modules())
         with torch.no_grad():

@@ -11,13 +11,15 @@ from peft.tuners import randlora as peft_randlora
 from peft.tuners.randlora.model import RandLoraModel as PeftRandLoraModel
 from torch import nn
 
-from .. import peft_prng
+from .. import peft_prng, ties
+from ..bypassed import first_calls, forget_calls
 from ..checks import require_int
 from ..fast_path import disable_fast_path, restore_fast_path
-from ..injection import untie
+from ..injection import adapted_layers, to_merge
+from ..merging import merged_or_not
+from ..undo import all_or_nothing
 from ._peft_bases import Bases, is_8_bit
 from ._peft_layer import Linear, convert, initialise_anew
-from ._peft_undo import undone_if_it_fails, unmerged_if_it_fails
 from ._peft_wrappers import Trainability, activate, mixed, wrappers
 
 HALF = {"peft": torch.bfloat16, "peft-fp16": torch.float16}
@@ -81,7 +83,7 @@ class RandLoraModel(PeftRandLoraModel):
         if adapter_name in self.randlora_A:  # PEFT refuses it from 0.21 on
             raise ValueError(f"this model has an adapter named {adapter_name!r} already: delete it first")
         config = self.peft_config[adapter_name]
-        with undone_if_it_fails(self):
+        with all_or_nothing(self):
             try:
                 dims = self._find_dim(config)
             except ValueError:
@@ -94,6 +96,7 @@ class RandLoraModel(PeftRandLoraModel):
             for store in (self.randlora_A, self.randlora_B):
                 store.share(adapter_name)
             disable_fast_path(model)
+            forget_calls(self)
 
     # ---- which adapters act ----
 
@@ -124,9 +127,13 @@ class RandLoraModel(PeftRandLoraModel):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """PEFT's ``merge_adapter``; an error leaves all layers as they were. Tied weights are untied."""
-        with unmerged_if_it_fails(self.model):
-            untie(self.model, self._named(adapter_names))
+        names = self._named(adapter_names)
+        to_merge(self.model, names)
+        with all_or_nothing(self), merged_or_not(adapted_layers(self.model).values()):
+            shared = ties.shared(self.model)
+            ties.part(self.model, names)
             super().merge_adapter(adapter_names, safe_merge)
+            ties.forget(self.model, shared)
 
     def _unload_and_optionally_merge(
         self,
@@ -137,15 +144,20 @@ class RandLoraModel(PeftRandLoraModel):
     ) -> nn.Module:
         if merge:
             names = self._named(adapter_names)
+            to_merge(self.model, names)
+            shared = ties.before_unloading(self.model, names)
             if safe_merge:  # all layers, before the first one is unloaded
                 self.merge_adapter(names, safe_merge=True)
             else:
-                untie(self.model, names)
+                with all_or_nothing(self):
+                    ties.part(self.model, names)
             if adapter_names is not None:  # not the copies of those that are active, which PEFT takes
                 activate(self.model, names)
             adapter_names = [] if safe_merge else names
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         restore_fast_path(model)
+        if merge:
+            ties.forget(model, shared)
         return model
 
     def _named(self, adapter_names: list[str] | None) -> list[str]:
@@ -176,7 +188,7 @@ class RandLoraModel(PeftRandLoraModel):
     def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
         """PEFT calls this around every call of the model: here the names of a mixed batch come in."""
         layers = [module for module in self.model.modules() if isinstance(module, Linear)]
-        with mixed(self.model, layers, kwargs.get("adapter_names")):
+        with mixed(self.model, layers, kwargs.get("adapter_names")), first_calls(self, self.model):
             yield
 
 
@@ -190,7 +202,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     for name, module in (layers | tuners).items():
         _check(name, module)
     stores = {id(layer.randlora_A): (layer.randlora_A, layer.randlora_B) for layer in layers.values()}
-    with undone_if_it_fails(model):
+    with all_or_nothing(model):
         for A, B in stores.values():
             if not isinstance(A, Bases):
                 Bases.make_pair(A, B)
