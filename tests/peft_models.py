@@ -113,7 +113,8 @@ def adapted(model):
 
 def state(model):
     """All that an operation may change, tensors by value and identity of parameters."""
-    modules = {name: (type(m), sorted(k for k in vars(m) if k != "_update_cache")) for name, m in model.named_modules()}
+    noted = ("_update_cache", "_was_called", "_was_read", "_is_bypassed", "_seen_calls")  # of calls
+    modules = {name: (type(m), sorted(set(vars(m)).difference(noted))) for name, m in model.named_modules()}
     adapters = {
         name: (m.active_adapters, m.merged_adapters[:], sorted(m.bases), m.disable_adapters)
         for name, m in model.named_modules()

@@ -9,11 +9,12 @@ from common import normal
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
-from peft_models import KINDS, adapt, adapted, config, layers, llama, logits, randomize  # noqa: E402
+from peft_models import KINDS, adapt, adapted, config, layers, llama, logits, randomize, version  # noqa: E402
 from torch.testing import assert_close  # noqa: E402
 
 import randlora  # noqa: E402
 import randlora.integrations.peft as integration  # noqa: E402
+from randlora.integrations import _peft_layer  # noqa: E402
 
 
 def injected(*configs, accelerated=(True, True, True), names=("first", "second", "third")):
@@ -56,6 +57,7 @@ def test_injected_one_after_the_other(when):
 
 
 def test_injected_adapters_are_saved_and_deleted():
+    delete_adapter = pytest.importorskip("peft.functional").delete_adapter
     model = randomize(injected(*SETTINGS.values()))
     keys = list(model.state_dict())
     for name in ("first", "second"):
@@ -71,8 +73,6 @@ def test_injected_adapters_are_saved_and_deleted():
     activate(model, "second")
     expected = logits(model)
     assert torch.equal(logits(single), expected)
-    from peft.functional import delete_adapter
-
     delete_adapter(model, "first", "randlora_")
     activate(model, "second")
     assert torch.equal(logits(model), expected)
@@ -118,6 +118,16 @@ def test_injected_beside_a_tuner():
 # ---- weights that are kept in 8 bits between calls ----
 
 
+def test_adapters_in_8_bits_are_not_converted():
+    """PEFT leaves them so where it is told not to cast adapters, and cannot compute with them."""
+    model = layers(a=(8, 6))
+    cast_for_each_call(model.a)
+    model = peft.get_peft_model(model, config("a", r=2), autocast_adapter_dtype=False)
+    with pytest.raises(ValueError, match=r"'a' has adapter 'default' in torch\.float8_e4m3fn"):
+        integration.accelerate(model.base_model.model)
+    assert type(model.base_model.model.a) is not _peft_layer.Linear
+
+
 def cast_for_each_call(module, storage=torch.float8_e4m3fn, by="hooks"):
     """As diffusers' ``apply_layerwise_casting`` does it: in place of the module's forward."""
     original = module.forward
@@ -137,6 +147,7 @@ def cast_for_each_call(module, storage=torch.float8_e4m3fn, by="hooks"):
     return module.to(storage)
 
 
+@pytest.mark.skipif(version < (0, 21), reason="earlier versions of PEFT cannot compute with such weights")
 @pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 @pytest.mark.parametrize("by", ["hooks", "forward"])
 @pytest.mark.parametrize("kind", KINDS)

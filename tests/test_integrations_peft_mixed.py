@@ -9,7 +9,7 @@ from torch import nn
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
-from peft_models import adapt, config, llama, logits, randomize, tokens  # noqa: E402
+from peft_models import adapt, config, llama, logits, randomize, tokens, version  # noqa: E402
 from torch.testing import assert_close  # noqa: E402
 
 import randlora.integrations.peft as integration  # noqa: E402
@@ -100,6 +100,8 @@ def assert_mixed(model, x, names):
 @pytest.mark.parametrize("saved", [("default", "b"), ("b",), ("c", "default", "b")], ids="-".join)
 @pytest.mark.parametrize("head", HEADS)
 def test_every_sample_has_its_own_head(head, saved):
+    if head == "keyword" and version < (0, 21):
+        pytest.skip("earlier versions of PEFT take no keywords here")
     model, x = three(HEADS[head](), saved), normal(4, 5, 6)
     for active in ("default", "b", "c"):
         model.set_adapter(active)
@@ -119,6 +121,7 @@ def test_an_adapted_layer_in_a_head():
         assert_mixed(model, normal(4, length, 6), ["b", "b", "c", "b"])
 
 
+@pytest.mark.skipif(version < (0, 18), reason="PEFT has no set_requires_grad before")
 def test_gradients_reach_each_head():
     model, x = three(HEADS["linear"]()).train(), normal(4, 5, 6)
     model.set_requires_grad(["default", "b", "c"], True)

@@ -18,11 +18,13 @@ from ..bypassed import first_calls, forget_calls
 from ..cache import inference_cache
 from ..checks import require_int
 from ..fast_path import disable_fast_path, restore_fast_path
+from ..injection import adapted_layers, to_merge
 from ..linear import conv1d_types
+from ..merging import merged_or_not
 from ..targets import layer_sizes
-from ._peft_bases import Bases
+from ..undo import all_or_nothing
+from ._peft_bases import Bases, is_8_bit
 from ._peft_layer import Linear, convert, initialise_anew, seen_where_it_computes
-from ._peft_undo import undone_if_it_fails, unmerged_if_it_fails
 from ._peft_wrappers import Trainability, activate, mixed, wrappers
 
 HALF = {"peft": torch.bfloat16, "peft-fp16": torch.float16}
@@ -105,7 +107,7 @@ class RandLoraModel(PeftRandLoraModel):
         if adapter_name in self.randlora_A:  # PEFT refuses it from 0.21 on
             raise ValueError(f"this model has an adapter named {adapter_name!r} already: delete it first")
         config = self.peft_config[adapter_name]
-        with undone_if_it_fails(self):
+        with all_or_nothing(self):
             try:
                 dims = self._find_dim(config)
             except ValueError:
@@ -149,9 +151,13 @@ class RandLoraModel(PeftRandLoraModel):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """PEFT's ``merge_adapter``; an error leaves all layers as they were. Tied weights are untied."""
-        with unmerged_if_it_fails(self.model):
-            ties.part(self.model, self._named(adapter_names))
+        names = self._named(adapter_names)
+        to_merge(self.model, names)
+        with all_or_nothing(self), merged_or_not(adapted_layers(self.model).values()):
+            shared = ties.shared(self.model)
+            ties.part(self.model, names)
             super().merge_adapter(adapter_names, safe_merge)
+            ties.forget(self.model, shared)
 
     def _unload_and_optionally_merge(
         self,
@@ -162,15 +168,20 @@ class RandLoraModel(PeftRandLoraModel):
     ) -> nn.Module:
         if merge:
             names = self._named(adapter_names)
+            to_merge(self.model, names)
+            shared = ties.before_unloading(self.model, names)
             if safe_merge:  # all layers, before the first one is unloaded
                 self.merge_adapter(names, safe_merge=True)
             else:
-                ties.part(self.model, names)
+                with all_or_nothing(self):
+                    ties.part(self.model, names)
             if adapter_names is not None:  # not the copies of those that are active, which PEFT takes
                 activate(self.model, names)
             adapter_names = [] if safe_merge else names
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         restore_fast_path(model)
+        if merge:
+            ties.forget(model, shared)
         return model
 
     def _named(self, adapter_names: list[str] | None) -> list[str]:
@@ -185,6 +196,10 @@ class RandLoraModel(PeftRandLoraModel):
             raise ValueError("only one adapter can train biases: set bias='none' for all others")
 
     # ---- layers ----
+
+    def forward(self, *args, **kwargs):
+        """PEFT's ``forward``. That of earlier versions goes past the hooks of the model."""
+        return self.model(*args, **kwargs)
 
     @staticmethod
     def _create_new_module(config, randlora_A, randlora_B, adapter_name: str, target, **kwargs) -> Linear:
@@ -223,7 +238,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     for name, module in (layers | tuners).items():
         _check(name, module)
     stores = {id(layer.randlora_A): (layer.randlora_A, layer.randlora_B) for layer in layers.values()}
-    with undone_if_it_fails(model):
+    with all_or_nothing(model):
         for A, B in stores.values():
             if not isinstance(A, Bases):
                 Bases.make_pair(A, B)
@@ -253,6 +268,12 @@ def _check(name: str, module: nn.Module) -> None:
             f"{name!r} is a RandLoRA layer around another one, as PEFT builds for a second adapter on a quantised "
             "layer: save the adapters and load them with randlora enabled"
         )
+    for adapter, parameter in module.randlora_lambda.items():
+        if is_8_bit(parameter):
+            raise ValueError(
+                f"{name!r} has adapter {adapter!r} in {parameter.dtype}, in which it cannot be computed: cast it to "
+                "torch.float32"
+            )
     for adapter, rank in module.r.items():
         if adapter in module.randlora_lambda and module.randlora_A[adapter].shape[0] != rank:
             raise ValueError(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, _set_adapter
 from torch import nn
 
 from ..mixed import MixedBatch, mixed_batch, run_apart
@@ -24,10 +24,10 @@ def activate(model: nn.Module, adapters: Sequence[str]) -> None:
 
     PEFT asks it only of wrappers that the adapter which it deletes has a copy in.
     """
-    for wrapper in wrappers(model):
+    for wrapper in wrappers(model) if adapters else ():
         wanted = [name for name in adapters if name in wrapper._adapters][:1]
         if wanted != wrapper.active_adapters:
-            wrapper.set_adapter(wanted)
+            _set_adapter(wrapper, *(wanted or adapters[:1]))  # a name without a copy: the module as it was
 
 
 class Trainability:
@@ -37,7 +37,14 @@ class Trainability:
 
     def __init__(self, module: nn.Module) -> None:
         self.active = list(module.active_adapters)
-        self.flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+        self.flags = [(parameter, parameter.requires_grad) for parameter in self.parameters(module)]
+
+    @staticmethod
+    def parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+        """Those of its adapters. Earlier versions of PEFT train what is beneath them while they are disabled."""
+        for name, child in module.named_children():
+            if name not in ("base_layer", "original_module"):
+                yield from child.parameters()
 
     @classmethod
     def note(cls, module: nn.Module) -> None:
@@ -50,7 +57,7 @@ class Trainability:
     def kept(cls, module: nn.Module) -> Iterator[None]:
         """Around enabling the adapters of `module`. What is made trainable in the meantime stays so."""
         noted = vars(module).pop(cls.KEY, None)
-        now = {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
+        now = {id(parameter) for parameter in cls.parameters(module) if parameter.requires_grad}
         yield
         if noted is not None and noted.active == module.active_adapters:
             for parameter, flag in noted.flags:
@@ -66,14 +73,15 @@ class _InMixedBatch:
     merged_adapters = ()
     mixed_batch: MixedBatch | None = None
 
-    def __init__(self, wrapper: AuxiliaryTrainingWrapper) -> None:
-        self.module, self.randlora_lambda = wrapper, set(wrapper._adapters)
+    def __init__(self, wrapper: AuxiliaryTrainingWrapper, layers: Sequence[nn.Module]) -> None:
+        self.module, self.layers, self.randlora_lambda = wrapper, layers, set(wrapper._adapters)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """In place of the wrapper's: PEFT's takes few kinds of modules, and looks at the active adapter first."""
         wrapper = self.module
-        if wrapper.disable_adapters:
-            return wrapper._forward_wrapped_passthrough(*args, **kwargs)
+        # Not what the wrapper says: earlier versions of PEFT disable those in which the active adapter has no copy.
+        if any(layer.disable_adapters for layer in self.layers):
+            return wrapper.original_module(*args, **kwargs)
 
         def call(name: str, args: tuple, kwargs: dict) -> Any:
             if name not in self.randlora_lambda:
@@ -89,7 +97,7 @@ class _InMixedBatch:
 @contextmanager
 def mixed(model: nn.Module, layers: Sequence[nn.Module], names: Sequence[str] | None) -> Iterator[None]:
     """While this lasts, calls of `model` take `names`, one per sample: in its layers and in its wrappers."""
-    parts = [] if names is None else [_InMixedBatch(wrapper) for wrapper in wrappers(model)]
+    parts = [] if names is None else [_InMixedBatch(wrapper, layers) for wrapper in wrappers(model)]
     with mixed_batch(model, [*layers, *parts], names), ExitStack() as stack:
         for part in parts:
             stack.callback(_replace_forward(part.module, part.forward))
