@@ -71,8 +71,10 @@ def of_no_context() -> Iterator[None]:
 
 
 def are_wanted_fake() -> bool:
-    """Whether this runs under a FakeTensorMode of the user's, to learn shapes: it takes no real tensors, and may speak of
-    devices that are not there. That of torch.export does take them, as constants of the program.
+    """Whether this runs under a FakeTensorMode of the user's, to learn shapes.
+
+    It takes no real tensors, and may speak of devices that are not there. That of torch.export does take them, as
+    constants of the program.
     """
     mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
     return mode is not None and not mode.allow_non_fake_inputs

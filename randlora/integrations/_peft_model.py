@@ -16,7 +16,7 @@ from .. import offload, peft_prng, ties
 from ..base_layer import check
 from ..bypassed import first_calls, forget_calls
 from ..cache import inference_cache
-from ..checks import require_int
+from ..checks import require_size
 from ..fast_path import disable_fast_path, restore_fast_path
 from ..injection import adapted_layers, to_merge
 from ..linear import conv1d_types
@@ -70,7 +70,7 @@ class RandLoraModel(PeftRandLoraModel):
 
     def _draw(self, config, adapter_name: str, dims: tuple[int, int]) -> None:
         """The numbers that PEFT draws for this adapter if it is a model's first."""
-        require_int("r", config.r, 1)
+        require_size("r", config.r)
         self._check_targets(config)
         sparsity = math.sqrt(min(dims)) if config.very_sparse else 3.0 if config.sparse else None
         with torch.device("cpu"):  # PEFT's generator is there, whatever the default device is
