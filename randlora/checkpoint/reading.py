@@ -63,21 +63,27 @@ class Loaded:
                 _put(getattr(layers[slot], part), adapter_name, tensor)
         for name, state in self.saved.items():
             module = modules[name].modules_to_save[adapter_name]
-            held = module.state_dict()
-            if on_meta := any(tensor.is_meta for tensor in held.values()):
-                state = {key: torch.empty_like(held[key], device="cpu").copy_(t) for key, t in state.items()}
-            module.load_state_dict(state, assign=on_meta)
+            for part in module.modules():
+                for held in (part._parameters, part._buffers):
+                    for key in held.keys() - part._non_persistent_buffers_set:  # what is not saved gets no numbers
+                        _make_room(held, key, torch.device("cpu"))
+            module.load_state_dict(state)
         biases.set_biases(model, self.biases)
 
 
 def _put(parameters: nn.ParameterDict, adapter_name: str, tensor: Tensor) -> None:
     """Copy into a parameter. A model on meta gets its weights later, but the adapter's numbers are here."""
-    parameter = parameters[adapter_name]
-    if parameter.is_meta:
-        room = torch.empty_like(parameter, device=tensor.device)
-        parameter = parameters[adapter_name] = nn.Parameter(room, parameter.requires_grad)
+    _make_room(parameters._parameters, adapter_name, tensor.device)
     with torch.no_grad():
-        parameter.copy_(tensor)
+        parameters[adapter_name].copy_(tensor)
+
+
+def _make_room(held: dict[str, Tensor | None], name: str, device: torch.device) -> None:
+    """Memory for a tensor on meta, put where it is held: accelerate's init_empty_weights undoes other assignments."""
+    tensor = held[name]
+    if tensor is not None and tensor.is_meta:
+        room = torch.empty_like(tensor, device=device)
+        held[name] = nn.Parameter(room, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else room
 
 
 def read(model: nn.Module, folder: str | os.PathLike) -> Loaded:
