@@ -48,7 +48,7 @@ class Ops(TorchDispatchMode):
         return super().__enter__()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "randlora":
+        if func.namespace == "randlora" and func._opname != "check_pattern":
             self.called.add((func._opname, max((len(a) for a in args if isinstance(a, list)), default=0)))
         return func(*args, **(kwargs or {}))
 
