@@ -140,8 +140,9 @@ def linear(
     """``y = x W^T + bias + dropout(x) dW^T``: a linear layer with its RandLoRA update, as one op.
 
     For backward it keeps `x` as it is (no cast copy) and references to the other tensors; the rest is rebuilt. It can
-    be differentiated once, in `x`, `bias`, `randlora_lambda` and `randlora_gamma`; a weight that requires a gradient
-    goes through ``torch.nn.functional.linear`` beside the op.
+    be differentiated in `x`, `bias`, `randlora_lambda` and `randlora_gamma`, any number of times, and forward
+    (``torch.func.jvp``, ``jacfwd``, ``hessian``) once; a weight that requires a gradient goes through
+    ``torch.nn.functional.linear`` beside the op. The result is an ordinary tensor: in-place operations may follow.
 
     Args:
         x: ``[..., in]``.

@@ -46,15 +46,17 @@ def of_no_context() -> Iterator[None]:
     """For what outlives the context it is first asked for in: it must not be that context's inference tensor, wrapper
     of torch.func, or fake tensor.
     """
+    # An export would record the change of grad mode, were it not for DisableTorchFunction.
     with (
-        torch._C._DisableFuncTorch(), _disable_current_modes(), torch.inference_mode(False), torch.no_grad()
+        torch._C.DisableTorchFunction(), torch._C._DisableFuncTorch(), _disable_current_modes(),
+        torch.inference_mode(False), torch.no_grad(),
     ):  # fmt: skip
         yield
 
 
 def are_wanted_fake() -> bool:
-    """Whether this runs under a FakeTensorMode of the user's, to learn shapes: it takes no real tensors, and may speak of
-    devices that are not there. That of torch.export does take them, as constants of the program.
+    """Whether this runs under a FakeTensorMode of the user's, to learn shapes: it takes no real tensors, and may speak
+    of devices that are not there. That of torch.export does take them, as constants of the program.
     """
     mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
     return mode is not None and not mode.allow_non_fake_inputs
