@@ -113,6 +113,13 @@ def sparse_delta_weight(
     """:func:`delta_weight` of ternary bases, from what :meth:`randlora.RandomBases.pattern` gives. Differentiable."""
     m, M = min(in_features, out_features), max(in_features, out_features)
     dtype = torch.promote_types(randlora_lambda.dtype, randlora_gamma.dtype)
+    if takes_functions() and not torch.compiler.is_compiling():  # torch.func and forward mode know the layer op alone
+        x = torch.eye(in_features, dtype=dtype, device=randlora_gamma.device)
+        with torch.autocast(x.device.type, enabled=False):
+            return linear(
+                x, None, None, None, None, randlora_lambda, randlora_gamma, scaling * scale, pattern=pattern,
+                strategy="materialized", out_features=out_features,
+            ).T  # fmt: skip
     rows = torch.ops.randlora.sparse_update(pattern, randlora_lambda, randlora_gamma, M, scaling * scale, None, dtype)
     update = rows if is_planes(pattern) else rows.new_zeros(m, M).index_copy(0, pattern[0].long(), rows)
     return update.T if in_features <= out_features else update

@@ -11,7 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, hessian, jacfwd, jacrev, jvp
 
 import randlora
-from randlora.functional import delta_weight, linear, unique_base
+from randlora.functional import delta_weight, linear, sparse_delta_weight, unique_base
 
 SHAPES = [(5, 7, 2), (7, 5, 2)]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -133,6 +133,23 @@ def test_unique_base(function):
 def test_delta_weight(shape):
     _, _, _, A, B, lam, gamma = draw_layer(shape)
     assert gradcheck(lambda *p: delta_weight(A, B, *p, 0.7, *shape[:2]), (lam, gamma), check_forward_ad=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@shapes
+def test_update_of_ternary_bases(form, shape):
+    """As a matrix, under torch.func too."""
+    _, _, _, lam, gamma, bases = draw((*shape[:2], 3), form)
+    pattern, scale = bases.pattern(5)
+
+    def function(lam, gamma):
+        return sparse_delta_weight(pattern, scale, lam, gamma, 0.7, *shape[:2])
+
+    assert gradcheck(function, (lam, gamma), check_forward_ad=True)
+    point = lam.detach(), gamma.detach()
+    expected = torch.autograd.functional.jacobian(function, (lam, gamma))
+    for transform in (jacrev, jacfwd):
+        assert_close(transform(function, (0, 1))(*point), expected)
 
 
 def test_layers():
