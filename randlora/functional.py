@@ -116,6 +116,13 @@ def sparse_delta_weight(
         pattern.require(randlora_lambda.shape, in_features, out_features)
     m, M = min(in_features, out_features), max(in_features, out_features)
     dtype = torch.promote_types(randlora_lambda.dtype, randlora_gamma.dtype)
+    if takes_functions() and not torch.compiler.is_compiling():  # torch.func and forward mode know the layer op alone
+        x = torch.eye(in_features, dtype=dtype, device=randlora_gamma.device)
+        with torch.autocast(x.device.type, enabled=False):
+            return linear(
+                x, None, None, None, None, randlora_lambda, randlora_gamma, scaling * scale, pattern=pattern,
+                strategy="materialized", out_features=out_features,
+            ).T  # fmt: skip
     rows = torch.ops.randlora.sparse_update(pattern, randlora_lambda, randlora_gamma, M, scaling * scale, None, dtype)
     update = rows if is_planes(pattern) else rows.new_zeros(m, M).index_copy(0, pattern[0].long(), rows)
     return update.T if in_features <= out_features else update
@@ -143,8 +150,9 @@ def linear(
     """``y = x W^T + bias + dropout(x) dW^T``: a linear layer with its RandLoRA update, as one op.
 
     For backward it keeps `x` as it is (no cast copy) and references to the other tensors; the rest is rebuilt. It can
-    be differentiated once, in `x`, `bias`, `randlora_lambda` and `randlora_gamma`; a weight that requires a gradient
-    goes through ``torch.nn.functional.linear`` beside the op.
+    be differentiated in `x`, `bias`, `randlora_lambda` and `randlora_gamma`, any number of times, and forward
+    (``torch.func.jvp``, ``jacfwd``, ``hessian``) once; a weight that requires a gradient goes through
+    ``torch.nn.functional.linear`` beside the op. The result is an ordinary tensor: in-place operations may follow.
 
     Args:
         x: ``[..., in]``.

@@ -64,8 +64,10 @@ def of_no_context() -> Iterator[None]:
     """For what outlives the context it is first asked for in: it must not be that context's inference tensor, wrapper
     of torch.func, or fake tensor.
     """
+    # An export would record the change of grad mode, were it not for DisableTorchFunction.
     with (
-        torch._C._DisableFuncTorch(), _disable_current_modes(), torch.inference_mode(False), torch.no_grad()
+        torch._C.DisableTorchFunction(), torch._C._DisableFuncTorch(), _disable_current_modes(),
+        torch.inference_mode(False), torch.no_grad(),
     ):  # fmt: skip
         yield
 

@@ -33,6 +33,9 @@ def apply(*arguments) -> Tensor:
     Arguments are those of csrc/linear.h, the last five its pattern, filled up with None. Gradients for x, bias, lambda
     and gamma. Nothing passes between forward and backward, so their strategies need not be the same.
     """
+    if torch.compiler.is_exporting():  # a program holds the op itself, and no grad modes around it
+        pattern = [t for t in arguments[16:] if t is not None]
+        return _ops.linear(*arguments[:11], *arguments[12:16], pattern)
     # torch.compile refuses functions that have a rule for forward-mode AD.
     return (_Linear if torch.compiler.is_compiling() else _ForwardModeLinear).apply(*arguments)
 
@@ -82,6 +85,11 @@ class _Linear(torch.autograd.Function):
 
 
 class _ForwardModeLinear(_Linear):
+    @staticmethod
+    def forward(*arguments):
+        with torch._C._AutoDispatchBelowAutograd():  # the op's own autograd would cost time and has nothing to add
+            return _Linear.forward(*arguments)
+
     @staticmethod
     def setup_context(ctx, inputs, output):
         _Linear.setup_context(ctx, inputs, output)
@@ -221,6 +229,19 @@ class _ForwardModeLinearBackward(_LinearBackward):
             _sum(parts, functools.partial(like.new_zeros, like.shape if need else (0,)))
             for parts, like, need in zip(found, (x, lam, gamma), ctx.needed, strict=True)
         )
+
+
+def _setup_op(ctx, inputs, output):
+    *arguments, pattern = inputs
+    _Linear.setup_context(ctx, (*arguments[:11], *arguments[10:], *pattern, *[None] * (5 - len(pattern))), output)
+    ctx.with_pattern = len(pattern)
+
+
+def _op_gradients(ctx, grad):
+    return *_Linear.backward(ctx, grad)[:15], [None] * ctx.with_pattern
+
+
+torch.library.register_autograd("randlora::linear", _op_gradients, setup_context=_setup_op)
 
 
 def _sum(parts: list[Tensor], otherwise=lambda: None) -> Tensor | None:

@@ -229,11 +229,17 @@ def test_fewer_bases_give_lower_rank(num_bases):
     assert torch.linalg.matrix_rank(dW) == 4 * num_bases
 
 
-def test_double_backward_is_a_clear_error():
-    x, weight, bias, *factors = draw_layer((24, 41, 8))
-    (d_x,) = torch.autograd.grad(linear(x, weight, bias, *factors, 0.7).pow(2).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*delta_weight"):
-        d_x.sum().backward()
+@shapes
+@strategies
+def test_double_backward(shape, strategy):
+    x, weight, bias, *factors = draw_layer(shape)
+    inputs = (x, bias, *factors[2:])
+    found = []
+    for y in (linear(x, weight, bias, *factors, 0.7, strategy=strategy), reference(x, weight, bias, *factors, 0.7)):
+        first = torch.autograd.grad(y.pow(3).sum(), inputs, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.pow(2).sum() for g in first), inputs))
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize(

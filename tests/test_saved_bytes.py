@@ -1,5 +1,7 @@
 """What a layer keeps between forward and backward: its input as it came, and references to what exists anyway."""
 
+import weakref
+
 import pytest
 import torch
 from common import make_layer, normal, on_devices
@@ -89,3 +91,17 @@ def test_autocast_keeps_no_cast_copy(device):
         y = layer(x)
     assert y.dtype == torch.bfloat16
     assert [t.data_ptr() for _, t in saved.storages.values()] == [x.data_ptr()]
+
+
+def test_nothing_is_held_beside_what_hooks_may_take_away():
+    """Activations that are offloaded, or computed again in backward, are really gone in between."""
+    layer = make_layer(64, 96)
+    x = normal(50, 64).requires_grad_()
+    hidden = x * 2
+    there = weakref.ref(hidden)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t):
+        y = layer(hidden)
+    del hidden
+    assert there() is None
+    y.sum().backward()
+    assert x.grad is not None
