@@ -6,6 +6,8 @@
 #include <optional>
 #include <utility>
 
+#include <pthread.h>
+
 #include <c10/core/UndefinedTensorImpl.h>
 #include <c10/util/Exception.h>
 
@@ -68,7 +70,12 @@ class Known {
 };
 
 Known& known() {
-  static Known* const one = new Known;  // never destroyed: ops may run while the process ends
+  // Never destroyed: ops may run while the process ends. A forked child starts with a new one, as a thread that it does
+  // not have may hold the lock of the old.
+  static Known* one = [] {
+    pthread_atfork(nullptr, nullptr, [] { one = new Known; });
+    return new Known;
+  }();
   return *one;
 }
 

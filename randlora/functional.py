@@ -202,9 +202,12 @@ def linear(
     if p > 0 and seed is None:
         seed = torch.randint(0, 2**63 - 1, (1,), device=x.device)
     ordinary = None
-    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
-        ordinary = F.linear(x, weight.t() if weight_is_transposed else weight, bias)
-        weight = bias = None
+    if weight is not None and weight.requires_grad:
+        if torch.is_grad_enabled():
+            ordinary = F.linear(x, weight.t() if weight_is_transposed else weight, bias)
+            weight = bias = None
+        else:
+            weight = weight.detach()
     strategies = strategy, strategy
     if strategy == "auto":
         grad = torch.is_grad_enabled()

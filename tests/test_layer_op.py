@@ -179,6 +179,10 @@ def test_trainable_base_weight_takes_the_ordinary_path(shape, device):
     torch.testing.assert_close(y, exact, rtol=1e-10, atol=1e-10)
     for got, expected in zip(gradients(y, inputs), gradients(exact, inputs), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    for strategy in ("auto", "factored", "materialized", "merged"):
+        with torch.no_grad():
+            y = linear(x, weight, bias, *factors, 0.7, strategy=strategy)
+        torch.testing.assert_close(y, exact, rtol=1e-10, atol=1e-10)
 
 
 @on_devices
