@@ -179,7 +179,7 @@ def _strategies(
     if strategy == "auto":
         chosen = planner.choose(*shape, layer.dtype, layer.weight_dtype, step.device.type, form=form, **needs)
     has_weight = layer.weight_dtype is not None
-    options = planner._options(*shape, layer.dtype.itemsize, form, step.device.type, has_weight=has_weight, **needs)
+    options = planner.options_of(*shape, layer.dtype.itemsize, form, step.device.type, has_weight=has_weight, **needs)
     return chosen, (options[chosen[0]][0], options[chosen[1]][1]), form is None
 
 
