@@ -178,7 +178,7 @@ def _other_use_of_weight(base_layer: nn.Module, transposed: bool) -> str | None:
     finally:
         for module, training in modes:
             module.training = training
-    limit = 0.05 if weight.dtype.itemsize <= 2 else 1e-3
-    if not error <= limit * torch.linalg.vector_norm(expected.double()):
+    # A hook may round the output to 16 bits, which is no other use of the weight.
+    if not error <= 0.05 * torch.linalg.vector_norm(expected.double()):
         return "adding to its weight does not add as much to its output"
     return None

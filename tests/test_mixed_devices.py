@@ -85,7 +85,10 @@ every_call = pytest.mark.parametrize("call", CALLS)
 def test_the_table_has_every_op():
     tables = {op._qualified_op_name.removeprefix("randlora::") for op, _ in CALLS.values()}
     names = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("randlora::")}
-    assert tables == {name.partition(".")[0] for name in names} - {"fill_bases_"}  # which takes a single tensor
+    assert tables == {name.partition(".")[0] for name in names} - {
+        "fill_bases_",  # takes a single tensor
+        "check_pattern",  # looks at numbers and makes none
+    }
 
 
 @every_call
@@ -132,5 +135,5 @@ def test_layer_with_a_parameter_on_meta(form, name):
     layer = make_layer(24, 41, **bases)
     parameters = getattr(layer, name)
     parameters["default"] = torch.nn.Parameter(parameters["default"].detach().to("meta"))
-    with pytest.raises(ValueError, match=f"{name} must be on the device of x, cpu, got meta"):
+    with pytest.raises(ValueError, match=rf"{name}\['default'\] is on the meta device"):
         layer(normal(3, 24))
