@@ -132,9 +132,11 @@ class ActiveAdapters(nn.Module):
 
         Raises:
             ValueError, TypeError: an unknown name; a layer that cannot be merged into, such as one with a
-                parametrised weight; with `safe_merge` a merged weight that is not finite. Nothing is changed then.
+                parametrised weight; a model that FSDP2 shards; with `safe_merge` a merged weight that is not finite.
+                Nothing is changed then.
         """
         names = self._names(adapter_names)
+        injection.check_whole(self)
         wanted = injection.to_merge(self.model, names)
         with all_or_nothing(self), merged_or_not(wanted):
             shared = ties.shared(self.model)

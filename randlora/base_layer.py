@@ -6,7 +6,9 @@ layer in its place, or another weight into it. What that computes is used as it 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -66,6 +68,7 @@ def product(base_layer: nn.Module, x: Tensor, in_features: int, out_features: in
     Raises:
         TypeError: no tensor. ValueError: of another shape than ``[..., out_features]``, or without numbers.
     """
+    require_numbers(base_layer, x)
     # PyTorch's own quantised layers, whose weight is a method, pass no gradient on and only warn that they may not.
     blind = callable(getattr(base_layer, "weight", None)) and tensor_weight(base_layer) is None
     result = quantized.product(base_layer, x.detach() if blind else x, *args, **kwargs)
@@ -93,7 +96,7 @@ class _WithoutGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, x, name):
         ctx.name = name
-        return y.view_as(y)
+        return torch.ops.aten._unsafe_view(y, y.shape)  # not a view, which in-place operations could not touch
 
     @staticmethod
     def backward(ctx, grad):
@@ -101,6 +104,20 @@ class _WithoutGradient(torch.autograd.Function):
             f"the base layer, a {ctx.name}, passes no gradient on to its input, so those of the layers before it would "
             "be wrong: it can be used for inference only"
         )
+
+
+def require_numbers(base_layer: nn.Module, x: Tensor) -> None:
+    """Raises ``ValueError`` if `x` has numbers and a parameter of the layer has none, nor a hook that brings them in.
+
+    PyTorch answers some of such calls with memory that nobody has written to.
+    """
+    if x.is_meta:
+        return
+    for module in base_layer.modules():
+        if not offload.hooks(module):
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    offload.require_numbers(parameter, f"the base layer's {name}", "to compute with")
 
 
 def require_weight(base_layer: nn.Module, x: Tensor, shape: tuple[int, int]) -> None:
@@ -149,17 +166,33 @@ def require_mergeable(base_layer: nn.Module, shape: tuple[int, int], transposed:
 
 def _peculiarity(base_layer: nn.Module) -> str | None:
     """What may make a layer compute something else than ``x W^T + b``."""
-    if "_hf_hook" in vars(base_layer):  # accelerate's, which moves tensors and changes nothing
-        return None
-    own = getattr(vars(base_layer).get("forward"), "__func__", None) is not type(base_layer).forward
-    if has_own_forward(base_layer) or ("forward" in vars(base_layer) and own):
+    with _without_accelerate(base_layer):
+        forward = vars(base_layer).get("forward")
+    own = forward is not None and getattr(forward, "__func__", None) is not type(base_layer).forward
+    if has_own_forward(base_layer) or own:
         return "a forward of its own"
     return "hooks" if base_layer._forward_hooks or base_layer._forward_pre_hooks else None
 
 
+@contextlib.contextmanager
+def _without_accelerate(base_layer: nn.Module) -> Iterator[None]:
+    """The layer as it is without accelerate's hook, which only moves tensors, and brings its own in."""
+    attributes = vars(base_layer)
+    hooked = attributes.get("forward") if "_hf_hook" in attributes else None
+    if hooked is not None:
+        attributes["forward"] = attributes["_old_forward"]
+    try:
+        yield
+    finally:
+        if hooked is not None:
+            attributes["forward"] = hooked
+
+
 def _other_use_of_weight(base_layer: nn.Module, transposed: bool) -> str | None:
     """Why ``W + D`` in place of W would not add ``x D^T`` to what the layer computes; None if it does."""
-    weight = offload.read(base_layer, "weight").detach()
+    held = {**base_layer._parameters, **base_layer._buffers}
+    tensors = {name: offload.read(base_layer, name).detach() for name, tensor in held.items() if tensor is not None}
+    weight = tensors["weight"]
     generator = torch.Generator().manual_seed(0)
     in_features = weight.shape[0 if transposed else 1]
     x, change = (torch.randn(*size, generator=generator).to(weight) for size in ((3, in_features), weight.shape))
@@ -167,9 +200,9 @@ def _other_use_of_weight(base_layer: nn.Module, transposed: bool) -> str | None:
     modes = [(module, module.training) for module in base_layer.modules()]
     base_layer.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _without_accelerate(base_layer):
             before, after = (
-                torch.func.functional_call(base_layer, {"weight": w}, (x,)) for w in (weight, weight + change)
+                torch.func.functional_call(base_layer, tensors | {"weight": w}, (x,)) for w in (weight, weight + change)
             )
             expected = nn.functional.linear(x, change.T if transposed else change)
             error = torch.linalg.vector_norm((after - before - expected).double())
@@ -178,7 +211,7 @@ def _other_use_of_weight(base_layer: nn.Module, transposed: bool) -> str | None:
     finally:
         for module, training in modes:
             module.training = training
-    # A hook may round the output to 16 bits, which is no other use of the weight.
-    if not error <= 0.05 * torch.linalg.vector_norm(expected.double()):
+    limit = 0.05 if weight.dtype.itemsize <= 2 else 0.01  # what rounds its output to 16 bits may do so
+    if not error <= limit * torch.linalg.vector_norm(expected.double()):
         return "adding to its weight does not add as much to its output"
     return None

@@ -148,6 +148,7 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
             return self._add_mixed(x, self._product(x, *args, **kwargs))
         adapters = [name for name in self._active_adapters if name not in self.merged_adapters]
         if self.disable_adapters or not adapters:
+            base_layers.require_numbers(self.base_layer, x)
             return quantized.product(self.base_layer, x, *args, **kwargs)
         plain = not (args or kwargs) and self._base_is_plain()
         if not plain:

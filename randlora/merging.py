@@ -167,6 +167,13 @@ def _check_unmerge(layer: Mergeable) -> None:
             f"{base_layers.name_of(base)}: it cannot be taken out of that"
         )
     if not isinstance(kept, tuple):
+        if quantized.is_quantized(base):
+            raise ValueError(
+                f"{', '.join(layer.merged_adapters)} was merged into a weight that has been quantised since: it cannot "
+                "be taken out of that"
+            )
+        if not isinstance(base._parameters.get("weight"), nn.Parameter):
+            raise ValueError(_recomputed(base))
         offload.require_numbers(kept, "the base layer's weight as it was", "to give back")
 
 
@@ -245,7 +252,7 @@ _NOT_KEPT = "the weight as it was before merging was not kept (merge_and_unload 
 
 def _recomputed(base: nn.Module) -> str:
     """Why this layer cannot be merged into, and what to do."""
-    what = "computed anew from others at every call, so that a merged update would be lost"
+    what = "computed anew from others at every call, so that what is merged into it or taken out of it would be lost"
     way = "remove what computes it, for example with torch.nn.utils.prune.remove or remove_weight_norm"
     if torch.nn.utils.parametrize.is_parametrized(base, "weight"):
         way = "torch.nn.utils.parametrize.remove_parametrizations(layer.get_base_layer(), 'weight') removes that"

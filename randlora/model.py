@@ -160,6 +160,7 @@ class RandLoraModel(Delegating, ActiveAdapters):
         Raises:
             ValueError, TypeError: as :meth:`merge_adapter`.
         """
+        injection.check_whole(self)
         return injection.unload(self.model, self._names(adapter_names), progressbar, safe_merge, low_memory)
 
     def unload(self) -> nn.Module:

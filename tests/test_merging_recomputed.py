@@ -101,6 +101,21 @@ def test_merging_is_refused(way):
 
 
 @over_ways
+def test_unmerging_is_refused(way):
+    """What was merged before the weight came to be computed anew is part of what it is computed from."""
+    torch.manual_seed(0)
+    layer = randomize(randlora.Linear(nn.Linear(8, 6).double(), r=2, randlora_alpha=3)).eval()
+    layer.merge()
+    WAYS[way][0](layer.get_base_layer())
+    x = normal(7, 8, dtype=torch.float64)
+    expected = layer(x)
+    with pytest.raises(ValueError, match=r"the weight of this .*Linear is no parameter but computed anew"):
+        layer.unmerge()
+    assert layer.merged
+    torch.testing.assert_close(layer(x), expected)
+
+
+@over_ways
 @pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
 def test_a_model_is_checked_before_its_first_layer(way, method):
     model = randomize_model(randlora.get_peft_model(make_model(way), {"r": 2, "target_modules": ["first", "second"]}))

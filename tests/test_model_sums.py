@@ -88,3 +88,10 @@ def test_sums_that_are_no_adapter(settings, arguments, named):
     assert_unchanged(model, before)
     with pytest.raises(ValueError, match="already has an adapter named 'b'"):
         model.add_weighted_adapter(["default"], [1], "b")
+
+
+def test_numbers_on_meta_are_not_added_up():
+    model = adapt(net().to("meta"))
+    with pytest.raises(ValueError, match="is on the meta device"):
+        model.add_weighted_adapter(["default"], [2.0], "sum")
+    assert list(model.peft_config) == ["default"]

@@ -66,6 +66,15 @@ def test_quantize_dynamic_gives_no_wrong_gradients():
     assert model.model[0].randlora_lambda["default"].grad.any()
 
 
+def test_outputs_of_quantize_dynamic_can_be_changed_in_place():
+    model, x = quantised(), normal(5, 12).requires_grad_()
+    for names in (["__base__"] * 5, ["default"] * 5, None):
+        y = model(x, adapter_names=names)
+        expected = y.detach() * 2
+        y.mul_(2)
+        assert y.requires_grad and torch.equal(y, expected)
+
+
 def test_quantize_dynamic_of_merged_layers():
     model, x = sequence(), normal(5, 12)
     expected = model(x)
@@ -90,6 +99,18 @@ def test_quantize_of_torchao():
     assert type(model.model[0].base_layer.weight) is not nn.Parameter
     for _ in both_ways(model):
         torch.testing.assert_close(model(x), expected, rtol=0.1, atol=0.2)
+
+
+def test_quantize_of_torchao_on_merged_layers():
+    torchao = pytest.importorskip("torchao.quantization")
+    model, x = sequence(), normal(5, 12)
+    model.merge_adapter()
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    expected = model(x)
+    for call in (model.unmerge_adapter, model.unload, model.model[0].unmerge):
+        with pytest.raises(ValueError, match="merged into a weight that has been quantised since"):
+            call()
+    assert model.model[0].merged and torch.equal(model(x), expected)
 
 
 def test_assigning_a_weight_to_an_adapted_layer():

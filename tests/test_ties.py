@@ -68,10 +68,10 @@ def call(model):
         return model(input_ids=IDS, **more).logits
 
 
-def adapted(name, mode):
+def adapted(name, mode, change=lambda model: model):
     make, *places = MODELS[name]
     settings = {"r": 4, "randlora_alpha": 3, "target_modules": [places[0]]} | MODES[mode](*places)
-    model = randlora.get_peft_model(make(), settings).eval()
+    model = randlora.get_peft_model(change(make()), settings).eval()
     with torch.no_grad():
         for i, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
             parameter.add_(0.3 * normal(*parameter.shape, seed=i))
@@ -105,6 +105,24 @@ def test_saved_and_loaded_again(name, mode, tmp_path):
     if name != "switch":  # whose forward depends on the setting, so that it must stay
         merged.tie_weights()
         torch.testing.assert_close(call(merged), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("way", ["cpu", "disk"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bart"])
+def test_tied_and_offloaded(name, mode, way, tmp_path):
+    """accelerate gives tied weights parameters of their own on meta: that they were one shows in their numbers."""
+    accelerate = pytest.importorskip("accelerate")
+    offload = {"cpu": accelerate.cpu_offload, "disk": lambda m, d: accelerate.disk_offload(m, str(tmp_path), d)}[way]
+    model = adapted(name, mode, lambda m: offload(m, torch.device("cpu")))
+    expected = call(model)
+    merged = model.merge_and_unload()
+    assert merged.config.tie_word_embeddings == (mode == "neither")
+    torch.testing.assert_close(call(merged), expected, rtol=1e-4, atol=1e-5)
+    accelerate.hooks.remove_hook_from_submodules(merged)
+    merged.tie_weights()
+    torch.testing.assert_close(call(merged), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["head trained", "embeddings trained", "head adapted"])

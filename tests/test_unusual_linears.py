@@ -184,12 +184,35 @@ def test_what_does_not_is_not_merged_into(cls, dtype):
     assert not layer.merged and torch.equal(layer.weight, weight) and torch.equal(layer(x), expected)
 
 
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("cls", [Doubled, Squared, Plain, nn.Linear])
+@pytest.mark.parametrize("hook", [None, lambda module, args, y: 3 * y])
+def test_accelerates_hooks_hide_nothing(cls, hook, offload):
+    accelerate = pytest.importorskip("accelerate")
+    base = make(cls)
+    if hook is not None:
+        base.register_forward_hook(hook)
+    if offload:
+        accelerate.cpu_offload(base, torch.device("cpu"))
+    else:
+        accelerate.hooks.add_hook_to_module(base, accelerate.hooks.AlignDevicesHook("cpu"))
+    layer, x = wrap(base), normal(3, 12)
+    expected = layer(x)
+    if cls in (Doubled, Squared) or hook is not None:
+        with pytest.raises(ValueError, match="cannot be merged into: adding to its weight does not"):
+            layer.merge()
+        assert not layer.merged and torch.equal(layer(x), expected)
+    else:
+        layer.merge()
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_merging_changes_no_layer_where_one_cannot_be_merged_into():
     model = nn.Sequential(make_base(12, 7), make(Doubled, 7, 12))
     model = randlora.get_peft_model(model, {"target_modules": ["0", "1"], **ON_CPU})
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for call in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ValueError, match=r"'1': the base layer, a .*Doubled"):
+        with pytest.raises(ValueError, match=r"'1' cannot be merged into: the base layer, a .*Doubled"):
             call()
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert type(model.unload()[1]) is Doubled
