@@ -165,8 +165,8 @@ def require_mergeable(base_layer: nn.Module, shape: tuple[int, int], transposed:
     peculiar = _peculiarity(base_layer)
     if peculiar and (reason := _other_use_of_weight(base_layer, transposed)):
         raise ValueError(
-            f"the base layer, a {name} with {peculiar}, does more than multiply by its weight: {reason}. It can be used "
-            "unmerged"
+            f"the base layer, a {name} with {peculiar}, does more than multiply by its weight: {reason}. It can be "
+            "used unmerged"
         )
 
 
