@@ -19,6 +19,11 @@ def check_adapter_name(name: str) -> None:
         raise TypeError(f"adapter_name must be a string, got {name!r}")
     if not name or name == BASE or any(part in name for part in "./\\"):
         raise ValueError(f"adapter_name must not be empty, {BASE!r}, or contain '.', '/' or '\\', got {name[:300]!r}")
+    check_savable(name)
+
+
+def check_savable(name: str) -> None:
+    """Raises ``ValueError`` for a name that no folder can have, or that no terminal shows as it is."""
     # Cc: control characters, NUL among them. Cs: lone surrogates, which have no UTF-8.
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
         raise ValueError(f"adapter_name must not contain control characters or surrogates, got {name[:300]!r}")

@@ -128,6 +128,19 @@ def test_a_second_adapter_without_targets_is_refused_as_by_peft():
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("name", ["a\0b", "a\nb", "\ud800", "x" * 201, "\u00e9" * 101])
+def test_names_that_cannot_be_saved_are_refused_before_training(name):
+    model = adapt(llama(), config("q_proj", r=3))
+    before = state(model)
+    with pytest.raises(ValueError, match="adapter_name must"):
+        model.add_adapter(name, config("v_proj"))
+    assert_unchanged(model, before)
+    with integration.enable():
+        with pytest.raises(ValueError, match="adapter_name must"):
+            peft.get_peft_model(llama(), config("v_proj"), name)
+        peft.get_peft_model(llama(), config("v_proj"), "\u00e9" * 100)
+
+
 # ---- merging ----
 
 

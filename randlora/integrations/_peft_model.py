@@ -21,6 +21,7 @@ from ..fast_path import disable_fast_path, restore_fast_path
 from ..injection import adapted_layers, to_merge
 from ..linear import conv1d_types
 from ..merging import merged_or_not
+from ..names import check_savable
 from ..targets import layer_sizes
 from ..undo import all_or_nothing
 from ._peft_bases import Bases, is_8_bit
@@ -109,6 +110,7 @@ class RandLoraModel(PeftRandLoraModel):
         """
         if adapter_name in self.randlora_A:  # PEFT refuses it from 0.21 on
             raise ValueError(f"this model has an adapter named {adapter_name!r} already: delete it first")
+        check_savable(adapter_name)
         config = self.peft_config[adapter_name]
         with all_or_nothing(self):
             try:
