@@ -6,6 +6,7 @@ import pytest
 import torch
 from common import normal
 from torch import nn
+from torch.nn.utils import prune
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -172,10 +173,10 @@ def test_unmerging_changes_all_layers_or_none():
         model = peft.get_peft_model(plain, peft.RandLoraConfig(r=4, target_modules=["0", "1"]))
     model.merge_adapter()
     layers = [model.base_model.model[i] for i in (0, 1)]
-    nn.utils.prune.l1_unstructured(layers[1].base_layer, "weight", 0.5)
+    prune.l1_unstructured(layers[1].base_layer, "weight", 0.5)
     with pytest.raises(ValueError, match="no parameter but computed anew"):
         model.unmerge_adapter()
     assert all(layer.merged for layer in layers)
-    nn.utils.prune.remove(layers[1].base_layer, "weight")
+    prune.remove(layers[1].base_layer, "weight")
     model.unmerge_adapter()
     assert not any(layer.merged for layer in layers)
