@@ -210,7 +210,7 @@ class Layer:
         n = self.lam.shape[1]
         pattern = bases.pattern(spec.d, torch.device(spec.device))
         form = planner.form(pattern and pattern[0])
-        costs = planner._options(
+        costs = planner.options_of(
             spec.T, spec.d, spec.d, n, spec.r, self.dtype.itemsize, form, torch.device(spec.device).type, dropout=False,
             has_weight=True, need_x=True, need_parameters=True,
         )  # fmt: skip

@@ -188,9 +188,10 @@ class Layer {
   at::Tensor dense_update(const at::Tensor& weight) const {
     if (sparse()) {
       const at::Tensor rows = wide_ ? weight.t() : weight;  // [m, M]
-      const at::Tensor sum =
-          sparse_update(a_.pattern, a_.lambda, a_.gamma, std::max(in_, out_), a_.scale,
-                        rows.stride(0) == 1 || rows.stride(1) == 1 ? rows : rows.contiguous(), a_.dtype);
+      // A clone: contiguous() would leave a single element the strides that it has, which may be any.
+      const at::Tensor sum = sparse_update(
+          a_.pattern, a_.lambda, a_.gamma, std::max(in_, out_), a_.scale,
+          rows.stride(0) == 1 || rows.stride(1) == 1 ? rows : rows.clone(at::MemoryFormat::Contiguous), a_.dtype);
       return wide_ ? sum.t() : sum;
     }
     at::Tensor sum;

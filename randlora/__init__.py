@@ -10,11 +10,11 @@ from .bases import RandomBases  # noqa: E402
 from .cache import inference_cache  # noqa: E402
 from .config import RandLoraConfig  # noqa: E402
 from .estimate import Estimate, estimate  # noqa: E402
+from .explanation import explain  # noqa: E402
 from .layer import RandLoraLayer  # noqa: E402
 from .linear import Linear  # noqa: E402
 from .model import RandLoraModel, get_peft_model  # noqa: E402
 from .ops import UniqueBaseGrad  # noqa: E402
-from .planner import explain  # noqa: E402
 
 __version__ = _C.build_info()["version"]
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from . import offload, quantized
+from .checks import require_dtype
 from .quantized_kinds import kind_of
 
 
@@ -24,6 +25,8 @@ def check(base_layer: nn.Module, in_features: int, out_features: int, transposed
     name = type(base_layer).__name__
     if isinstance(base_layer, LazyModuleMixin) and base_layer.has_uninitialized_params():
         raise ValueError(f"base_layer is a {name} that has no size yet: call it once before adapting it")
+    if 0 in (in_features, out_features):
+        raise ValueError(f"base_layer is a {name} of size {in_features} -> {out_features}: there is nothing to adapt")
     weight = getattr(base_layer, "weight", None)
     if kind_of(base_layer) is not None or has_own_forward(base_layer) or not isinstance(weight, Tensor):
         return  # its weight is its own affair
@@ -138,8 +141,9 @@ def require_mergeable(base_layer: nn.Module, shape: tuple[int, int], transposed:
     """Raises unless adding to the layer's weight adds as much to what it computes.
 
     Raises:
-        TypeError: the weight is no tensor. ValueError: it has no numbers or another shape than `shape`, is quantised
-            and offloaded, or a forward of the layer's own, or a hook, does something else with it.
+        TypeError: the weight is no tensor, or of a dtype that updates cannot be added to. ValueError: it has no numbers
+            or another shape than `shape`, is quantised and offloaded, or a forward of the layer's own, or a hook, does
+            something else with it.
     """
     name, weight = name_of(base_layer), tensor_weight(base_layer)
     if weight is None:
@@ -151,6 +155,7 @@ def require_mergeable(base_layer: nn.Module, shape: tuple[int, int], transposed:
         if offload.hooks(base_layer):
             raise ValueError(f"a quantised weight that is offloaded cannot be merged into: call {offload.REAL_AGAIN}")
         return
+    require_dtype("the base weight's dtype", weight.dtype)
     if weight.shape != shape:
         raise ValueError(
             f"the base layer, a {name}, must have a weight of shape {list(shape)} to merge into, got "
@@ -160,7 +165,8 @@ def require_mergeable(base_layer: nn.Module, shape: tuple[int, int], transposed:
     peculiar = _peculiarity(base_layer)
     if peculiar and (reason := _other_use_of_weight(base_layer, transposed)):
         raise ValueError(
-            f"the base layer, a {name} with {peculiar}, cannot be merged into: {reason}. It can be used unmerged"
+            f"the base layer, a {name} with {peculiar}, does more than multiply by its weight: {reason}. It can be "
+            "used unmerged"
         )
 
 

@@ -104,6 +104,8 @@ class RandomBases:
             if not isinstance(t, Tensor):
                 raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(t).__name__}")
             require_dtype(f"{name}'s dtype", t.dtype)
+            if t.layout != torch.strided:
+                raise TypeError(f"{name} must be a dense (strided) tensor, got one of layout {t.layout}")
             if t.dim() != 3 or t.numel() == 0:
                 raise ValueError(f"{name} must have shape {shape}, got {list(t.shape)}")
         if A.dtype != B.dtype or A.device != B.device:
@@ -161,6 +163,7 @@ class RandomBases:
 
         They are kept in this form only (lists, planes or bits: :mod:`randlora.patterns`), unless :meth:`tensors` is
         called. Given bases are recognised where that makes them faster: the ternary ones that PEFT stores dense.
+        Raises ValueError where `min_dim` is larger than the store's, which :meth:`require` lets grow.
         """
         self._drop_outdated()
         device = canonical(device or self.device)
@@ -190,6 +193,8 @@ class RandomBases:
                 f"[{self.r}, 1, {min_dim}] and randlora_B [{max_dim}, {num_bases}, {self.r}], got "
                 f"[{self.r}, 1, {self.min_dim}] and [{self.max_dim}, {self.num_bases}, {self.r}]"
             )
+        asked = (("max_dim", max_dim), ("min_dim", min_dim), ("num_bases", num_bases))
+        max_dim, min_dim, num_bases = (require_size(name, value, 2**31 - 1) for name, value in asked)
         with self._lock:
             size = max(self.max_dim, max_dim), max(self.min_dim, min_dim), max(self.num_bases, num_bases)
             if size == (self.max_dim, self.min_dim, self.num_bases):

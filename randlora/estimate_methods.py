@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from .checkpoint import biases
 from .checkpoint.layout import PARAMETERS, PREFIX
 from .config import RandLoraConfig
 from .injection import Plan
-from .linear import Linear
+from .linear import is_plain
 from .patterns import Pattern
 from .planner import Cost
 from .trial_call import Call
@@ -76,7 +75,7 @@ def layers_of(model: nn.Module, plan: Plan, autocast: torch.dtype | None) -> lis
         attention = isinstance(parent, nn.MultiheadAttention)  # it is taken apart into plain layers
         weight = parent.out_proj.weight if attention else modules[name].weight
         # The method looks at the base layer alone.
-        plain = attention or Linear._base_is_plain(SimpleNamespace(base_layer=modules[name]))
+        plain = attention or is_plain(modules[name])
         own = weight.dtype if weight.dtype.is_floating_point else usual
         dtype = own if autocast is None or own == torch.float64 else autocast
         parameters = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
@@ -179,7 +178,7 @@ def _strategies(
     if strategy == "auto":
         chosen = planner.choose(*shape, layer.dtype, layer.weight_dtype, step.device.type, form=form, **needs)
     has_weight = layer.weight_dtype is not None
-    options = planner._options(*shape, layer.dtype.itemsize, form, step.device.type, has_weight=has_weight, **needs)
+    options = planner.options_of(*shape, layer.dtype.itemsize, form, step.device.type, has_weight=has_weight, **needs)
     return chosen, (options[chosen[0]][0], options[chosen[1]][1]), form is None
 
 

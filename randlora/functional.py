@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import fake_kernels, linear_op, planner  # noqa: F401
+from .fake_kernels import require_one_device
 from .ops import UniqueBaseGrad, takes_functions
 from .patterns import Pattern, is_planes
 
@@ -60,9 +62,12 @@ def flat_bases(
     checkpoint is trained with it, so it stays.
 
     Raises:
-        ValueError: bases too small for the layer, or parameters of other sizes.
+        ValueError: bases too small for the layer, parameters of other sizes, tensors on several devices (such as meta).
+        TypeError: what must be a tensor is none.
     """
-    m, M = min(in_features, out_features), max(in_features, out_features)
+    _require_tensors(A=A, B=B, randlora_lambda=randlora_lambda, randlora_gamma=randlora_gamma)
+    require_one_device(A=A, B=B, randlora_lambda=randlora_lambda, randlora_gamma=randlora_gamma)
+    m, M = _dimensions(in_features, out_features)
     r, n = randlora_lambda.shape if randlora_lambda.dim() == 2 else (-1, -1)
     if A.dim() != 3 or A.shape[0] != r or A.shape[2] < m:
         raise ValueError(
@@ -112,9 +117,16 @@ def sparse_delta_weight(
     out_features: int,
 ) -> Tensor:
     """:func:`delta_weight` of ternary bases, from what :meth:`randlora.RandomBases.pattern` gives. Differentiable."""
+    _require_tensors(randlora_lambda=randlora_lambda, randlora_gamma=randlora_gamma)
+    _require_pattern(pattern)
+    m, M = _dimensions(in_features, out_features)
     if isinstance(pattern, Pattern):
         pattern.require(randlora_lambda.shape, in_features, out_features)
-    m, M = min(in_features, out_features), max(in_features, out_features)
+    if randlora_gamma.dim() != 2 or randlora_gamma.shape[1] != m:
+        raise ValueError(
+            f"randlora_gamma must have shape [n, m] with m = {m} for a {in_features} -> {out_features} layer, got "
+            f"{list(randlora_gamma.shape)}"
+        )
     dtype = torch.promote_types(randlora_lambda.dtype, randlora_gamma.dtype)
     if takes_functions() and not torch.compiler.is_compiling():  # torch.func and forward mode know the layer op alone
         x = torch.eye(in_features, dtype=dtype, device=randlora_gamma.device)
@@ -179,6 +191,10 @@ def linear(
     Raises:
         ValueError, TypeError: arguments that do not fit.
     """
+    _require_tensors(x=x, randlora_lambda=randlora_lambda, randlora_gamma=randlora_gamma)
+    _require_numbers(scaling, strategy, out_features, workspace, seed)
+    if pattern is not None:
+        _require_pattern(pattern)
     if x.dim() == 0:
         raise ValueError("x must have shape [..., in], got a tensor without dimensions")
     if weight is not None:
@@ -232,6 +248,43 @@ def linear(
         *[*(pattern or ()), *[None] * 5][:5],
     )  # fmt: skip
     return y if ordinary is None else ordinary + y
+
+
+def _require_tensors(**given: Tensor) -> None:
+    for name, t in given.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+
+
+def _require_pattern(pattern: Sequence[Tensor]) -> None:
+    if isinstance(pattern, Pattern):
+        return
+    if not isinstance(pattern, tuple | list) or not all(isinstance(t, Tensor) for t in pattern):
+        raise TypeError(f"pattern must be what RandomBases.pattern gives, tensors, got {type(pattern).__name__}")
+    if len(pattern) not in (0, 2, 3, 5):
+        raise ValueError(f"pattern must be 5 lists, or 3 or 2 tensors of packed bases, got {len(pattern)} tensors")
+
+
+def _require_numbers(scaling, strategy, out_features, workspace, seed) -> None:
+    for name, value, types, what in (
+        ("scaling", scaling, (numbers.Real, torch.SymFloat, Tensor), "a number"),
+        ("strategy", strategy, str, "a string"),
+        ("out_features", out_features, (int, torch.SymInt, type(None)), "an integer"),
+        ("workspace", workspace, int, "an integer"),
+        ("seed", seed, (Tensor, type(None)), "a tensor [1] of int64"),
+    ):
+        if not isinstance(value, types):
+            raise TypeError(f"{name} must be {what}, got {value!r} ({type(value).__name__})")
+    if not 0 <= workspace < 2**63:
+        raise ValueError(f"workspace must be 0 (no limit) or a number of bytes, got {workspace}")
+
+
+def _dimensions(in_features: int, out_features: int) -> tuple[int, int]:
+    """The smaller and the larger one."""
+    m, M = min(in_features, out_features), max(in_features, out_features)
+    if m < 1:
+        raise ValueError(f"in_features and out_features must be at least 1, got {in_features} and {out_features}")
+    return m, M
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -19,6 +19,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import patterns
+from .checks import require_int
 
 if TYPE_CHECKING:
     from .bases import RandomBases
@@ -114,6 +115,7 @@ def make_sure_pattern(handle: str, device: torch.device, min_dim: int) -> str | 
         return name
     if device in bases._without_lists:
         return None
+    require_int("min_dim", min_dim, 1, bases.min_dim)  # a pattern of fewer columns than it claims would drop the rest
     with bases._lock, of_no_context():
         _refuse_capture(device)  # what is made is looked at, too
         found = bases._lists.get(device)

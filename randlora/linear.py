@@ -205,16 +205,7 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
 
     def _base_is_plain(self) -> bool:
         """Whether the base layer does nothing but its product with a frozen weight, so that the op may do it."""
-        base = self.base_layer
-        return (
-            type(base) in (nn.Linear, *conv1d_types())
-            # torchao's quantised weights are subclasses; torch.export puts fake tensors in the place of all parameters.
-            and type(base.weight) in (Tensor, nn.Parameter, FakeTensor)
-            and not base.weight.requires_grad
-            and not (base._forward_hooks or base._forward_pre_hooks)
-            # accelerate's device map replaces it on the instance, and leaves the method there when it is removed.
-            and ("forward" not in vars(base) or getattr(base.forward, "__func__", None) is type(base).forward)
-        )
+        return is_plain(self.base_layer) and not self.base_layer.weight.requires_grad
 
     def _forward_with(
         self, kept: cache.InferenceCache, x: Tensor, dtype: torch.dtype, adapters: list[str]
@@ -293,6 +284,18 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
         return f"in_features={self.in_features}, out_features={self.out_features}, {', '.join(state)}\n" + "\n".join(
             adapters
         )
+
+
+def is_plain(base: nn.Module) -> bool:
+    """Whether a layer does nothing but its product with an ordinary weight."""
+    return (
+        type(base) in (nn.Linear, *conv1d_types())
+        # torchao's quantised weights are subclasses; torch.export puts fake tensors in the place of all parameters.
+        and type(base.weight) in (Tensor, nn.Parameter, FakeTensor)
+        and not (base._forward_hooks or base._forward_pre_hooks)
+        # accelerate's device map replaces it on the instance, and leaves the method there when it is removed.
+        and ("forward" not in vars(base) or getattr(base.forward, "__func__", None) is type(base).forward)
+    )
 
 
 def conv1d_types() -> tuple[type, ...]:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from . import base_layer as base_layers
 from . import offload, quantized
-from .checks import require_dtype
 
 
 class Mergeable:
@@ -90,8 +89,6 @@ class Mergeable:
         base_layers.require_mergeable(base, self._weight_shape, self.fan_in_fan_out)
         for name in adapter_names:
             self._trained(name, torch.device("cpu"))
-        if not self._is_quantized():
-            require_dtype("the base weight's dtype", base.weight.dtype)
         if getattr(self, "bypassed", False) and any(
             self.randlora_lambda[n].any() and self.randlora_gamma[n].any() for n in adapter_names
         ):

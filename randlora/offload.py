@@ -144,11 +144,17 @@ def require_numbers(tensor: Tensor, what: str, purpose: str) -> None:
         raise ValueError(f"{what} is on the meta device: it has no numbers {purpose}. Load the weights first")
 
 
-def check_targets(model: nn.Module, targets: Iterable[str], trained_biases: Iterable[nn.Module] = ()) -> None:
+def check_targets(
+    model: nn.Module,
+    targets: Iterable[str],
+    trained_biases: Iterable[nn.Module] = (),
+    trained_modules: Iterable[str] = (),
+) -> None:
     """Raises ``ValueError`` for what cannot be adapted while it is offloaded.
 
     Args:
         targets: names of the modules to adapt. trained_biases: modules whose biases are to be trained.
+        trained_modules: names of modules of which copies are to be trained that would be offloaded, too.
     """
     for name in targets:
         parts = name.split(".")
@@ -172,6 +178,28 @@ def check_targets(model: nn.Module, targets: Iterable[str], trained_biases: Iter
                 f"biases cannot be trained while they are offloaded, that of a {type(module).__name__} is: take "
                 f"bias='none', or call {REAL_AGAIN} first"
             )
+    for name in trained_modules:
+        if any(map(hooks, model.get_submodule(name).modules())):
+            raise ValueError(
+                f"modules_to_save: {name!r} cannot be trained while it is offloaded, its gradients would be lost: call "
+                f"{REAL_AGAIN} first"
+            )
+
+
+def make_room(held: dict[str, Tensor | None], name: str, device: torch.device) -> None:
+    """Memory for a tensor on meta, put where it is held: accelerate's init_empty_weights undoes other assignments."""
+    tensor = held[name]
+    if tensor is not None and tensor.is_meta:
+        room = torch.empty_like(tensor, device=device)
+        held[name] = nn.Parameter(room, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else room
+
+
+def make_room_in(module: nn.Module) -> None:
+    """Memory on the CPU for all that the state dict of `module` has, before it is loaded."""
+    for part in module.modules():
+        for held in (part._parameters, part._buffers):
+            for name in held.keys() - part._non_persistent_buffers_set:  # what is not saved gets no numbers
+                make_room(held, name, torch.device("cpu"))
 
 
 def copy_of(module: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Which of the three ways to compute a layer is the cheapest: a small cost model, and `explain`, which prints it.
+"""Which of the three ways to compute a layer is the cheapest: a small cost model (`randlora.explain` prints it).
 
 With T tokens, ``m = min(in, out)``, ``M = max(in, out)``, n bases of rank r and ``P = n * r`` (square, full rank:
 ``P = m = M = d``), the multiply-adds of one call are
@@ -295,7 +295,7 @@ def price_of_update(
     """What T tokens under ``no_grad`` spend on the update at the least, and what building ``dW`` costs, in one unit."""
     balance = BALANCE.get((device_type, dtype.itemsize), 10.0)
     call, build = (
-        _options(
+        options_of(
             tokens, in_features, out_features, n, r, dtype.itemsize, form(pattern), device_type,
             has_weight=False, need_x=False, need_parameters=False,
         )
@@ -314,9 +314,10 @@ def form(pattern) -> Lists | str | None:
     return Lists(columns.numel(), b_indices.numel() / (b_starts.numel() // 2))
 
 
-def _options(
+def options_of(
     T, in_features, out_features, n, r, element_bytes, form, device_type, **needs
 ) -> dict[str, tuple[Cost, Cost]]:
+    """Forward and backward cost of each strategy that can compute the call, whatever the `form` of the bases."""
     needs["device_type"] = device_type
     if isinstance(form, Lists):
         return sparse_costs(T, in_features, out_features, n, r, form, element_bytes, **needs)
@@ -329,58 +330,10 @@ def _totals(
 ) -> dict[str, tuple[int, int]]:
     """Cost forward and backward of the strategies that `auto` takes for this call."""
     has_weight = weight_dtype is not None
-    options = _options(
+    options = options_of(
         T, in_features, out_features, n, r, dtype.itemsize, form, device_type, has_weight=has_weight, **needs
     )
     if not (weight_dtype == dtype and dtype in (torch.float32, torch.float64)):
         options.pop("merged", None)
     balance = BALANCE.get((device_type, dtype.itemsize), 10)
     return {name: tuple(cost.total(balance) for cost in passes) for name, passes in options.items()}
-
-
-def explain(layer: torch.nn.Module, tokens: int, training: bool = True) -> str:
-    """Print, and return, what a :class:`randlora.Linear` would choose for a call with `tokens` tokens, and why.
-
-    One line per active adapter, pass and strategy: multiply-adds, bytes of temporaries, and the modelled cost relative
-    to the cheapest; `training` False counts a forward under ``no_grad``.
-    """
-    lines = []
-    dtype, device = layer.compute_dtype_and_device()
-    balance = BALANCE.get((device.type, dtype.itemsize), 10)
-    for adapter in layer.active_adapters:
-        n, r = layer.num_bases[adapter], layer.r[adapter]
-        dropout = training and getattr(layer.randlora_dropout[adapter], "p", 0.0) > 0
-        shape = (tokens, layer.in_features, layer.out_features, n, r)
-        needs = {"dropout": dropout, "need_x": training, "need_parameters": training}
-        bases = form(layer.pattern(adapter))
-        plain = layer._base_is_plain()  # a quantised base layer computes its product itself
-        options = _options(*shape, dtype.itemsize, bases, device.type, has_weight=plain, **needs)
-        chosen = choose(*shape, dtype, dtype if plain else None, device.type, **needs, form=bases)
-        forced = layer.strategy != "auto"
-        if forced:
-            chosen = layer.strategy, layer.strategy
-        lines.append(
-            f"adapter {adapter!r}: {layer.in_features} -> {layer.out_features}, {n} bases of rank {r}, {tokens} "
-            f"tokens, {str(dtype).removeprefix('torch.')} on {device.type}, "
-            f"{'training' if training else 'inference'}"
-        )
-        for which, name in enumerate(("forward", "backward") if training else ("forward",)):
-            lines.append(f"  {name:<13}{'multiply-adds':>15}{'temporaries':>15}{'cost':>7}")
-            least = min(cost[which].total(balance) for cost in options.values()) or 1
-            for strategy, cost in options.items():
-                note = ""
-                if strategy == chosen[which]:
-                    note = "  <- forced" if forced else "  <- chosen"
-                elif strategy == "merged" and dtype.itemsize == 2:
-                    note = "  (only on request: 16 bits round small updates away)"
-                lines.append(
-                    f"    {strategy:<13}{cost[which].multiply_adds / 1e6:>11.1f} M"
-                    f"{cost[which].workspace / 2**20:>11.1f} MiB{cost[which].total(balance) / least:>7.2f}{note}"
-                )
-        kept = tokens * layer.in_features * dtype.itemsize if training else 0
-        lines.append(
-            f"  kept for backward: the input, {kept / 2**20:.1f} MiB (multiply-adds; cost relative to the best)"
-        )
-    text = "\n".join(lines)
-    print(text)
-    return text

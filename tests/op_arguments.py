@@ -95,6 +95,17 @@ class Draw:
     def size(self):
         return self.of((1, self.int(1, 5), self.int(1, 40), self.int(16, 17), self.int(40, 150)))
 
+    def laid_out(self, t):
+        """`t` with other strides, some of whose elements may be the same memory (and value)."""
+        way = self.int(0, 5)
+        if way == 1:
+            return t.repeat_interleave(2, -1)[..., ::2]
+        if way == 2 and t.dim() >= 2:
+            return t.transpose(0, -1).contiguous().transpose(0, -1)
+        if way == 3 and t.numel():
+            return t[:1].expand(t.shape)
+        return t
+
     def seed(self):
         return torch.tensor([self.int(0, 2**62)])
 
@@ -121,8 +132,9 @@ class Layer:
         )
         self.dtype = d.of(FLOATS)
         parameters = torch.float64 if self.dtype == torch.float64 else d.of((torch.float32, self.dtype))
-        self.lam = d.normal(self.r, self.n, dtype=parameters)
-        self.gamma = (d.normal(self.n, self.m, dtype=torch.float64) / math.sqrt(self.n * self.r)).to(parameters)
+        self.lam = d.laid_out(d.normal(self.r, self.n, dtype=parameters))
+        gamma = d.normal(self.n, self.m, dtype=torch.float64) / math.sqrt(self.n * self.r)
+        self.gamma = d.laid_out(gamma.to(parameters))
         found = self.bases.pattern(self.m)
         self.pattern, self.scale = ([], 1.0) if found is None else (found[0], found[1])
         self.A, self.B = (None, None) if found else self.bases.draw(self.dtype, torch.device("cpu"))
@@ -149,10 +161,12 @@ def linear(d, backward):
     strategy = d.of(STRATEGIES)
     p = 0.0 if strategy == "merged" else d.of((0.0, 0.5))
     shape = d.of(((), (d.int(0, 40),), (2, d.int(1, 3))))
-    x, g = d.normal(*shape, layer.i, dtype=layer.dtype), d.normal(*shape, layer.o, dtype=layer.dtype)
+    x, g = (d.laid_out(d.normal(*shape, size, dtype=layer.dtype)) for size in (layer.i, layer.o))
     transposed = d.chance(0.3)
-    weight = d.normal(layer.o, layer.i, dtype=layer.dtype) if strategy == "merged" or d.chance(0.6) else None
-    bias = d.normal(layer.o, dtype=layer.dtype) if weight is not None and d.chance(0.5) else None
+    weight = (
+        d.laid_out(d.normal(layer.o, layer.i, dtype=layer.dtype)) if strategy == "merged" or d.chance(0.6) else None
+    )
+    bias = d.laid_out(d.normal(layer.o, dtype=layer.dtype)) if weight is not None and d.chance(0.5) else None
     seed = d.seed()
     xs, lam, gamma = exact(x, layer.lam, layer.gamma)
     kept = xs * torch.ops.randlora.dropout(torch.ones_like(x, dtype=torch.float64), seed, p) if p else xs
@@ -160,7 +174,7 @@ def linear(d, backward):
     if weight is not None:
         y = y + torch.nn.functional.linear(xs, weight.double(), None if bias is None else bias.double())
     arguments = {
-        "x": x, "weight": weight if weight is None or not transposed else weight.t().contiguous(), "bias": bias,
+        "x": x, "weight": weight if weight is None or not transposed else weight.t(), "bias": bias,
         "A": layer.A, "B": layer.B, "randlora_lambda": layer.lam, "randlora_gamma": layer.gamma,
         "out_features": layer.o, "scale": 0.7 * layer.scale, "dtype": layer.dtype, "strategy": strategy, "dropout": p,
         "seed": seed if p or d.chance(0.2) else None, "weight_is_transposed": transposed,
@@ -193,9 +207,11 @@ def sparse_update(d, backward):
         arguments = {"grad": g, **arguments, "scale": 0.7 * layer.scale}
         arguments.update(need_lambda=needs[0], need_gamma=needs[1])
         return Call("sparse_update_backward", arguments, needed(expected, needs), layer.tolerance)
-    weight = d.normal(layer.m, layer.M, dtype=dtype) if d.chance(0.5) else None
-    if weight is not None and d.chance(0.5):
-        weight = weight.t().contiguous().t()
+    weight = None
+    if d.chance(0.7):  # rows or columns as far apart as they like, or one and the same
+        apart = d.of((0, 1, layer.M, layer.M + 3))
+        strides = d.of(((apart, 1), (1, apart)))
+        weight = d.normal((layer.M + 3) * (layer.M + 1), dtype=dtype).as_strided((layer.m, layer.M), strides)
     arguments.update(max_dim=layer.M, scale=0.7 * layer.scale, weight=weight, dtype=dtype)
     return Call("sparse_update", arguments, [compact if weight is None else weight.double() + D], layer.tolerance)
 

@@ -348,7 +348,7 @@ def test_nothing_is_changed_and_no_bases_are_made(monkeypatch):
     ({"config": config(prng="peft"), "kinds": "sign"}, ValueError, "got 'sign'"),
     ({"autocast": torch.int8}, TypeError, "autocast must be one of"),
     ({"config": config(strategy="merged", randlora_dropout=0.1)}, ValueError, "merged.* takes no dropout"),
-], ids=str)  # fmt: skip
+], ids=lambda value: " ".join(value) if isinstance(value, dict) else str(value))  # fmt: skip
 def test_errors_name_what_is_wrong(arguments, error, match):
     with pytest.raises(error, match=match):
         estimate(**{"model": Net(), "config": config(), "tokens": TOKENS} | arguments)

@@ -9,7 +9,19 @@ from common import normal
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
-from peft_models import KINDS, adapt, adapted, config, layers, llama, logits, randomize, version  # noqa: E402
+from peft_models import (  # noqa: E402
+    KINDS,
+    adapt,
+    adapted,
+    assert_unchanged,
+    config,
+    layers,
+    llama,
+    logits,
+    randomize,
+    state,
+    version,
+)
 from torch.testing import assert_close  # noqa: E402
 
 import randlora  # noqa: E402
@@ -102,6 +114,23 @@ def test_injected_twice_under_one_name():
     assert torch.equal(logits(again), logits(model))
 
 
+def test_bases_of_an_injected_adapter_are_saved_where_it_is():
+    """Not in the model's first adapted layer, where the file's reader may find no layer of this adapter."""
+    settings = [config("q_proj", r=3), config("v_proj", r=4)]
+    model = randomize(injected(*settings, names=["first", "second"]))
+    for store in (adapted(model)[0].randlora_A, adapted(model)[0].randlora_B):
+        store["second"] = store["second"] * 1.25  # not those that are drawn anew
+    activate(model, "second")
+    again = injected(*settings, names=["first", "second"])
+    again.load_state_dict(model.state_dict())
+    single = injected(settings[1], names=["second"])
+    state_dict = peft.get_peft_model_state_dict(model, adapter_name="second")
+    assert not peft.set_peft_model_state_dict(single, state_dict, "second").unexpected_keys
+    for other in (again, single):
+        activate(other, "second")
+        assert torch.equal(logits(other), logits(model))
+
+
 def test_injected_beside_a_tuner():
     """The tuner that is there goes on owning the bases."""
     model = adapt(llama(), SETTINGS["first"])
@@ -176,6 +205,11 @@ def test_layerwise_casting(kind, by, storage):
     for (name, a), b in zip(theirs.named_parameters(), ours.parameters(), strict=True):
         if a.requires_grad:
             assert_close(b.grad, a.grad, rtol=1e-2, atol=1e-2 * a.grad.abs().max().item(), msg=name)
+    before = state(ours)
+    for merge in (ours.merge_adapter, ours.merge_and_unload):
+        with pytest.raises(TypeError, match=rf"'a' cannot be merged into: .* got {storage}"):
+            merge()
+        assert_unchanged(ours, before)
     ours.add_adapter("second", config("a", "b", r=3, **KINDS[kind]))
     gamma = ours.base_model.model.a.randlora_gamma["second"]
     assert gamma.dtype == torch.float32 and torch.equal(gamma, torch.full_like(gamma, 1 / max(gamma.shape)))

@@ -202,7 +202,7 @@ def test_copies(kind, copied):
         return buffer.getvalue()
 
     size, before = len(file()), model(x)
-    assert len(file()) == size
+    assert len(file()) - size < 1024  # layers note that they were called
     other = copy.deepcopy(model) if copied == "deepcopy" else torch.load(io.BytesIO(file()), weights_only=False)
     theirs, ours = (inner(m).a._pair("default").bases for m in (model, other))
     assert ours is not theirs and not ours._lists

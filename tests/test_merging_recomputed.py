@@ -217,7 +217,7 @@ def test_layers_that_do_more(name, dtype):
     x, state = normal(7, 8, dtype=dtype), torch.get_rng_state()
     expected, before = layer(x), snapshot(layer)
     if refused:
-        with pytest.raises(ValueError, match="cannot be merged into: adding to its weight does not add as much"):
+        with pytest.raises(ValueError, match="multiply by its weight: adding to its weight does not add as much"):
             layer.merge()
         assert_unchanged(layer, before)
         assert torch.equal(layer(x), expected)

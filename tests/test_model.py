@@ -313,6 +313,6 @@ def test_the_page_runs(monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
         for block in blocks:
             exec(block, names)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     assert torch.equal(names["loaded"](names["ids"]).logits, names["model"](names["ids"]).logits)
     assert capsys.readouterr().out.count("did you mean 'q_proj'") == 1

@@ -251,3 +251,52 @@ def test_layers_that_are_brought_in_by_a_parent():
     with integration.enable(), pytest.raises(ValueError, match="block is offloaded with all of its parts at once"):
         peft.get_peft_model(model, config("wide", "tall"))
     assert type(model.block.wide) is nn.Linear
+
+
+# ---- modules that are saved in full ----
+
+
+def test_modules_to_save_keep_their_numbers_on_meta(tmp_path):
+    settings = config("wide", r=3, modules_to_save=["tall"])
+    trained = randomize_saved(adapted(small(), settings))
+    trained.save_pretrained(tmp_path)
+    with integration.enable():
+        model = peft.PeftModel.from_pretrained(small().to("meta"), tmp_path)
+    copied, expected = (m.base_model.model.tall.modules_to_save["default"] for m in (model, trained))
+    assert not copied.weight.requires_grad
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(copied.state_dict()[name], tensor)
+
+
+@ways
+def test_modules_to_save_keep_their_numbers_on_offloaded_models(way, tmp_path):
+    """PEFT's copy goes on taking the numbers of the base."""
+    settings = config("wide", r=3, modules_to_save=["tall"])
+    trained = randomize_saved(adapted(small(), settings))
+    trained.save_pretrained(tmp_path / "adapter")
+    expected = trained(X)
+    base = offloaded(small(), way, tmp_path / "offloaded")
+    places = vars(base).pop("hf_device_map", None)  # by which PEFT would offload the adapted model once more
+    with integration.enable():
+        model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+        torch.testing.assert_close(model(X), expected, rtol=1e-4, atol=1e-4)
+        model.load_adapter(tmp_path / "adapter", "second")
+        model.set_adapter("second")
+    torch.testing.assert_close(model(X), expected, rtol=1e-4, atol=1e-4)
+    assert places is None or set(places.values()) == {"cpu", "disk"}
+    torch.testing.assert_close(model.merge_and_unload()(X), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_modules_to_save_are_not_trained_while_they_are_offloaded():
+    base = accelerate.cpu_offload(small(), CPU)
+    with pytest.raises(ValueError, match="'tall' cannot be trained while it is offloaded"):
+        adapted(base, config("wide", r=3, modules_to_save=["tall"]))
+    assert not any("randlora" in name for name, _ in base.named_parameters())
+
+
+def randomize_saved(model):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.copy_(normal(*parameter.shape, seed=3))
+    return model

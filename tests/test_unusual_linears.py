@@ -178,7 +178,7 @@ def test_what_does_not_is_not_merged_into(cls, dtype):
     expected, weight = layer(x), layer.weight.clone()
     for safe in (True, False):
         with pytest.raises(
-            ValueError, match=f"{cls.__name__} with a forward of its own, cannot be merged into: adding"
+            ValueError, match=f"{cls.__name__} with a forward of its own, does more than multiply by its weight: adding"
         ):
             layer.merge(safe_merge=safe)
     assert not layer.merged and torch.equal(layer.weight, weight) and torch.equal(layer(x), expected)
@@ -199,7 +199,7 @@ def test_accelerates_hooks_hide_nothing(cls, hook, offload):
     layer, x = wrap(base), normal(3, 12)
     expected = layer(x)
     if cls in (Doubled, Squared) or hook is not None:
-        with pytest.raises(ValueError, match="cannot be merged into: adding to its weight does not"):
+        with pytest.raises(ValueError, match="multiply by its weight: adding to its weight does not"):
             layer.merge()
         assert not layer.merged and torch.equal(layer(x), expected)
     else:

@@ -111,7 +111,8 @@ struct WriteBlock {
   static RANDLORA_INLINE void run(T* out, int64_t out_row, int64_t out_column, const T* weight, int64_t weight_row,
                                   int64_t weight_column, const Acc* update, int64_t j, int64_t rows, int64_t o,
                                   int64_t width) {
-    if (out_column == 1) {
+    // Of one row, both strides of the result are 1, and the weight's need not be.
+    if (weight ? weight_column == 1 : out_column == 1) {
       for (int64_t row = 0; row < rows; ++row) {
         T* const to = out + (j + row) * out_row + o;
         const T* const from = weight ? weight + (j + row) * weight_row + o : nullptr;

@@ -17,12 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import injection
+from .. import injection, offload
 from ..bases import RandomBases
 from ..checks import FLOATS
 from ..injection import Plan, adapted_layers
 from ..names import plain_name
-from ..offload import REAL_AGAIN
 from ..store import shared
 from ..targets import is_supported, layer_sizes
 from . import biases
@@ -63,27 +62,16 @@ class Loaded:
                 _put(getattr(layers[slot], part), adapter_name, tensor)
         for name, state in self.saved.items():
             module = modules[name].modules_to_save[adapter_name]
-            for part in module.modules():
-                for held in (part._parameters, part._buffers):
-                    for key in held.keys() - part._non_persistent_buffers_set:  # what is not saved gets no numbers
-                        _make_room(held, key, torch.device("cpu"))
+            offload.make_room_in(module)
             module.load_state_dict(state)
         biases.set_biases(model, self.biases)
 
 
 def _put(parameters: nn.ParameterDict, adapter_name: str, tensor: Tensor) -> None:
     """Copy into a parameter. A model on meta gets its weights later, but the adapter's numbers are here."""
-    _make_room(parameters._parameters, adapter_name, tensor.device)
+    offload.make_room(parameters._parameters, adapter_name, tensor.device)
     with torch.no_grad():
         parameters[adapter_name].copy_(tensor)
-
-
-def _make_room(held: dict[str, Tensor | None], name: str, device: torch.device) -> None:
-    """Memory for a tensor on meta, put where it is held: accelerate's init_empty_weights undoes other assignments."""
-    tensor = held[name]
-    if tensor is not None and tensor.is_meta:
-        room = torch.empty_like(tensor, device=device)
-        held[name] = nn.Parameter(room, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else room
 
 
 def read(model: nn.Module, folder: str | os.PathLike) -> Loaded:
@@ -305,7 +293,7 @@ def _assign_biases(
         if name in present and present[name].is_meta:
             raise ValueError(
                 f"{path} holds the bias {name}, which is on the meta device in this model: the weights that it gets "
-                f"later would undo it. Load them first, or, if it is offloaded, call {REAL_AGAIN}"
+                f"later would undo it. Load them first, or, if it is offloaded, call {offload.REAL_AGAIN}"
             )
         if name in present:
             found[name] = _take(path, shapes, key, tuple(present[name].shape), present[name].dtype)

@@ -212,6 +212,8 @@ class Linear(peft_randlora.Linear, OwnLinear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for kind, store in self._orphans():
             for adapter, tensor in store.items():
+                if adapter not in self.randlora_lambda:  # no layer without it takes it when loading
+                    continue
                 name = f"{kind}.{adapter}"
                 there = [found.data_ptr() for key, found in destination.items() if key.endswith(name)]
                 if adapter not in store._non_persistent_buffers_set and tensor.data_ptr() not in there:

@@ -16,7 +16,7 @@ from .. import offload, peft_prng, ties
 from ..base_layer import check
 from ..bypassed import first_calls, forget_calls
 from ..cache import inference_cache
-from ..checks import require_size
+from ..checks import require_int, require_size
 from ..fast_path import disable_fast_path, restore_fast_path
 from ..injection import adapted_layers, to_merge
 from ..linear import conv1d_types
@@ -71,6 +71,7 @@ class RandLoraModel(PeftRandLoraModel):
     def _draw(self, config, adapter_name: str, dims: tuple[int, int]) -> None:
         """The numbers that PEFT draws for this adapter if it is a model's first."""
         require_size("r", config.r)
+        require_int("projection_prng_key", config.projection_prng_key, -(2**63), 2**64 - 1)
         self._check_targets(config)
         sparsity = math.sqrt(min(dims)) if config.very_sparse else 3.0 if config.sparse else None
         with torch.device("cpu"):  # PEFT's generator is there, whatever the default device is
@@ -89,7 +90,9 @@ class RandLoraModel(PeftRandLoraModel):
         targets = [name for name in modules if self._check_target_module_exists(config, name)]
         biased = {"none": (), "all": modules}.get(config.bias, targets)
         with_bias = [modules[name] for name in biased if isinstance(getattr(modules[name], "bias", None), nn.Parameter)]
-        offload.check_targets(self.model, targets, () if config.inference_mode else with_bias)
+        endings = tuple(config.modules_to_save or ())  # as PEFT looks for them
+        saved = [name for name in modules if endings and name.endswith(endings)]
+        offload.check_targets(self.model, targets, *(() if config.inference_mode else (with_bias, saved)))
         for name in targets:
             module = modules[name]
             if isinstance(module, peft_randlora.RandLoraLayer) or not isinstance(module, (nn.Linear, *conv1d_types())):

@@ -9,11 +9,42 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, _set_adapter
 from torch import nn
 
+from .. import offload
 from ..mixed import MixedBatch, mixed_batch, run_apart
 
 
 def wrappers(model: nn.Module) -> list[AuxiliaryTrainingWrapper]:
     return [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+
+
+# ---- loading ----
+
+
+def saved_names(model: nn.Module, adapter: str) -> Iterator[str]:
+    """What PEFT calls the tensors of the copies of `adapter` in a file."""
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) and adapter in module._adapters:
+            yield from (f"{name}.{key}" for key in module.adapter_state_dict_load_map(adapter))
+
+
+def make_room(model: nn.Module, adapter: str) -> None:
+    """Memory for the copies of `adapter` that have none: of a base on meta, or of an offloaded one.
+
+    PEFT's copy of an offloaded module would go on taking the numbers of the base.
+    """
+    for wrapper in wrappers(model):
+        if not isinstance(wrapper, ModulesToSaveWrapper) or adapter not in wrapper.modules_to_save:
+            continue
+        copied, original = wrapper.modules_to_save[adapter], wrapper.original_module
+        if not any(tensor.is_meta for tensor in (*copied.parameters(), *copied.buffers())):
+            continue
+        if any(map(offload.hooks, original.modules())):
+            room = offload.copy_of(original)
+        else:
+            offload.make_room_in(room := copied)
+        for parameter, before in zip(room.parameters(), copied.parameters(), strict=True):
+            parameter.requires_grad_(before.requires_grad)
+        wrapper.modules_to_save[adapter] = room.train(copied.training)
 
 
 # ---- which adapter's copy acts ----

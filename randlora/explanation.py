@@ -1,0 +1,55 @@
+"""``randlora.explain``: what a layer's strategies cost, and which one it takes."""
+
+from __future__ import annotations
+
+import torch
+
+from . import planner
+
+
+def explain(layer: torch.nn.Module, tokens: int, training: bool = True) -> str:
+    """Print, and return, what a :class:`randlora.Linear` would choose for a call with `tokens` tokens, and why.
+
+    One line per active adapter, pass and strategy: multiply-adds, bytes of temporaries, and the modelled cost relative
+    to the cheapest; `training` False counts a forward under ``no_grad``.
+    """
+    lines = []
+    dtype, device = layer.compute_dtype_and_device()
+    balance = planner.BALANCE.get((device.type, dtype.itemsize), 10)
+    for adapter in layer.active_adapters:
+        n, r = layer.num_bases[adapter], layer.r[adapter]
+        dropout = training and getattr(layer.randlora_dropout[adapter], "p", 0.0) > 0
+        shape = (tokens, layer.in_features, layer.out_features, n, r)
+        needs = {"dropout": dropout, "need_x": training, "need_parameters": training}
+        bases = planner.form(layer.pattern(adapter))
+        plain = layer._base_is_plain()  # a quantised base layer computes its product itself
+        options = planner.options_of(*shape, dtype.itemsize, bases, device.type, has_weight=plain, **needs)
+        chosen = planner.choose(*shape, dtype, dtype if plain else None, device.type, **needs, form=bases)
+        forced = layer.strategy != "auto"
+        if forced:
+            chosen = layer.strategy, layer.strategy
+        lines.append(
+            f"adapter {adapter!r}: {layer.in_features} -> {layer.out_features}, {n} bases of rank {r}, {tokens} "
+            f"tokens, {str(dtype).removeprefix('torch.')} on {device.type}, "
+            f"{'training' if training else 'inference'}"
+        )
+        for which, name in enumerate(("forward", "backward") if training else ("forward",)):
+            lines.append(f"  {name:<13}{'multiply-adds':>15}{'temporaries':>15}{'cost':>7}")
+            least = min(cost[which].total(balance) for cost in options.values()) or 1
+            for strategy, cost in options.items():
+                note = ""
+                if strategy == chosen[which]:
+                    note = "  <- forced" if forced else "  <- chosen"
+                elif strategy == "merged" and dtype.itemsize == 2:
+                    note = "  (only on request: 16 bits round small updates away)"
+                lines.append(
+                    f"    {strategy:<13}{cost[which].multiply_adds / 1e6:>11.1f} M"
+                    f"{cost[which].workspace / 2**20:>11.1f} MiB{cost[which].total(balance) / least:>7.2f}{note}"
+                )
+        kept = tokens * layer.in_features * dtype.itemsize if training else 0
+        lines.append(
+            f"  kept for backward: the input, {kept / 2**20:.1f} MiB (multiply-adds; cost relative to the best)"
+        )
+    text = "\n".join(lines)
+    print(text)
+    return text
