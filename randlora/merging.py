@@ -135,7 +135,7 @@ def unmerged(layers: Iterable[Mergeable]) -> Iterator[None]:
     """Gives the base weights of these merged layers back; if that or the block raises, they are merged again."""
     layers = list(layers)
     for layer in layers:
-        _check_unmerge(layer)
+        check_unmerge(layer)
     names, exchanged, kept = [list(layer.merged_adapters) for layer in layers], 0, []
     try:
         for layer in layers:
@@ -154,7 +154,8 @@ def unmerged(layers: Iterable[Mergeable]) -> Iterator[None]:
         raise
 
 
-def _check_unmerge(layer: Mergeable) -> None:
+def check_unmerge(layer: Mergeable) -> None:
+    """Raises ``ValueError`` where :meth:`Mergeable.unmerge` would; for a look at all layers before the first."""
     base, kept = layer.get_base_layer(), layer._unmerged_weight
     if kept is None:
         raise ValueError(_NOT_KEPT)

@@ -41,6 +41,8 @@ def _run(operation, arguments, k):
             return
         if event == "call" and frame.f_back is not None and frame.f_back.f_code.co_filename.endswith(UNDOING):
             return
+        if "__exit__" in (frame.f_code.co_name, getattr(function, "__name__", "")):
+            return  # of a mode of torch's, which would stay for all tests to come
         made += 1
         if made == k:
             sys.setprofile(None)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from common import normal
 from torch import nn
+from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
 
 peft = pytest.importorskip("peft")
@@ -180,6 +181,21 @@ def test_memory_runs_out_in_merging(monkeypatch):
     with pytest.raises(MemoryError):
         model.merge_adapter()
     assert_unchanged(model, before)
+
+
+def test_unmerging_changes_all_layers_or_none():
+    with integration.enable():
+        plain = nn.Sequential(nn.Linear(12, 9), nn.Linear(9, 12))
+        model = peft.get_peft_model(plain, peft.RandLoraConfig(r=4, target_modules=["0", "1"]))
+    model.merge_adapter()
+    layers = [model.base_model.model[i] for i in (0, 1)]
+    prune.l1_unstructured(layers[1].base_layer, "weight", 0.5)
+    with pytest.raises(ValueError, match="no parameter but computed anew"):
+        model.unmerge_adapter()
+    assert all(layer.merged for layer in layers)
+    prune.remove(layers[1].base_layer, "weight")
+    model.unmerge_adapter()
+    assert not any(layer.merged for layer in layers)
 
 
 def test_all_layers_are_looked_at_before_the_first_is_unloaded():

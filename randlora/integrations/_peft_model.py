@@ -20,7 +20,7 @@ from ..checks import require_int, require_size
 from ..fast_path import disable_fast_path, restore_fast_path
 from ..injection import adapted_layers, to_merge
 from ..linear import conv1d_types
-from ..merging import merged_or_not
+from ..merging import check_unmerge, merged_or_not
 from ..names import check_savable
 from ..targets import layer_sizes
 from ..undo import all_or_nothing
@@ -163,6 +163,13 @@ class RandLoraModel(PeftRandLoraModel):
             ties.part(self.model, names)
             super().merge_adapter(adapter_names, safe_merge)
             ties.forget(self.model, shared)
+
+    def unmerge_adapter(self) -> None:
+        """PEFT's ``unmerge_adapter``; all layers are checked before the first is changed."""
+        for layer in adapted_layers(self.model).values():
+            if layer.merged:
+                check_unmerge(layer)
+        super().unmerge_adapter()
 
     def _unload_and_optionally_merge(
         self,
