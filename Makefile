@@ -2,6 +2,7 @@
 #
 #   make demo ARGS="--method lora"      arguments for examples/finetune.py
 #   make test PYTEST_ARGS="-k bases"    arguments for pytest
+#   make test PYTEST_JOBS=0             in one process (default: 2), as --pdb wants it
 #   make test TORCH=torch==2.10.0       another PyTorch (a requirement for pip)
 #   make bench BENCH="bases linear" ARGS=--quick  some benchmarks (default: all) and their arguments
 #   make asan FUZZ_SECONDS=3600         the op fuzzer for longer than a minute (make test: RANDLORA_FUZZ_SECONDS=3600)
@@ -13,6 +14,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 ARGS ?=
 PYTEST_ARGS ?=
+PYTEST_JOBS ?= 2
 BENCH ?=
 FUZZ_SECONDS ?= 60
 
@@ -47,7 +49,7 @@ test: pytest ctest
 
 pytest: $(VENV)/.installed $(VENV)/.model
 	@echo "== Running the Python tests"
-	$(BIN)/pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n $(PYTEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
 ctest: $(VENV)/.installed
 	@echo "== Building the C++ library and its tests"

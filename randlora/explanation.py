@@ -5,14 +5,17 @@ from __future__ import annotations
 import torch
 
 from . import planner
+from .checks import require_int
 
 
 def explain(layer: torch.nn.Module, tokens: int, training: bool = True) -> str:
     """Print, and return, what a :class:`randlora.Linear` would choose for a call with `tokens` tokens, and why.
 
     One line per active adapter, pass and strategy: multiply-adds, bytes of temporaries, and the modelled cost relative
-    to the cheapest; `training` False counts a forward under ``no_grad``.
+    to the cheapest; `training` False counts a forward under ``no_grad``. TypeError, ValueError: `tokens` is no number
+    of tokens.
     """
+    require_int("tokens", tokens, 0)
     lines = []
     dtype, device = layer.compute_dtype_and_device()
     balance = planner.BALANCE.get((device.type, dtype.itemsize), 10)

@@ -5,6 +5,7 @@ import re
 import sys
 import threading
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from damaged import TARGETS, assert_refused, edit_config, make_adapters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import adapt, assert_unchanged, net, snapshot
+from torch import nn
 
 import randlora
 from randlora import expressions
@@ -149,3 +151,47 @@ def test_groups_of_a_layers_pattern():
     """The index is found whatever groups come before it."""
     model = adapt(net(), target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="(layers|blocks)")
     assert [name for name, m in model.model.named_modules() if hasattr(m, "randlora_lambda")] == ["layers.1.q_proj"]
+
+
+# ---- under PEFT, whose RandLoRA has no exclude_modules ----
+
+
+@pytest.mark.parametrize("expression", SLOW[1:4])
+def test_peft_does_not_hang_either(expression, monkeypatch):
+    peft = pytest.importorskip("peft")
+    import randlora.integrations.peft
+
+    monkeypatch.setattr(expressions, "SECONDS", 0.2)
+    model = nn.Sequential(OrderedDict({"a" * 40: nn.Linear(6, 8)}))
+    config = peft.RandLoraConfig(r=2, target_modules=expression)
+    with (
+        randlora.integrations.peft.enable(),
+        pytest.raises(ValueError, match="takes more than 0.2 s|No layers types"),
+    ):
+        peft.get_peft_model(model, config)
+    assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("arguments", [
+    {"target_modules": r".*\.[02]\.(up|down)"},
+    {"target_modules": r".*\.(up|down)", "layers_to_transform": [1]},  # which PEFT does not look at here
+    {"target_modules": ["up"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    {"target_modules": "all-linear"},
+    {"target_modules": "nothing"},
+], ids=str)  # fmt: skip
+def test_peft_means_the_same_layers(arguments):
+    peft = pytest.importorskip("peft")
+    import randlora.integrations.peft
+
+    def names():
+        layers = [nn.ModuleDict({"up": nn.Linear(6, 8), "down": nn.Linear(8, 6)}) for _ in range(3)]
+        model = nn.ModuleDict({"layers": nn.ModuleList(layers)})
+        try:
+            adapted = peft.get_peft_model(model, peft.RandLoraConfig(r=2, **arguments))
+        except ValueError as error:
+            return str(error)
+        return {name.rpartition(".randlora_")[0] for name, _ in adapted.named_parameters() if "randlora_lambda" in name}
+
+    expected = names()
+    with randlora.integrations.peft.enable():
+        assert names() == expected

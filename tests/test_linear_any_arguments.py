@@ -169,3 +169,10 @@ def test_given_bases_are_strided(i):
     given_bases[i] = given_bases[i].to_sparse()
     with pytest.raises(TypeError, match=r"randlora_[AB] must be a dense"):
         randlora.RandomBases.from_tensors(*given_bases)
+
+
+@pytest.mark.parametrize("tokens, error", [(-1, ValueError), (1.5, TypeError), ("a", TypeError), (None, TypeError)])
+def test_explaining_no_number_of_tokens(tokens, error):
+    layer = randlora.Linear(torch.nn.Linear(8, 8), r=2)
+    with pytest.raises(error, match="tokens"):
+        randlora.explain(layer, tokens)

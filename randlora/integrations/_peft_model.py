@@ -9,23 +9,20 @@ from contextlib import ExitStack, contextmanager
 import torch
 from peft.tuners import randlora as peft_randlora
 from peft.tuners.randlora.model import RandLoraModel as PeftRandLoraModel
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import nn
 
-from .. import offload, peft_prng, ties
-from ..base_layer import check
+from .. import peft_prng, ties
 from ..bypassed import first_calls, forget_calls
 from ..cache import inference_cache
 from ..checks import require_int, require_size
 from ..fast_path import disable_fast_path, restore_fast_path
 from ..injection import adapted_layers, to_merge
-from ..linear import conv1d_types
 from ..merging import check_unmerge, merged_or_not
 from ..names import check_savable
-from ..targets import layer_sizes
 from ..undo import all_or_nothing
 from ._peft_bases import Bases, is_8_bit
 from ._peft_layer import Linear, convert, initialise_anew, seen_where_it_computes
+from ._peft_targets import check_targets, matched
 from ._peft_wrappers import Trainability, activate, mixed, wrappers
 
 HALF = {"peft": torch.bfloat16, "peft-fp16": torch.float16}
@@ -73,7 +70,7 @@ class RandLoraModel(PeftRandLoraModel):
         """The numbers that PEFT draws for this adapter if it is a model's first."""
         require_size("r", config.r)
         require_int("projection_prng_key", config.projection_prng_key, -(2**63), 2**64 - 1)
-        self._check_targets(config)
+        check_targets(self, config)
         sparsity = math.sqrt(min(dims)) if config.very_sparse else 3.0 if config.sparse else None
         with torch.device("cpu"):  # PEFT's generator is there, whatever the default device is
             num_bases = -(-min(dims) // config.r)
@@ -83,25 +80,10 @@ class RandLoraModel(PeftRandLoraModel):
             store.persistent = config.save_projection
             store[adapter_name] = tensor
 
-    def _check_targets(self, config) -> None:
-        """Raises for what cannot be adapted, before anything is changed."""
-        config = self._prepare_adapter_config(config, self.get_model_config(self.model))
-        config = _maybe_include_all_linear_layers(config, self.model)
-        modules = dict(self.model.named_modules())
-        targets = [name for name in modules if self._check_target_module_exists(config, name)]
-        biased = {"none": (), "all": modules}.get(config.bias, targets)
-        with_bias = [modules[name] for name in biased if isinstance(getattr(modules[name], "bias", None), nn.Parameter)]
-        endings = tuple(config.modules_to_save or ())  # as PEFT looks for them
-        saved = [name for name in modules if endings and name.endswith(endings)]
-        offload.check_targets(self.model, targets, *(() if config.inference_mode else (with_bias, saved)))
-        for name in targets:
-            module = modules[name]
-            if isinstance(module, peft_randlora.RandLoraLayer) or not isinstance(module, (nn.Linear, *conv1d_types())):
-                continue  # what is no linear layer, PEFT refuses
-            try:
-                check(module, *layer_sizes(module), not isinstance(module, nn.Linear))
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{name!r} cannot be adapted: {error}") from error
+    @staticmethod
+    def _check_target_module_exists(config, key: str):
+        """PEFT's, whose regular expressions may come from a file: matching ends."""
+        return PeftRandLoraModel._check_target_module_exists(matched(config, key), key)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """PEFT's ``inject_adapter``; not only the first adapter, but every one gets bases after its own config.
