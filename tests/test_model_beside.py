@@ -62,8 +62,13 @@ def test_modules_to_save_that_are_called_by_keyword():
     model = adapt(Named(), target_modules=["lin"], modules_to_save=["norm"])
     model(torch.ones(2, 4)).sum().backward()
     assert model.model.norm.modules_to_save["default"].bias.grad is not None
-    with pytest.raises(TypeError, match="with its input as the first argument"):
-        model(torch.ones(2, 4), adapter_names=["default", "__base__"])
+    with torch.no_grad():
+        model.model.norm.modules_to_save["default"].bias.add_(1)
+        x = torch.randn(2, 4)
+        mixed = model(x, adapter_names=["default", "__base__"])
+        own = model(x)
+        with model.disable_adapter():
+            assert_close(mixed, torch.stack([own[0], model(x)[1]]))
 
 
 HEADS = [
