@@ -224,7 +224,7 @@ def test_sizes_beyond_reason(name):
 @pytest.mark.parametrize("sizes", [(0, 4), (4, 0), (0, 0)], ids=str)
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
 def test_layers_without_numbers(sizes):
-    with pytest.raises(ValueError, match="without numbers there is nothing to adapt"):
+    with pytest.raises(ValueError, match="there is nothing to adapt"):
         randlora.Linear(nn.Linear(*sizes))
     model = nn.Sequential(OrderedDict(empty=nn.Linear(*sizes), other=nn.Linear(3, 3)))
     before = state(model)
