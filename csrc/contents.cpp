@@ -73,7 +73,9 @@ Known& known() {
   // Never destroyed: ops may run while the process ends. A forked child starts with a new one, as a thread that it does
   // not have may hold the lock of the old.
   static Known* one = [] {
-    pthread_atfork(nullptr, nullptr, [] { one = new Known; });
+    pthread_atfork(nullptr, nullptr, [] {
+      one = new Known;
+    });
     return new Known;
   }();
   return *one;
