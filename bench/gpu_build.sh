@@ -18,7 +18,7 @@ export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0a}
 
 [[ -x $venv/bin/python ]] || "${PYTHON:-python3.12}" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
-pip install --quiet "$torch" 'setuptools>=70.1' wheel ninja numpy safetensors
+pip install --quiet "$torch" 'setuptools>=70.1' wheel ninja numpy safetensors regex
 
 rm -rf build/lib* .gpu
 pip wheel --no-build-isolation --no-deps --wheel-dir .gpu .
