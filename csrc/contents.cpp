@@ -84,6 +84,9 @@ Known& known() {
 template <class Value>
 int64_t check(const int32_t* starts, int64_t lists, const Value* values, int64_t elements, const char* name) {
   int64_t largest = -1;
+  // Where there are no lists, the only start still says how many elements there are.
+  TORCH_CHECK_VALUE(lists > 0 || !starts || (0 <= starts[0] && starts[0] <= elements), "the start of ", name,
+                    " must lie in [0, ", elements, "], got ", starts ? starts[0] : 0);
   for (int64_t l = 0; l < lists; ++l) {
     const int64_t begin = starts ? starts[l] : 0, end = starts ? starts[l + 1] : elements;
     TORCH_CHECK_VALUE(0 <= begin && begin <= end && end <= elements, "the starts of ", name,

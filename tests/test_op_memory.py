@@ -112,6 +112,21 @@ def test_lists_with_wrong_contents(i, name, key, at, value, index_dtype, device)
 
 
 @on_devices
+@pytest.mark.parametrize("start", [1, -1, 2**30, -(2**31)])
+def test_no_lists_have_no_elements(start, device):
+    """The gradient is counted by the last of the starts, which is the first one here."""
+    pattern = [t.to(device) for t in lists(12, 2)]
+    pattern[0], pattern[2] = pattern[0][:0], pattern[2][:0]
+    lam, gamma, grad = normal(2, 6, device=device), normal(6, 12, device=device), normal(0, 512, device=device)
+    pattern[1] = torch.zeros(1, dtype=torch.int32, device=device)
+    for gradient in ops.sparse_update_backward(grad, pattern, lam, gamma, 1.0, True, True):
+        assert not gradient.any()
+    pattern[1] = torch.tensor([start], dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match=r"the start of .* must lie in \[0, 0\]"):
+        ops.sparse_update_backward(grad, pattern, lam, gamma, 1.0, True, True)
+
+
+@on_devices
 @pytest.mark.parametrize("i, at, value", [(0, 0, -1), (0, 2, 10**6), (0, -1, 10**6), (1, 0, -4), (1, 0, 60)])
 def test_planes_with_wrong_contents(i, at, value, device):
     pattern = [t.clone() for t in planes()]
