@@ -66,16 +66,15 @@ class ActiveAdapters(nn.Module):
             self.unmerge_adapter()
 
     def _set_active(self, names: list[str], inference_mode: bool) -> None:
-        with all_or_nothing(self, *self._parts(), deep=False):
-            self._active, self._inference_mode = names, inference_mode
-            for layer in adapted_layers(self.model).values():
-                layer.set_adapter([name for name in names if name in layer.randlora_lambda], inference_mode)
-            for module in saved_modules(self.model).values():
-                name = next((name for name in names if name in module.modules_to_save), None)
-                module.set_adapter(name, inference_mode)
-            if any(config.bias != "none" for config in self.peft_config.values()):
-                modes = set() if inference_mode else {self.peft_config[name].bias for name in names}
-                injection.train_biases(self.model, modes)
+        """Callers undo what a failure leaves."""
+        self._active, self._inference_mode = names, inference_mode
+        for layer in adapted_layers(self.model).values():
+            layer.set_adapter([name for name in names if name in layer.randlora_lambda], inference_mode)
+        for module in saved_modules(self.model).values():
+            module.set_adapter(next((name for name in names if name in module.modules_to_save), None), inference_mode)
+        if any(config.bias != "none" for config in self.peft_config.values()):
+            modes = set() if inference_mode else {self.peft_config[name].bias for name in names}
+            injection.train_biases(self.model, modes)
 
     def _parts(self) -> list[nn.Module]:
         return [*adapted_layers(self.model).values(), *saved_modules(self.model).values()]

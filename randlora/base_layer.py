@@ -46,6 +46,15 @@ def has_own_forward(base_layer: nn.Module) -> bool:
     return isinstance(base_layer, nn.Linear) and type(base_layer).forward is not nn.Linear.forward
 
 
+def forward_is_replaced(base_layer: nn.Module) -> bool:
+    """Whether the instance has another forward than its class.
+
+    accelerate's device map gives it one, and leaves the class's method there when it is removed.
+    """
+    forward = vars(base_layer).get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(base_layer).forward
+
+
 def name_of(base_layer: nn.Module) -> str:
     cls = type(base_layer)
     return cls.__name__ if cls is nn.Linear else f"{cls.__module__}.{cls.__qualname__}"
@@ -173,10 +182,8 @@ def require_mergeable(base_layer: nn.Module, shape: tuple[int, int], transposed:
 def _peculiarity(base_layer: nn.Module) -> str | None:
     """What may make a layer compute something else than ``x W^T + b``."""
     with _without_accelerate(base_layer):
-        forward = vars(base_layer).get("forward")
-    own = forward is not None and getattr(forward, "__func__", None) is not type(base_layer).forward
-    if has_own_forward(base_layer) or own:
-        return "a forward of its own"
+        if has_own_forward(base_layer) or forward_is_replaced(base_layer):
+            return "a forward of its own"
     return "hooks" if base_layer._forward_hooks or base_layer._forward_pre_hooks else None
 
 

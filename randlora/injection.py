@@ -252,8 +252,6 @@ class Places:
 def check_name(adapter_name: str, taken: Container[str]) -> None:
     """Raises ``TypeError`` or ``ValueError`` unless `adapter_name` can be that of a new adapter."""
     check_adapter_name(adapter_name)
-    if hasattr(nn.ParameterDict, adapter_name) or hasattr(nn.ModuleDict(), adapter_name):
-        raise ValueError(f"adapter_name {adapter_name!r} is taken by torch.nn's containers: choose another one")
     if adapter_name in taken:
         raise ValueError(f"this model already has an adapter named {adapter_name!r}: delete it first")
 

@@ -92,17 +92,8 @@ class RandLoraLayer(Mergeable):
         Arguments as for :class:`randlora.Linear`. Raises before anything is changed.
         """
         check_adapter_name(adapter_name)
-        if adapter_name not in self.randlora_lambda and (
-            hasattr(self.randlora_lambda, adapter_name) or hasattr(self.randlora_dropout, adapter_name)
-        ):
-            raise ValueError(f"adapter_name {adapter_name!r} is taken by torch.nn's containers: choose another one")
         if adapter_name in self.randlora_lambda:
             raise ValueError(f"this layer already has an adapter named {adapter_name!r}: delete it first")
-        if not self.in_features or not self.out_features:
-            raise ValueError(
-                f"the base layer has {self.in_features} inputs and {self.out_features} outputs: without numbers there "
-                "is nothing to adapt"
-            )
         r = require_size("r", r)
         alpha = require_float("randlora_alpha", randlora_alpha)
         dropout = require_float("randlora_dropout", randlora_dropout, 0.0, 1.0)

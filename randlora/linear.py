@@ -160,7 +160,8 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
                 return result
         if plain:
             base_layers.require_weight(self.base_layer, x, self._weight_shape)
-            result, adapters = self._update(x, dtype, adapters[0], self.weight, self.bias), adapters[1:]
+            base = self.base_layer  # not self.weight, which would note that somebody reads it
+            result, adapters = self._update(x, dtype, adapters[0], base.weight, base.bias), adapters[1:]
         else:
             result = self._product(x, *args, **kwargs)
         for adapter in adapters:
@@ -214,7 +215,7 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
         for name in adapters:
             self._trained(name, x.device)  # raises for those that have no numbers
         exact = dtype in (torch.float32, torch.float64) or self.strategy == "merged"
-        weight = self.weight if self._base_is_plain() else None
+        weight = self.base_layer.weight if self._base_is_plain() else None
         merged = exact and weight is not None and weight.dtype == dtype
         if weight is not None:
             base_layers.require_weight(self.base_layer, x, self._weight_shape)
@@ -293,8 +294,7 @@ def is_plain(base: nn.Module) -> bool:
         # torchao's quantised weights are subclasses; torch.export puts fake tensors in the place of all parameters.
         and type(base.weight) in (Tensor, nn.Parameter, FakeTensor)
         and not (base._forward_hooks or base._forward_pre_hooks)
-        # accelerate's device map replaces it on the instance, and leaves the method there when it is removed.
-        and ("forward" not in vars(base) or getattr(base.forward, "__func__", None) is type(base).forward)
+        and not base_layers.forward_is_replaced(base)
     )
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from .mixed import BASE
 
 LONGEST = 200  # bytes of UTF-8: file systems take 255
+_CONTAINERS = nn.ParameterDict(), nn.ModuleDict()  # what layers keep their adapters in, as attributes
 # What torch.compile, activation checkpointing and FSDP call the module inside them.
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
@@ -20,6 +21,8 @@ def check_adapter_name(name: str) -> None:
     if not name or name == BASE or any(part in name for part in "./\\"):
         raise ValueError(f"adapter_name must not be empty, {BASE!r}, or contain '.', '/' or '\\', got {name[:300]!r}")
     check_savable(name)
+    if any(hasattr(container, name) for container in _CONTAINERS):
+        raise ValueError(f"adapter_name {name!r} is taken by torch.nn's containers: choose another one")
 
 
 def check_savable(name: str) -> None:

@@ -4,19 +4,12 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from common import FLOATS, reference_dW
+from common import FLOATS, FORMS, reference_dW
 
 import randlora
 
 MARGIN = 512  # bytes around each tensor
 CANARY = 0xA5
-FORMS = {
-    "dense": {"kind": "dense"},
-    "lists": {"kind": "very_sparse", "sparsity": 10.0},
-    "planes": {"kind": "sparse"},
-    "bits": {"kind": "sparse", "sparsity": 1.5},
-    "sign": {"kind": "sign"},
-}
 STRATEGIES = ("factored", "materialized", "merged")
 
 

@@ -8,10 +8,10 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from common import normal, reference_dW
+from common import FORMS, normal, reference_dW
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_arguments import FORMS, Draw, Layer
+from op_arguments import Draw, Layer
 
 import randlora
 from randlora.functional import delta_weight, flat_bases, linear, sparse_delta_weight

@@ -4,19 +4,12 @@ import itertools
 
 import pytest
 import torch
-from common import normal, on_devices, over, reference_dW
+from common import FORMS, normal, on_devices, over, reference_dW
 from torch import nn
 
 import randlora
 from randlora.functional import linear
 
-FORMS = {
-    "dense": {"kind": "dense"},
-    "lists": {"kind": "very_sparse", "sparsity": 10.0},
-    "planes": {"kind": "sparse"},
-    "bits": {"kind": "sparse", "sparsity": 1.5},
-    "sign": {"kind": "sign"},
-}
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 
