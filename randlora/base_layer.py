@@ -66,6 +66,11 @@ def tensor_weight(base_layer: nn.Module) -> Tensor | None:
     return weight if isinstance(weight, Tensor) else None
 
 
+def has_weight_method(base_layer: nn.Module) -> bool:
+    """Whether it is one of PyTorch's own quantised layers, which have no tensor as their weight."""
+    return callable(getattr(base_layer, "weight", None)) and tensor_weight(base_layer) is None
+
+
 def first_argument(base_layer: nn.Module, kwargs: dict[str, Any]) -> Tensor:
     """The layer's input, taken out of `kwargs`, where a caller names it as the base layer's ``forward`` does."""
     name = next(iter(inspect.signature(base_layer.forward).parameters), "x")
@@ -81,8 +86,7 @@ def product(base_layer: nn.Module, x: Tensor, in_features: int, out_features: in
         TypeError: no tensor. ValueError: of another shape than ``[..., out_features]``, or without numbers.
     """
     require_numbers(base_layer, x)
-    # PyTorch's own quantised layers, whose weight is a method, pass no gradient on and only warn that they may not.
-    blind = callable(getattr(base_layer, "weight", None)) and tensor_weight(base_layer) is None
+    blind = has_weight_method(base_layer)  # these pass no gradient on and only warn that they may not
     result = quantized.product(base_layer, x.detach() if blind else x, *args, **kwargs)
     name = name_of(base_layer)
     if not isinstance(result, Tensor):

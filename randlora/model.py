@@ -81,9 +81,12 @@ class RandLoraModel(Delegating, ActiveAdapters):
                 ``"none"``; nothing has been changed then.
         """
         injection.check_name(adapter_name, self.peft_config)
-        self._add(adapter_name, injection.plan(self.model, RandLoraConfig.of(config)))
+        plan = injection.plan(self.model, RandLoraConfig.of(config))
+        with all_or_nothing(self):
+            self._add(adapter_name, plan)
 
     def _add(self, adapter_name: str, plan: injection.Plan) -> None:
+        """Callers undo what a failure leaves."""
         config = plan.config
         with_bias = [name for name, other in self.peft_config.items() if other.bias != "none"]
         if with_bias and config.bias != "none":
@@ -94,17 +97,16 @@ class RandLoraModel(Delegating, ActiveAdapters):
         flags = self._flags() if self.peft_config else []
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = getattr(self.model, "name_or_path", None) or None
-        with all_or_nothing(self):
-            injection.apply(self.model, plan, adapter_name)
-            self.peft_config[adapter_name] = config
-            if self._active:
-                self._set_active(self._active, self._inference_mode)
-            else:
-                self._set_active([adapter_name], config.inference_mode)
-            restore(flags)  # what was there before keeps its trainability
-            if not self._enabled:
-                self._enable(False)
-            forget_calls(self)
+        injection.apply(self.model, plan, adapter_name)
+        self.peft_config[adapter_name] = config
+        if self._active:
+            self._set_active(self._active, self._inference_mode)
+        else:
+            self._set_active([adapter_name], config.inference_mode)
+        restore(flags)  # what was there before keeps its trainability
+        if not self._enabled:
+            self._enable(False)
+        forget_calls(self)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was the only active one, the first of the others becomes active."""

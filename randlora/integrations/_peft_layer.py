@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from .. import offload, quantized
-from ..base_layer import first_argument, tensor_weight
+from ..base_layer import first_argument, has_weight_method, tensor_weight
 from ..bases import RandomBases
 from ..layer import RandLoraLayer
 from ..linear import Linear as OwnLinear
@@ -144,7 +144,7 @@ class Linear(peft_randlora.Linear, OwnLinear):
         self.num_bases = {adapter: lam.shape[1] for adapter, lam in self.randlora_lambda.items()}
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        if callable(getattr(self.get_base_layer(), "weight", None)) and tensor_weight(self.get_base_layer()) is None:
+        if has_weight_method(self.get_base_layer()):
             return  # quantised by PyTorch after it was adapted: it has no device and no dtype
         # PEFT casts a new adapter's bases here, from update_layer, and that decides their values. Later it must not.
         new = "randlora_A" in self._modules
