@@ -16,7 +16,7 @@ from .bypassed import Noticed
 from .functional import compute_dtype, linear
 from .layer import BaseTensors, RandLoraLayer
 from .mixed import add_updates
-from .patterns import is_planes
+from .patterns import is_lists
 from .planner import STRATEGIES
 from .undo import all_or_nothing
 
@@ -190,7 +190,7 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
         dropout = self.randlora_dropout[adapter]
         strategy = "auto" if self.strategy == "merged" and weight is None else self.strategy
         found = self._pattern(adapter, x.device)
-        if found is not None and strategy == "factored" and not is_planes(found[0]) and not x.is_cpu:
+        if found is not None and strategy == "factored" and is_lists(found[0]) and not x.is_cpu:
             found = None  # lists have a factored form on the CPU only
         A = B = pattern = None
         if found is None:
@@ -224,6 +224,8 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
             sources.append(weight)
         if any(t.device != x.device for t in sources):
             return None
+        if all(self._bases(name).kind == "hadamard" for name in adapters):
+            return None  # one token costs little more than the base layer alone
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None  # others would have to wait
         key = merged, dtype, x.device, stream, *adapters
         settings = tuple((self.scaling[name], self._bases(name).version()) for name in adapters)
