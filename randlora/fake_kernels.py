@@ -102,3 +102,33 @@ def _(pattern, n, min_dim, max_dim, dtype, first=0, rows=None):
         rows = pattern[0].shape[0] - (0 if is_bits(pattern) else 1) - first
     A = pattern[0].new_empty((rows, 1, min_dim), dtype=dtype)
     return A, A.new_empty((rows * n, max_dim))
+
+
+@torch.library.register_fake("randlora::hadamard_up_")
+@torch.library.register_fake("randlora::hadamard_down_")
+def _(out, x, pattern, randlora_lambda, randlora_gamma, scale):
+    require_one_device(x=x, out=out, randlora_lambda=randlora_lambda, randlora_gamma=randlora_gamma, pattern=pattern)
+
+
+@torch.library.register_fake("randlora::hadamard_gradients")
+def _(narrow, wide, into_narrow, into_wide, pattern, randlora_lambda, randlora_gamma, scale):
+    require_one_device(
+        narrow=narrow, wide=wide, into_narrow=into_narrow, into_wide=into_wide, randlora_lambda=randlora_lambda,
+        randlora_gamma=randlora_gamma, pattern=pattern,
+    )  # fmt: skip
+    dtype = torch.float64 if narrow.dtype == torch.float64 else torch.float32
+    return tuple(like.new_empty(like.shape, dtype=dtype) for like in (randlora_lambda, randlora_gamma))
+
+
+@torch.library.register_fake("randlora::hadamard_update")
+def _(pattern, randlora_lambda, randlora_gamma, max_dim, scale, weight, dtype):
+    require_one_device(randlora_lambda=randlora_lambda, randlora_gamma=randlora_gamma, weight=weight, pattern=pattern)
+    if weight is not None:
+        return torch.empty_like(weight)
+    return randlora_gamma.new_empty((randlora_gamma.shape[1], max_dim), dtype=dtype)
+
+
+@torch.library.register_fake("randlora::hadamard_update_backward")
+def _(grad, pattern, randlora_lambda, randlora_gamma, scale, need_lambda, need_gamma):
+    require_one_device(randlora_lambda=randlora_lambda, randlora_gamma=randlora_gamma, grad=grad, pattern=pattern)
+    return _gradients((randlora_lambda, need_lambda), (randlora_gamma, need_gamma))

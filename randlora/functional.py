@@ -261,8 +261,10 @@ def _require_pattern(pattern: Sequence[Tensor]) -> None:
         return
     if not isinstance(pattern, tuple | list) or not all(isinstance(t, Tensor) for t in pattern):
         raise TypeError(f"pattern must be what RandomBases.pattern gives, tensors, got {type(pattern).__name__}")
-    if len(pattern) not in (0, 2, 3, 5):
-        raise ValueError(f"pattern must be 5 lists, or 3 or 2 tensors of packed bases, got {len(pattern)} tensors")
+    if len(pattern) not in (0, 2, 3, 4, 5):
+        raise ValueError(
+            f"pattern must be 5 lists, 4 tensors of Hadamard bases, or 3 or 2 of packed ones, got {len(pattern)}"
+        )
 
 
 def _require_numbers(scaling, strategy, out_features, workspace, seed) -> None:

@@ -64,7 +64,12 @@ def is_planes(pattern: Sequence[Tensor]) -> bool:
 
     Such have all strategies, and their updates all rows.
     """
-    return len(pattern) < 5
+    return len(pattern) in (2, 3)
+
+
+def is_hadamard(pattern: Sequence[Tensor]) -> bool:
+    """Whether a pattern is the signs of Hadamard bases (csrc/hadamard.h)."""
+    return len(pattern) == 4
 
 
 def is_bits(pattern: Sequence[Tensor]) -> bool:
