@@ -10,6 +10,8 @@
 // columns of dW without a non-zero take no part in the products. On the CPU h is computed from what is non-zero as well
 // (sparse_products.h): that is the factored strategy there, and what every strategy's backward gets the parameters'
 // gradients from.
+// Hadamard bases (hadamard.h) never need S2 or B2 either: "factored" transforms the tokens, the others build dW by
+// transforms.
 // Packed bases (packed_update.h) that dense products are faster with, or that "factored" needs, are made dense in
 // groups of rows k of A.
 // Nothing of this is kept between forward and backward: the backward gets the same arguments and rebuilds what it
@@ -27,6 +29,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include "hadamard.h"
 #include "ops.h"
 #include "packed_update.h"
 #include "sparse_products.h"
@@ -71,7 +74,10 @@ class Layer {
     } else {
       const at::Tensor x = dropped(x_);
       if (weight_.defined()) y = at::linear(x_, weight_, bias);
-      if (sparse() && a_.strategy == Strategy::factored) {
+      if (hadamard() && a_.strategy == Strategy::factored) {
+        if (!y.defined()) y = at::zeros({tokens_, out_}, x.options());
+        (wide_ ? hadamard_up_ : hadamard_down_)(y, x.contiguous(), a_.pattern, a_.lambda, a_.gamma, a_.scale);
+      } else if (sparse() && a_.strategy == Strategy::factored) {
         if (!y.defined()) y = at::zeros({tokens_, out_}, x.options());
         wide_ ? cpu::sparse_up(y, x, a_.pattern, a_.lambda, a_.gamma, a_.scale)
               : cpu::sparse_down(y, x, a_.pattern, a_.lambda, a_.gamma, a_.scale);
@@ -108,7 +114,9 @@ class Layer {
     }
 
     at::Tensor dlambda, dgamma;
-    if (sparse() && through_tokens()) {
+    if (hadamard()) {
+      std::tie(dlambda, dgamma) = hadamard_backward(into, g, x, need_x && factored, need_lambda, need_gamma);
+    } else if (sparse() && through_tokens()) {
       std::tie(dlambda, dgamma) = sparse_backward(into, g, x, need_x && factored, need_parameters);
       if (need_lambda) dlambda = cast(dlambda, a_.lambda.scalar_type());
       if (need_gamma) dgamma = cast(dgamma, a_.gamma.scalar_type());
@@ -186,12 +194,15 @@ class Layer {
 
   // dW [out, in], or `weight` + dW.
   at::Tensor dense_update(const at::Tensor& weight) const {
-    if (sparse()) {
-      const at::Tensor rows = wide_ ? weight.t() : weight;  // [m, M]
-      // A clone: contiguous() would leave a single element the strides that it has, which may be any.
-      const at::Tensor sum = sparse_update(
-          a_.pattern, a_.lambda, a_.gamma, std::max(in_, out_), a_.scale,
-          rows.stride(0) == 1 || rows.stride(1) == 1 ? rows : rows.clone(at::MemoryFormat::Contiguous), a_.dtype);
+    if (hadamard() || sparse()) {
+      std::optional<at::Tensor> rows;  // [m, M]
+      if (weight.defined()) {
+        rows = wide_ ? weight.t() : weight;
+        // A clone: contiguous() would leave a single element the strides that it has, which may be any.
+        if (rows->stride(0) != 1 && rows->stride(1) != 1) rows = rows->clone(at::MemoryFormat::Contiguous);
+      }
+      const at::Tensor sum = (hadamard() ? hadamard_update : sparse_update)(
+          a_.pattern, a_.lambda, a_.gamma, std::max(in_, out_), a_.scale, rows, a_.dtype);
       return wide_ ? sum.t() : sum;
     }
     at::Tensor sum;
@@ -205,9 +216,41 @@ class Layer {
     return sum;
   }
 
+  // ---- Hadamard bases ----
+
+  bool hadamard() const { return is_hadamard(a_.pattern); }
+
+  // The parameters' gradients, empty where they are not needed, and, if `add_input_gradient`, dx += g @ dW.
+  std::tuple<at::Tensor, at::Tensor> hadamard_backward(at::Tensor& dx, const at::Tensor& g, const at::Tensor& x,
+                                                       bool add_input_gradient, bool need_lambda,
+                                                       bool need_gamma) const {
+    const bool need_parameters = need_lambda || need_gamma;
+    if (a_.strategy != Strategy::factored) {
+      if (!need_parameters) return {};
+      const at::Tensor D = wide_ ? mm_accumulated(x.t(), g) : mm_accumulated(g.t(), x);
+      return hadamard_update_backward(D, a_.pattern, a_.lambda, a_.gamma, a_.scale, need_lambda, need_gamma);
+    }
+    std::optional<at::Tensor> into;
+    if (add_input_gradient) {
+      if (!dx.defined()) dx = at::zeros({tokens_, in_}, g.options());
+      into = dx;
+    }
+    const at::Tensor from = g.contiguous();
+    if (!need_parameters) {
+      if (into.has_value())
+        (wide_ ? hadamard_down_ : hadamard_up_)(*into, from, a_.pattern, a_.lambda, a_.gamma, a_.scale);
+      return {};
+    }
+    const at::Tensor other = x.contiguous();
+    const auto [dlambda, dgamma] =
+        wide_ ? hadamard_gradients(other, from, into, {}, a_.pattern, a_.lambda, a_.gamma, a_.scale)
+              : hadamard_gradients(from, other, {}, into, a_.pattern, a_.lambda, a_.gamma, a_.scale);
+    return {cast(dlambda, a_.lambda.scalar_type()), cast(dgamma, a_.gamma.scalar_type())};
+  }
+
   // ---- sparse bases: D [columns, M] holds what is not zero of dW (out <= in) or dW^T (in <= out) ----
 
-  bool sparse() const { return !a_.pattern.empty() && !unpacks(a_); }
+  bool sparse() const { return !a_.pattern.empty() && !hadamard() && !unpacks(a_); }
 
   bool all_columns() const { return is_packed(a_.pattern) || a_.pattern[0].numel() == m_; }
 

@@ -32,7 +32,7 @@ struct LayerArguments {
   std::optional<at::Tensor> seed;  // [1] int64, of the dropout mask
   bool weight_is_transposed;
   int64_t workspace;                // bytes that temporaries may take, 0: no limit
-  std::vector<at::Tensor> pattern;  // in place of A and B: ternary bases, see sparse_update.h, packed_update.h
+  std::vector<at::Tensor> pattern;  // in place of A and B: see sparse_update.h, packed_update.h, hadamard.h
 };
 
 // The strategy for this many tokens that a name means, or a plan: "factored<340,merged" is factored below 340 tokens

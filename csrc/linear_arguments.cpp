@@ -6,6 +6,7 @@
 #include <c10/util/Exception.h>
 
 #include "dropout.h"
+#include "hadamard.h"
 #include "linear.h"
 #include "packed_update.h"
 #include "sizes.h"
@@ -97,9 +98,11 @@ void check(const LayerArguments& a) {
     check_tensor(*a.A, "A", a.x);
     check_tensor(*a.B, "B", a.x);
   } else {
-    TORCH_CHECK_VALUE(a.strategy != Strategy::factored || is_packed(a.pattern) || a.x.is_cpu(),
+    TORCH_CHECK_VALUE(a.strategy != Strategy::factored || a.pattern.size() < 5 || a.x.is_cpu(),
                       "very sparse bases have a factored strategy on the CPU only, got ", a.x.device());
-    if (is_packed(a.pattern))
+    if (is_hadamard(a.pattern))
+      check_hadamard(a.pattern, a.lambda, a.gamma, M);
+    else if (is_packed(a.pattern))
       check_packed(a.pattern, r, n, m, M, a.x);
     else
       check_pattern(a.pattern, a.lambda, a.gamma, M);

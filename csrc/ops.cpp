@@ -25,8 +25,25 @@ TORCH_LIBRARY(randlora, m) {
       "sparse_update_backward(Tensor grad, Tensor[] pattern, Tensor randlora_lambda, Tensor randlora_gamma,"
       " float scale, bool need_lambda, bool need_gamma) -> (Tensor, Tensor)");
 
-  // Nothing, or an error if these are not the lists, planes or bits of any bases. Ops do it by themselves; who makes a
-  // pattern does it for a call that must not wait for the device, such as one under graph capture.
+  // The update of Hadamard bases, see hadamard.h.
+  m.def(
+      "hadamard_up_(Tensor(a!) out, Tensor x, Tensor[] pattern, Tensor randlora_lambda, Tensor randlora_gamma,"
+      " float scale) -> ()");
+  m.def(
+      "hadamard_down_(Tensor(a!) out, Tensor x, Tensor[] pattern, Tensor randlora_lambda, Tensor randlora_gamma,"
+      " float scale) -> ()");
+  m.def(
+      "hadamard_gradients(Tensor narrow, Tensor wide, Tensor(a!)? into_narrow, Tensor(b!)? into_wide,"
+      " Tensor[] pattern, Tensor randlora_lambda, Tensor randlora_gamma, float scale) -> (Tensor, Tensor)");
+  m.def(
+      "hadamard_update(Tensor[] pattern, Tensor randlora_lambda, Tensor randlora_gamma, int max_dim, float scale,"
+      " Tensor? weight, ScalarType dtype) -> Tensor");
+  m.def(
+      "hadamard_update_backward(Tensor grad, Tensor[] pattern, Tensor randlora_lambda, Tensor randlora_gamma,"
+      " float scale, bool need_lambda, bool need_gamma) -> (Tensor, Tensor)");
+
+  // Nothing, or an error if these are not the lists, planes, bits or signs of any bases. Ops do it by themselves; who
+  // makes a pattern does it for a call that must not wait for the device, such as one under graph capture.
   m.def("check_pattern(Tensor[] pattern) -> ()");
 
   // Rows of packed ternary bases made dense, see packed_update.h.
@@ -89,6 +106,40 @@ std::tuple<at::Tensor, at::Tensor> packed_expand(at::TensorList pattern, int64_t
                                                  at::ScalarType dtype, int64_t first, std::optional<int64_t> rows) {
   static const auto op = find<decltype(packed_expand)>("randlora::packed_expand");
   return op.call(pattern, n, min_dim, max_dim, dtype, first, rows);
+}
+
+void hadamard_up_(const at::Tensor& out, const at::Tensor& x, at::TensorList pattern, const at::Tensor& lambda,
+                  const at::Tensor& gamma, double scale) {
+  static const auto op = find<decltype(hadamard_up_)>("randlora::hadamard_up_");
+  op.call(out, x, pattern, lambda, gamma, scale);
+}
+
+void hadamard_down_(const at::Tensor& out, const at::Tensor& x, at::TensorList pattern, const at::Tensor& lambda,
+                    const at::Tensor& gamma, double scale) {
+  static const auto op = find<decltype(hadamard_down_)>("randlora::hadamard_down_");
+  op.call(out, x, pattern, lambda, gamma, scale);
+}
+
+std::tuple<at::Tensor, at::Tensor> hadamard_gradients(const at::Tensor& narrow, const at::Tensor& wide,
+                                                      const std::optional<at::Tensor>& into_narrow,
+                                                      const std::optional<at::Tensor>& into_wide,
+                                                      at::TensorList pattern, const at::Tensor& lambda,
+                                                      const at::Tensor& gamma, double scale) {
+  static const auto op = find<decltype(hadamard_gradients)>("randlora::hadamard_gradients");
+  return op.call(narrow, wide, into_narrow, into_wide, pattern, lambda, gamma, scale);
+}
+
+at::Tensor hadamard_update(at::TensorList pattern, const at::Tensor& lambda, const at::Tensor& gamma, int64_t max_dim,
+                           double scale, const std::optional<at::Tensor>& weight, at::ScalarType dtype) {
+  static const auto op = find<decltype(hadamard_update)>("randlora::hadamard_update");
+  return op.call(pattern, lambda, gamma, max_dim, scale, weight, dtype);
+}
+
+std::tuple<at::Tensor, at::Tensor> hadamard_update_backward(const at::Tensor& grad, at::TensorList pattern,
+                                                            const at::Tensor& lambda, const at::Tensor& gamma,
+                                                            double scale, bool need_lambda, bool need_gamma) {
+  static const auto op = find<decltype(hadamard_update_backward)>("randlora::hadamard_update_backward");
+  return op.call(grad, pattern, lambda, gamma, scale, need_lambda, need_gamma);
 }
 
 at::Tensor dropout(const at::Tensor& x, const at::Tensor& seed, double p) {

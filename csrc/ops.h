@@ -34,6 +34,25 @@ std::tuple<at::Tensor, at::Tensor> sparse_update_backward(const at::Tensor& grad
 std::tuple<at::Tensor, at::Tensor> packed_expand(at::TensorList pattern, int64_t n, int64_t min_dim, int64_t max_dim,
                                                  at::ScalarType dtype, int64_t first, std::optional<int64_t> rows);
 
+void hadamard_up_(const at::Tensor& out, const at::Tensor& x, at::TensorList pattern, const at::Tensor& lambda,
+                  const at::Tensor& gamma, double scale);
+
+void hadamard_down_(const at::Tensor& out, const at::Tensor& x, at::TensorList pattern, const at::Tensor& lambda,
+                    const at::Tensor& gamma, double scale);
+
+std::tuple<at::Tensor, at::Tensor> hadamard_gradients(const at::Tensor& narrow, const at::Tensor& wide,
+                                                      const std::optional<at::Tensor>& into_narrow,
+                                                      const std::optional<at::Tensor>& into_wide,
+                                                      at::TensorList pattern, const at::Tensor& lambda,
+                                                      const at::Tensor& gamma, double scale);
+
+at::Tensor hadamard_update(at::TensorList pattern, const at::Tensor& lambda, const at::Tensor& gamma, int64_t max_dim,
+                           double scale, const std::optional<at::Tensor>& weight, at::ScalarType dtype);
+
+std::tuple<at::Tensor, at::Tensor> hadamard_update_backward(const at::Tensor& grad, at::TensorList pattern,
+                                                            const at::Tensor& lambda, const at::Tensor& gamma,
+                                                            double scale, bool need_lambda, bool need_gamma);
+
 at::Tensor dropout(const at::Tensor& x, const at::Tensor& seed, double p);
 
 }  // namespace randlora

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "contents.h"
+#include "hadamard.h"
 #include "ops.h"
 #include "sizes.h"
 #include "sparse_update.h"
@@ -143,10 +144,12 @@ std::tuple<at::Tensor, at::Tensor> unpacked_update_backward(const at::Tensor& gr
 namespace {
 
 void check_pattern_contents(at::TensorList pattern) {
-  TORCH_CHECK_VALUE(is_packed(pattern) || pattern.size() == 5, "pattern must be 5 lists, or 3 or 2 tensors of ",
-                    "packed bases, got ", pattern.size(), " tensors");
+  TORCH_CHECK_VALUE(is_packed(pattern) || is_hadamard(pattern) || pattern.size() == 5,
+                    "pattern must be 5 lists, 4 tensors of Hadamard bases, or 3 or 2 of packed ones, got ",
+                    pattern.size(), " tensors");
   if (pattern.size() == 5) check_lists(pattern, pattern[0].device());
   if (pattern.size() == 3) check_packed_lists(pattern[0], pattern[1]);
+  if (is_hadamard(pattern)) check_hadamard_pattern(pattern, pattern[0].device());
 }
 
 }  // namespace

@@ -169,9 +169,9 @@ class RandomBases:
     def pattern(self, min_dim: int, device: torch.device | None = None) -> tuple[Pattern, float] | None:
         """Packed bases for a layer of this smaller dimension, with their :attr:`scale`; None for dense ones.
 
-        They are kept in this form only (lists, planes, bits or signs: :mod:`randlora.patterns`), unless :meth:`tensors` is
-        called. Given bases are recognised where that makes them faster: the ternary ones that PEFT stores dense.
-        Raises ValueError where `min_dim` is larger than the store's, which :meth:`require` lets grow.
+        They are kept in this form only (lists, planes, bits or signs: :mod:`randlora.patterns`), unless
+        :meth:`tensors` is called. Given bases are recognised where that makes them faster: the ternary ones that PEFT
+        stores dense. Raises ValueError where `min_dim` is larger than the store's, which :meth:`require` lets grow.
         """
         self._drop_outdated()
         device = canonical(device or self.device)

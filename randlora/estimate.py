@@ -63,8 +63,8 @@ def estimate(
         the kinds and ``"lora"`` to dicts of
 
         - ``trainable_parameters``: with ``modules_to_save`` and biases, where the config trains them.
-        - ``bases_bytes``, ``bases_form`` (``"dense"``, ``"signs"``, ``"bits"``, ``"planes"``, ``"lists"``): as the device keeps
-          them. The positions in lists are random in number: their expected value.
+        - ``bases_bytes``, ``bases_form`` (``"dense"``, ``"signs"``, ``"bits"``, ``"planes"``, ``"lists"``): as the
+          device keeps them. The positions in lists are random in number: their expected value.
         - ``saved_bytes``: kept from forward to backward beyond what the frozen model keeps, without checkpointing.
         - ``workspace_bytes``: the temporaries of the layer that takes most, which come and go.
         - ``multiply_adds``: of a step, forward and backward, beyond those of the frozen layers.

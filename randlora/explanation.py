@@ -37,9 +37,8 @@ def explain(layer: torch.nn.Module, tokens: int, training: bool = True) -> str:
             f"{'training' if training else 'inference'}"
         )
         if layer.bases[adapter].kind == "hadamard":
-            lines.append(
-                "  " + _groups(min(layer.in_features, layer.out_features), n, r, layer.bases[adapter].group_width)
-            )
+            m = min(layer.in_features, layer.out_features)
+            lines.append("  " + _groups(m, n, r, layer.bases[adapter].group_width))
         for which, name in enumerate(("forward", "backward") if training else ("forward",)):
             lines.append(f"  {name:<13}{'multiply-adds':>15}{'temporaries':>15}{'cost':>7}")
             least = min(cost[which].total(balance) for cost in options.values()) or 1

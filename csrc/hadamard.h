@@ -1,0 +1,79 @@
+// The update of Hadamard bases, by fast transforms. With W(x, y) = (-1)^popcount(x & y), P = n r, R = 2^ceil(log2 r),
+// N = 2^ceil(log2 max(M, P)), column j in group g = (j / w) mod R, and signs a, b, c:
+//
+//   A[k, 0, j] = a_j W(k, g)        B2[o, p] = b_o c_p W(o, p)
+//
+// pattern is (a, b, c, width): words of sign bits, int32, bit x % 32 of word x / 32 of sign x, 1: minus; of at least m,
+// M and P signs. `width` is int8 of shape [w, 0]: its shape alone says w (1, 2, 4 or 8), so that no device is ever
+// asked for it. The narrow side of a layer has m = min(in, out) features, the wide side M = max(in, out).
+//
+//   up     u[t,g,i] = sum of a_j gamma[i,j] x[t,j] over the columns j of g      v[t,k,i] = sum_g W(k,g) u[t,g,i]
+//          h[t,p] = scale c_p lambda[k,i] v[t,k,i], p = k n + i                 y[t,o] += b_o sum_p W(o,p) h[t,p]
+//   down   the adjoint:  z[t,p] = c_p sum_o W(p,o) b_o x[t,o]     du[t,g,i] = sum_k W(k,g) scale lambda[k,i] z[t,k,i]
+//          y[t,j] += a_j sum_i gamma[i,j] du[t,g,i]
+//   and    dlambda[k,i] = scale sum_t v[t,k,i] z[t,k,i]           dgamma[i,j] = a_j sum_t x[t,j] du[t,g,i]
+//
+// randlora::hadamard_up_(Tensor(a!) out, Tensor x, Tensor[] pattern, Tensor randlora_lambda, Tensor randlora_gamma,
+//                        float scale) -> ()
+//     out [T, M] += the update of x [T, m]: y where in <= out, dx where in > out.
+// randlora::hadamard_down_, the same: out [T, m] += the update of x [T, M]: y where in > out, dx where in <= out.
+// randlora::hadamard_gradients(Tensor narrow, Tensor wide, Tensor(a!)? into_narrow, Tensor(b!)? into_wide,
+//                              Tensor[] pattern, Tensor randlora_lambda, Tensor randlora_gamma, float scale)
+//                              -> (Tensor, Tensor)
+//     dlambda and dgamma in fp32 (fp64 for fp64), from x and dy: narrow [T, m] and wide [T, M]. On the way, into_narrow
+//     [T, m] += down(wide) or into_wide [T, M] += up(narrow), whichever is given; at most one is.
+// randlora::hadamard_update(Tensor[] pattern, Tensor randlora_lambda, Tensor randlora_gamma, int max_dim, float scale,
+//                           Tensor? weight, ScalarType dtype) -> Tensor
+//     D [m, M] = scale * the rows up() gives for unit vectors, so dW^T where in <= out and dW otherwise; or weight + D
+//     in the weight's layout, one stride of which is 1.
+// randlora::hadamard_update_backward(Tensor grad, Tensor[] pattern, Tensor randlora_lambda, Tensor randlora_gamma,
+//                                    float scale, bool need_lambda, bool need_gamma) -> (Tensor, Tensor)
+//     From the gradient of D, [m, M] in fp32 or fp64; results in the parameters' dtypes.
+//
+// Tokens are contiguous and have one dtype. Sums are fp32 (fp64 for fp64) and rounded once into the result. Work memory
+// does not depend on T, and results do not depend on the number of threads.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include <ATen/core/Tensor.h>
+
+namespace randlora {
+
+struct HadamardShape {
+  const int32_t *a, *b, *c;  // sign bits
+  int64_t r, n, m, M;
+  int64_t P, R, N;
+  int64_t width;    // w
+  int64_t columns;  // of the largest group: w * ceil(m / (w R))
+};
+
+inline bool is_hadamard(at::TensorList pattern) { return pattern.size() == 4; }
+
+// Checks what is the same for layers of any size (ValueError, TypeError).
+void check_hadamard_pattern(at::TensorList pattern, at::Device device);
+
+// Checks the pattern and the parameters of a layer (ValueError, TypeError).
+HadamardShape check_hadamard(at::TensorList pattern, const at::Tensor& lambda, const at::Tensor& gamma, int64_t M);
+
+// The same, and the tokens of up (wide is written to), down (narrow is) and, with both given, gradients.
+HadamardShape check_hadamard_tokens(const at::Tensor& narrow, const at::Tensor& wide, at::TensorList pattern,
+                                    const at::Tensor& lambda, const at::Tensor& gamma);
+HadamardShape check_hadamard_gradients(const at::Tensor& narrow, const at::Tensor& wide,
+                                       const std::optional<at::Tensor>& into_narrow,
+                                       const std::optional<at::Tensor>& into_wide, at::TensorList pattern,
+                                       const at::Tensor& lambda, const at::Tensor& gamma);
+
+// Checks `weight`; the result of hadamard_update, not filled yet.
+at::Tensor make_hadamard_update(at::TensorList pattern, const at::Tensor& lambda, const at::Tensor& gamma, int64_t M,
+                                const std::optional<at::Tensor>& weight, at::ScalarType dtype);
+
+// Of hadamard_update_backward.
+HadamardShape check_hadamard_grad(const at::Tensor& grad, at::TensorList pattern, const at::Tensor& lambda,
+                                  const at::Tensor& gamma);
+
+// What sums have for tokens of this type.
+inline at::ScalarType hadamard_sums(at::ScalarType tokens) { return tokens == at::kDouble ? at::kDouble : at::kFloat; }
+
+}  // namespace randlora
