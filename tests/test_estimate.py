@@ -369,7 +369,9 @@ def test_the_table_is_aligned_and_tells_the_numbers():
     lines = str(result).splitlines()
     rule = next(i for i, line in enumerate(lines) if set(line) == {"-"})
     head, rows = lines[rule - 1], lines[rule + 1 : rule + 10]
-    assert head.split()[-7:-3] == ["hadamard", "sparse", "very_sparse", "sign"] and all(len(r) == len(head) for r in rows)
+    assert head.split()[-7:-3] == ["hadamard", "sparse", "very_sparse", "sign"] and all(
+        len(r) == len(head) for r in rows
+    )
     operations = next(r for r in rows if "multiply-adds" in r).split()[-6:]
     for got, method in zip(operations, result["methods"].values(), strict=True):
         assert float(got) == pytest.approx(method["multiply_adds"] / 1e9, abs=0.0005)
