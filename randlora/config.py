@@ -150,6 +150,15 @@ class RandLoraConfig:
                 f"sparsity={self.sparsity}, num_bases={self.num_bases}"
             )
 
+    @property
+    def is_prompt_learning(self) -> bool:
+        """What PEFT asks every config first; this one is none of its own."""
+        raise TypeError(
+            "this is a randlora.RandLoraConfig, of which PEFT knows no kind, prng or strategy: give it to "
+            "randlora.get_peft_model, or peft.RandLoraConfig to PEFT. An adapter of any kind that is saved with its "
+            "projections loads in PEFT, and with randlora.integrations.peft enabled it computes as fast as here"
+        )
+
     # ---- JSON ----
 
     def to_dict(self) -> dict[str, Any]:

@@ -24,7 +24,8 @@ def explain(layer: torch.nn.Module, tokens: int, training: bool = True) -> str:
         dropout = training and getattr(layer.randlora_dropout[adapter], "p", 0.0) > 0
         shape = (tokens, layer.in_features, layer.out_features, n, r)
         needs = {"dropout": dropout, "need_x": training, "need_parameters": training}
-        bases = planner.form(layer.pattern(adapter))
+        pattern = layer.pattern(adapter)
+        bases = planner.form(pattern)
         plain = layer._base_is_plain()  # a quantised base layer computes its product itself
         options = planner.options_of(*shape, dtype.itemsize, bases, device.type, has_weight=plain, **needs)
         chosen = planner.choose(*shape, dtype, dtype if plain else None, device.type, **needs, form=bases)
@@ -36,9 +37,8 @@ def explain(layer: torch.nn.Module, tokens: int, training: bool = True) -> str:
             f"tokens, {str(dtype).removeprefix('torch.')} on {device.type}, "
             f"{'training' if training else 'inference'}"
         )
-        if layer.bases[adapter].kind == "hadamard":
-            m = min(layer.in_features, layer.out_features)
-            lines.append("  " + _groups(m, n, r, layer.bases[adapter].group_width))
+        if bases == "signs":
+            lines.append("  " + _groups(min(layer.in_features, layer.out_features), n, r, pattern[3].shape[0]))
         for which, name in enumerate(("forward", "backward") if training else ("forward",)):
             lines.append(f"  {name:<13}{'multiply-adds':>15}{'temporaries':>15}{'cost':>7}")
             least = min(cost[which].total(balance) for cost in options.values()) or 1

@@ -52,6 +52,15 @@ def signs(bases: RandomBases, stream: int, first: int, count: int, device: torch
     return out[0, 0]
 
 
+def all_signs(bases: RandomBases, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """a, b and c of a whole store."""
+    return (
+        signs(bases, SIGNS_A, 0, bases.min_dim, device),
+        signs(bases, SIGNS_B, 0, bases.max_dim, device),
+        signs(bases, SIGNS_C, 0, bases.num_bases * bases.r, device),
+    )
+
+
 def fill(bases: RandomBases, out: Tensor, stream: int, offsets: tuple[int, int, int]) -> None:
     """Writes the slice of A (stream 0) or B (stream 1) that starts at `offsets` into `out`, as ``fill_bases_`` does."""
     rows, middle, columns = out.shape
@@ -66,6 +75,20 @@ def fill(bases: RandomBases, out: Tensor, stream: int, offsets: tuple[int, int, 
     values *= signs(bases, SIGNS_B, first, rows, out.device)[:, None]
     values *= signs(bases, SIGNS_C, begin, end - begin, out.device)
     out.copy_(values.view(rows, middle, bases.r)[:, :, start : start + columns])
+
+
+def recognise(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor, int] | None:
+    """a, b, c and the group width by which int8 ``A [r, m]`` and ``B [M, n r]`` of -1 and +1 are Hadamard bases."""
+    (r, m), (M, P), at = A.shape, B.shape, A.device
+    a, b, c = A[0], B[:, 0], B[0] * B[0, 0]
+    if not torch.equal(_walsh(torch.arange(M, device=at), P) * b[:, None] * c, B):
+        return None
+    rows = _walsh(torch.arange(r, device=at), groups(r))
+    for width in WIDTHS:
+        group = torch.arange(m, device=at) // width % groups(r)
+        if torch.equal(rows[:, group] * a, A):
+            return a, b, c, width
+    return None
 
 
 def _walsh(x: Tensor, columns: int) -> Tensor:

@@ -16,7 +16,7 @@ from .bypassed import Noticed
 from .functional import compute_dtype, linear
 from .layer import BaseTensors, RandLoraLayer
 from .mixed import add_updates
-from .patterns import is_lists
+from .patterns import is_hadamard, is_lists
 from .planner import STRATEGIES
 from .undo import all_or_nothing
 
@@ -224,7 +224,8 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
             sources.append(weight)
         if any(t.device != x.device for t in sources):
             return None
-        if all(self._bases(name).kind == "hadamard" for name in adapters):
+        patterns = (self._pattern(name, x.device) for name in adapters)
+        if all(found is not None and is_hadamard(found[0]) for found in patterns):
             return None  # one token costs little more than the base layer alone
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None  # others would have to wait
         key = merged, dtype, x.device, stream, *adapters

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import hadamard
@@ -177,14 +178,11 @@ class Bits:
 class Signs:
     """The signs of Hadamard bases on one device, a bit each, as :class:`Lists`."""
 
-    def __init__(self, bases: RandomBases, device: torch.device) -> None:
-        r, n, m, M = bases.r, bases.num_bases, bases.min_dim, bases.max_dim
-        streams = (hadamard.SIGNS_A, m), (hadamard.SIGNS_B, M), (hadamard.SIGNS_C, n * r)
-        # Whole words of them, which may be more than there are rows and columns.
-        words = (hadamard.signs(bases, stream, 0, -(-count // 32) * 32, device) for stream, count in streams)
-        a, b, c = (_bits(signs[:, None], 1).view(torch.int32).flatten() for signs in words)
-        width = torch.empty((bases.group_width, 0), dtype=torch.int8, device=device)  # its shape says all
-        self._pattern = Pattern((a, b, c, width), r, n, m, M)
+    def __init__(self, a: Tensor, b: Tensor, c: Tensor, width: int, r: int) -> None:
+        """int8 -1 and +1: `a` [min_dim], `b` [max_dim], `c` [num_bases * r]."""
+        words = (_bits(F.pad(t, (0, -len(t) % 32), value=1)[:, None], 1).view(torch.int32).flatten() for t in (a, b, c))
+        empty = torch.empty((width, 0), dtype=torch.int8, device=a.device)  # its shape says all
+        self._pattern = Pattern((*words, empty), r, len(c) // r, len(a), len(b))
 
     @property
     def nbytes(self) -> int:
@@ -222,7 +220,7 @@ def make(bases: RandomBases, device: torch.device) -> Form:
     """`bases` in the form that fits them, generated on `device`."""
     form = form_for(bases.kind, bases.sparsity, device)
     if form is Signs:
-        return Signs(bases, device)
+        return Signs(*hadamard.all_signs(bases, device), bases.group_width, bases.r)
     M, m, n, r = bases.max_dim, bases.min_dim, bases.num_bases, bases.r
     A = bases.fill(torch.empty((r, 1, m), dtype=torch.int8, device=device), 0, (0, 0, 0))[:, 0]
     step = max(1, _BLOCK // (M * r))
@@ -236,10 +234,10 @@ def make(bases: RandomBases, device: torch.device) -> Form:
 
 
 def of_tensors(A: Tensor, B: Tensor, held: bool = True) -> tuple[Form, float] | None:
-    """The form of bases that exist as tensors, if they are ternary, and the scale of their product.
+    """The form of bases that exist as tensors, if they are ternary or Hadamard ones, and the scale of their product.
 
-    PEFT stores ternary bases dense, divided by their standard deviation: -v, 0, +v. `held`: the tensors stay, so that
-    bits would save nothing; there is no form then.
+    PEFT stores ternary bases dense, divided by their standard deviation: -v, 0, +v, and those of adapters that were
+    made here as they are. `held`: the tensors stay, so that bits would save nothing; there is no form then.
     """
     scale, density, full = 1.0, 0.0, True
     for t in (A, B):
@@ -249,6 +247,8 @@ def of_tensors(A: Tensor, B: Tensor, held: bool = True) -> tuple[Form, float] | 
         scale *= float(size)
         density = nonzero / t.numel()
         full = full and density == 1
+    if full and (found := hadamard.recognise(A.sign().to(torch.int8)[:, 0], B.sign().to(torch.int8).flatten(1))):
+        return Signs(*found, A.shape[0]), scale
     form = form_of(1 / density, B.device)
     if form is Bits and held:
         return None

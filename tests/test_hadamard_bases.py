@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from common import make_base, normal, randomize, reference_update
+from common import make_base, normal, randomize, reference_dW, reference_update
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import randlora
-from randlora import RandomBases, hadamard
+from randlora import RandomBases, hadamard, patterns
 
 
 def group_sizes(m, r, width):
@@ -107,6 +107,37 @@ def test_growing_and_sharding():
         assert torch.equal(whole, large.tensors(torch.float32)[stream][: shape[0], : shape[1], : shape[2]])
         part = torch.empty(3, shape[1], 2)
         assert torch.equal(small.fill(part, stream, (1, 0, 3)), whole[1:4, :, 3:5])
-    for a, b in zip(small.pattern(33)[0][:3], large.pattern(33)[0], strict=False):
-        bits, others = ((t[:, None] >> torch.arange(32) & 1).flatten() for t in (a, b))
-        assert torch.equal(bits, others[: len(bits)])
+    for a, b, count in zip(small.pattern(33)[0], large.pattern(33)[0], (33, 70, 35), strict=False):
+        bits, others = ((t[:, None] >> torch.arange(32) & 1).flatten()[:count] for t in (a, b))
+        assert torch.equal(bits, others)
+
+
+# ---- bases that exist as tensors -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factors", [(1.0, 1.0), (1.7, 0.3)], ids=str)
+@pytest.mark.parametrize(("i", "o", "r", "width"), [(41, 97, 12, 2), (97, 41, 12, 4), (24, 24, 1, 1), (64, 80, 8, 8)])
+def test_given_ones_are_recognised(i, o, r, width, factors):
+    """As PEFT has them, which reads them from a file: the same fast path, and exactly these values."""
+    made = RandomBases(max(i, o) + 6, min(i, o) + 5, r, "hadamard", seed=2**64 - 1, group_width=width)
+    A, B = (t * f for t, f in zip(made.tensors(torch.float32), factors, strict=True))
+    bases = RandomBases.from_tensors(A, B)
+    layer = randomize(randlora.Linear(make_base(i, o, dtype=torch.float64), r=r, bases=bases))
+    pattern, scale = bases.pattern(min(i, o))
+    assert patterns.is_hadamard(pattern) and scale == pytest.approx(factors[0] * factors[1])
+    update = layer.get_delta_weight("default")
+    A, B = A.double(), B.double()
+    lam, gamma = layer.randlora_lambda["default"], layer.randlora_gamma["default"]
+    exact = reference_dW(A, B, lam, gamma, layer.scaling["default"], i, o)
+    assert (update - exact).abs().max() <= 1e-6 * exact.abs().max()  # the factors are fp32
+    assert "hadamard bases" in randlora.explain(layer, 3)
+
+
+@pytest.mark.parametrize("which", ["A", "B"])
+def test_one_other_sign_is_enough_to_be_something_else(which):
+    made = RandomBases(97, 41, 12, "hadamard").tensors(torch.float32)
+    A, B = (t.clone() for t in made)
+    changed = A if which == "A" else B
+    changed[5, 0, 7] *= -1
+    assert RandomBases.from_tensors(*made).pattern(41) is not None
+    assert RandomBases.from_tensors(A, B).pattern(41) is None
