@@ -25,7 +25,11 @@ struct WriteGamma {
         const int64_t piece = (j + l) / s.width, g = piece % s.R, c = piece / s.R * s.width + (j + l) % s.width;
         const Acc* from = sums + (g * s.columns + c) * bases + i;
         Vec<Acc> sum = load(from);
-        for (int64_t group = 1; group < groups; ++group) sum += load(from += s.R * s.columns * bases);
+        __builtin_prefetch(from + bases * s.columns * (L / s.width));
+        for (int64_t group = 1; group < groups; ++group) {
+          sum += load(from += s.R * s.columns * bases);
+          __builtin_prefetch(from + bases * s.columns * (L / s.width));
+        }
         store(block + l * L, sum * a[j + l]);
       }
       transpose(turned, block);
@@ -61,11 +65,12 @@ struct HadamardSums {
   const int64_t dlambda_size, dgamma_size, groups;
   const Buffer<Acc> dlambda, dgamma;  // [groups, r, bases], [groups, R, columns, bases]
 
-  HadamardSums(const HadamardLayer<Acc>& layer, int64_t most)
+  HadamardSums(const HadamardLayer<Acc>& layer, int64_t tiles)
       : layer(layer),
         dlambda_size(layer.s.r * layer.bases),
         dgamma_size(layer.s.R * layer.s.columns * layer.bases),
-        groups(std::min(most, std::clamp<int64_t>(kBytes / (dgamma_size * int64_t(sizeof(Acc))), 2, 16))),
+        groups(std::min({tiles, std::max<int64_t>(2, tiles / 2),
+                         std::clamp<int64_t>(kBytes / (dgamma_size * int64_t(sizeof(Acc))), 2, 16)})),
         dlambda(groups * dlambda_size),
         dgamma(groups * dgamma_size) {}
 

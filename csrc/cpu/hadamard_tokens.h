@@ -11,12 +11,22 @@
 
 namespace randlora::cpu {
 
+// Tokens are rows in memory: where one is read, the next one is asked for, `ahead` elements on. What the hardware
+// fetches by itself ends with a page.
+template <class T>
+RANDLORA_INLINE void fetch(const T* p, int64_t ahead) {
+  __builtin_prefetch(p + ahead);
+}
+
 // to = from
 template <class T>
 RANDLORA_INLINE void widen(acc_t<T>* to, const T* from, int64_t count) {
   constexpr int L = kLanes<acc_t<T>>;
   int64_t x = 0;
-  for (; x + L <= count; x += L) store(to + x, load(from + x));
+  for (; x + L <= count; x += L) {
+    store(to + x, load(from + x));
+    fetch(from + x, count);
+  }
   for (; x < count; ++x) to[x] = acc_t<T>(from[x]);
 }
 
@@ -25,21 +35,24 @@ template <class T>
 RANDLORA_INLINE void add_to(T* to, const acc_t<T>* from, int64_t count) {
   constexpr int L = kLanes<acc_t<T>>;
   int64_t x = 0;
-  for (; x + L <= count; x += L) store(to + x, load(to + x) + load(from + x));
+  for (; x + L <= count; x += L) {
+    store(to + x, load(to + x) + load(from + x));
+    fetch(to + x, count);
+  }
   for (; x < count; ++x) to[x] = T(acc_t<T>(to[x]) + from[x]);
 }
 
 // function(position among the groups, column j, how many) for one piece after the other; how many may be 0 at the end.
 template <int Width, class Function>
 RANDLORA_INLINE void for_pieces(const HadamardShape& s, int64_t columns, const Function& function) {
+  const int64_t whole = s.m / (Width * s.R);
   int64_t j = 0;
-  for (int64_t c = 0; c < s.columns; c += Width)
-    for (int64_t g = 0; g < s.R; ++g, j += Width) {
-      if (j + Width <= s.m)
-        function(g * columns + c, j, std::integral_constant<int, Width>{});
-      else
-        function(g * columns + c, j, int(std::max<int64_t>(0, s.m - j)));
-    }
+  for (int64_t q = 0; q < whole; ++q)
+    for (int64_t g = 0; g < s.R; ++g, j += Width)
+      function(g * columns + q * Width, j, std::integral_constant<int, Width>{});
+  if (j < s.m)
+    for (int64_t g = 0; g < s.R; ++g, j += Width)
+      function(g * columns + whole * Width, j, int(std::clamp<int64_t>(s.m - j, 0, Width)));
 }
 
 template <class Function>
@@ -64,8 +77,9 @@ struct ReadNarrow {
       widen(row, from, s.m);
     with_width(s.width, [&](auto width) {
       for_pieces<width()>(s, columns, [&](int64_t place, int64_t j, auto count) {
-        for (int e = 0; e < count; ++e) to[place + e] = x[j + e];
+        std::memcpy(to + place, x + j, size_t(count) * sizeof(Acc));
         for (int e = count; e < width(); ++e) to[place + e] = Acc(0);
+        if constexpr (std::is_same_v<T, Acc>) fetch(x + j, s.m);
       });
     });
   }
@@ -78,7 +92,7 @@ struct AddNarrow {
   static RANDLORA_INLINE void run(T* to, const Acc* from, Acc* row, const HadamardShape& s, int64_t columns) {
     with_width(s.width, [&](auto width) {
       for_pieces<width()>(s, columns, [&](int64_t place, int64_t j, auto count) {
-        for (int e = 0; e < count; ++e) row[j + e] = from[place + e];
+        std::memcpy(row + j, from + place, size_t(count) * sizeof(Acc));
       });
     });
     add_to(to, row, s.m);
@@ -97,6 +111,7 @@ struct ReadWide {
       for (; x + L <= count; x += L) {
         const Vec<Acc> value = load(b + first + x) * load(from + first + x);
         store(to + x, first == 0 ? value : load(to + x) + value);
+        fetch(from + first + x, M);
       }
       for (; x < count; ++x) {
         const Acc value = b[first + x] * Acc(from[first + x]);
