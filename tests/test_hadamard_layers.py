@@ -59,9 +59,9 @@ def test_outputs_and_gradients(shape, strategy):
     assert_near(x.grad, g.double() @ (layer.weight + update))
     lam, gamma = layer.randlora_lambda["default"], layer.randlora_gamma["default"]
     # dW is linear in each of them.
-    exact = ((g.double().flatten(0, 1).T @ x.detach().double().flatten(0, 1)) * update).sum()
+    products = (g.double().flatten(0, 1).T @ x.detach().double().flatten(0, 1)) * update
     for p in (lam, gamma):
-        assert_near((p.grad.double() * p.detach()).sum(), exact, 1e-4)
+        assert ((p.grad.double() * p.detach()).sum() - products.sum()).abs() <= 1e-5 * products.norm()
 
 
 @shapes
@@ -76,12 +76,6 @@ def test_update_as_a_matrix_and_merging(shape):
     assert_near(layer(x), y)
     layer.unmerge()
     assert torch.equal(layer.weight, before)
-    first, second = layer.get_scaled_bases("default") if max(shape) < 100 else (None, None)
-    if first is not None:  # the two factors as they are, which are dense
-        assert_near(x @ first.T @ second.T * layer.scaling["default"], x.double() @ exact.T)
-
-
-test_update_as_a_matrix_and_merging = pytest.mark.usefixtures()(test_update_as_a_matrix_and_merging)
 
 
 def test_differentiable_updates():

@@ -88,10 +88,8 @@ def test_every_strategy_keeps_the_input_alone(strategy, kind, shape, device):
 def test_autocast_keeps_no_cast_copy(kind, device):
     layer = make_layer(64, 96, device=device, bases=make_bases(64, 96, 5, kind=kind))
     x = normal(50, 64, device=device).requires_grad_()
-    known = [
-        *layer.parameters(),
-        *(layer.pattern("default") or layer.bases["default"].tensors(torch.bfloat16, x.device)),
-    ]
+    bases = layer.pattern("default") or layer.bases["default"].tensors(torch.bfloat16, x.device)
+    known = [*layer.parameters(), *bases]
     with SavedBytes(known) as saved, torch.autocast(device, torch.bfloat16):
         y = layer(x)
     assert y.dtype == torch.bfloat16
