@@ -24,6 +24,7 @@
 #include "../check.h"
 
 void test_emulation();
+void test_hadamard();
 
 namespace {
 
@@ -354,5 +355,6 @@ int main() {
   check::run("unique_base", unique_base);
   check::run("sparse_update", sparse_update);
   check::run("packed_expand", packed_expand);
+  test_hadamard();
   return check::finish();
 }
