@@ -226,6 +226,36 @@ def test_repeats_bit_for_bit(strategy, dtype, device):
         assert torch.equal(first, second)
 
 
+@over("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("shape", [(384, 640, 32, 0, 8), (640, 384, 12, 0, 8)], ids=shape_id)
+@pytest.mark.parametrize("tokens", [1, 16, 200])
+def test_the_number_of_threads_changes_nothing(tokens, shape, dtype):
+    layer = Layer(shape, dtype, torch.float32, tokens=(tokens,))
+    m, M = sorted(shape[:2])
+    narrow, wide = (normal(tokens, size, dtype=dtype) for size in (m, M))
+    factors = layer.pattern, layer.lam.detach(), layer.gamma.detach()
+
+    def run():
+        up, down = torch.zeros_like(wide), torch.zeros_like(narrow)
+        torch.ops.randlora.hadamard_up_(up, narrow, *factors, 0.7)
+        torch.ops.randlora.hadamard_down_(down, wide, *factors, 0.7)
+        again = torch.zeros_like(narrow)
+        gradients = torch.ops.randlora.hadamard_gradients(narrow, wide, again, None, *factors, 0.7)
+        update = torch.ops.randlora.hadamard_update(*factors, M, 0.7, None, dtype)
+        return up, down, again, *gradients, update
+
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(run())
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for first, second in zip(results[0], other, strict=True):
+            assert torch.equal(first, second)
+
+
 @pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=4))[1:], ids=str)
 @strategies
 @pytest.mark.parametrize("shape", [(24, 41, 8, 0, 1), (41, 24, 8, 0, 1)], ids=shape_id)

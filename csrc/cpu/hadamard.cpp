@@ -1,138 +1,220 @@
-// The update of Hadamard bases on the CPU: the algebra of hadamard.h in ATen's operations.
+// The update of Hadamard bases on the CPU. A thread takes tiles of tokens that stay in its L2: the small products of
+// all tokens of a tile, then transforms token by token in L1. Each token's sums have one order, whatever its tile.
 #include "hadamard.h"
 
 #include <algorithm>
+#include <optional>
 #include <tuple>
-#include <vector>
 
-#include <ATen/TensorOperators.h>
-#include <ATen/ops/bmm.h>
-#include <ATen/ops/cat.h>
+#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/eye.h>
-#include <ATen/ops/stack.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include "cpu/hadamard_few.h"
+#include "cpu/hadamard_layer.h"
+#include "cpu/hadamard_products.h"
+#include "cpu/hadamard_sums.h"
+#include "cpu/hadamard_tokens.h"
+#include "cpu/hadamard_transform.h"
 #include "ops.h"
 
 namespace randlora::cpu {
 namespace {
 
-// One layer's parameters in the order of groups. Column j of x is at g * columns + (j / (w R)) * w + j % w.
-struct Parameters {
-  const HadamardShape s;
-  at::Tensor lambda, gamma;  // [r, n] with c and scale, [R, columns, n] with a
-  at::Tensor position, b;    // [m], [M]
+// Bytes of a tile, at most and unless a few tokens take more.
+constexpr int64_t kTileBytes = int64_t{1} << 20;
 
-  Parameters(const HadamardShape& s, const at::Tensor& lambda, const at::Tensor& gamma, double scale,
-             at::ScalarType type)
-      : s(s) {
-    const auto options = gamma.options().dtype(type);
-    this->lambda = (lambda.to(type) * signs(s.c, s.P, options).view({s.r, s.n})).mul_(scale);
-    b = signs(s.b, s.M, options);
-    position = at::empty({s.m}, options.dtype(at::kLong));
-    for (int64_t j = 0; j < s.m; ++j)
-      position.mutable_data_ptr<int64_t>()[j] =
-          j / s.width % s.R * s.columns + j / (s.width * s.R) * s.width + j % s.width;
-    this->gamma = at::zeros({s.R * s.columns, s.n}, options);
-    a = signs(s.a, s.m, options);
-    this->gamma.index_copy_(0, position, gamma.to(type).mul(a).t());
-    this->gamma = this->gamma.view({s.R, s.columns, s.n});
+// Room for a tile.
+template <class Acc>
+struct Scratch {
+  const int64_t narrow_row, hidden_row;
+  const Buffer<Acc> narrow, hidden;    // [tokens, R, columns], [tokens, R, bases]
+  const Buffer<Acc> row, wide, wide2;  // [m], of one token each
+
+  Scratch(const HadamardLayer<Acc>& layer, int64_t tokens)
+      : narrow_row(layer.narrow_row()),
+        hidden_row(layer.hidden_row()),
+        narrow(tokens * narrow_row),
+        hidden(tokens * hidden_row),
+        row(layer.s.m),
+        wide(layer.hidden),
+        wide2(layer.hidden) {
+    std::fill_n(wide.data(), layer.hidden, Acc(0));
   }
 
-  // [T, m] to [R, T, columns]
-  at::Tensor grouped(const at::Tensor& x) const {
-    const at::Tensor all = at::zeros({x.size(0), s.R * s.columns}, gamma.options());
-    all.index_copy_(1, position, x.to(gamma.scalar_type()));
-    return all.view({x.size(0), s.R, s.columns}).transpose(0, 1);
+  Acc* narrow_at(int64_t token) const { return narrow.data() + token * narrow_row; }
+  Acc* hidden_at(int64_t token) const { return hidden.data() + token * hidden_row; }
+};
+
+// The steps on a tile of tokens of type T.
+template <class T>
+class Tile {
+ public:
+  using Acc = acc_t<T>;
+
+  Tile(const HadamardLayer<Acc>& layer, const Scratch<Acc>& scratch, int64_t first, int64_t count)
+      : layer_(layer), s_(layer.s), scratch_(scratch), first_(first), count_(count) {}
+
+  // u of x, in place of what scratch.hidden was
+  void narrow_to_hidden(const T* x, const Acc* packed) const {
+    for (int64_t t = 0; t < count_; ++t)
+      cpu::run<ReadNarrow<T>>(scratch_.narrow_at(t), x + (first_ + t) * s_.m, scratch_.row.data(), s_, layer_.columns);
+    for (int64_t g = 0; g < s_.R; ++g)
+      multiply_panels<Acc>(scratch_.hidden_at(0) + g * layer_.bases, scratch_.hidden_row,
+                           scratch_.narrow_at(0) + g * layer_.columns, scratch_.narrow_row,
+                           packed + g * s_.columns * layer_.bases, count_, s_.columns, layer_.bases);
   }
 
-  // v [T, r, n] of x [R, T, columns]
-  at::Tensor hidden(const at::Tensor& x) const {
-    return transform(at::bmm(x, gamma).permute({1, 2, 0})).narrow(2, 0, s.r).transpose(1, 2);
+  // y of du
+  void hidden_to_narrow(T* y, const Acc* packed) const {
+    for (int64_t g = 0; g < s_.R; ++g)
+      multiply_panels<Acc>(scratch_.narrow_at(0) + g * layer_.columns, scratch_.narrow_row,
+                           scratch_.hidden_at(0) + g * layer_.bases, scratch_.hidden_row,
+                           packed + g * layer_.down_group(), count_, s_.n, layer_.columns);
+    for (int64_t t = 0; t < count_; ++t)
+      cpu::run<AddNarrow<T>>(y + (first_ + t) * s_.m, static_cast<const Acc*>(scratch_.narrow_at(t)),
+                             scratch_.row.data(), s_, layer_.columns);
   }
 
-  at::Tensor up(const at::Tensor& v) const {
-    const at::Tensor h = (v * lambda).reshape({v.size(0), s.P});
-    return transform(padded(h, s.N)).narrow(1, 0, s.M).mul(b);
+  // y of u
+  void hidden_to_wide(T* y) const {
+    for (int64_t t = 0; t < count_; ++t) {
+      transform_rows(scratch_.hidden_at(t), s_.R, layer_.bases);
+      add_wide(y, t, scratch_.hidden_at(t), scratch_.wide.data());
+    }
   }
 
-  // z [T, r, n] without c of x [T, M]
-  at::Tensor hidden_down(const at::Tensor& x) const {
-    return transform(padded(x.to(gamma.scalar_type()) * b, s.N)).narrow(1, 0, s.P).reshape({x.size(0), s.r, s.n});
+  // du of x
+  void wide_to_hidden(const T* x) const {
+    for (int64_t t = 0; t < count_; ++t) {
+      read_wide(x, t);
+      cpu::run<UnscaleHidden<Acc>>(scratch_.hidden_at(t), scratch_.wide.data(), lambda(), s_, layer_.bases,
+                                   layer_.length);
+      transform_rows(scratch_.hidden_at(t), s_.R, layer_.bases);
+    }
   }
 
-  // du [R, T, n]
-  at::Tensor grouped_down(const at::Tensor& z) const {
-    return transform(padded((z * lambda).transpose(1, 2), s.R)).permute({2, 0, 1});
+  // du of x where u was; dlambda [r, bases] without scale and c is added to `sums`, y of u to `y` unless that is null.
+  void gradients_of_hidden(const T* x, Acc* sums, T* y) const {
+    for (int64_t t = 0; t < count_; ++t) {
+      Acc* const hidden = scratch_.hidden_at(t);
+      transform_rows(hidden, s_.R, layer_.bases);
+      if (y) add_wide(y, t, hidden, scratch_.wide2.data());
+      read_wide(x, t);
+      cpu::run<GradientsOfHidden<Acc>>(sums, hidden, scratch_.wide.data(), lambda(), s_, layer_.bases, layer_.length);
+      transform_rows(hidden, s_.R, layer_.bases);
+    }
   }
 
-  at::Tensor ungrouped(const at::Tensor& y) const {
-    return y.transpose(0, 1).reshape({y.size(1), s.R * s.columns}).index_select(1, position);
-  }
-
-  at::Tensor down(const at::Tensor& du) const { return ungrouped(at::bmm(du, gamma.transpose(1, 2))); }
-
-  std::tuple<at::Tensor, at::Tensor> gradients(const at::Tensor& x, const at::Tensor& v, const at::Tensor& z,
-                                               const at::Tensor& du, double scale) const {
-    const at::Tensor dlambda = (v * z).sum(0) * signs(s.c, s.P, b.options()).view({s.r, s.n}) * scale;
-    const at::Tensor dgamma = at::bmm(x.transpose(1, 2), du);  // [R, columns, n]
-    return {dlambda, dgamma.view({s.R * s.columns, s.n}).index_select(0, position).t() * a};
+  // dgamma [R, columns, bases] without a
+  void gradients_of_gamma(Acc* sums, bool add) const {
+    for (int64_t g = 0; g < s_.R; ++g)
+      multiply(Product<Acc>{sums + g * s_.columns * layer_.bases, layer_.bases,
+                            scratch_.narrow_at(0) + g * layer_.columns, 1, scratch_.narrow_row,
+                            scratch_.hidden_at(0) + g * layer_.bases, scratch_.hidden_row, s_.columns, count_,
+                            layer_.bases, add});
   }
 
  private:
-  at::Tensor a;
+  const Acc* lambda() const { return layer_.lambda.data(); }
 
-  static at::Tensor signs(const int32_t* words, int64_t count, const at::TensorOptions& options) {
-    const at::Tensor result = at::empty({count}, options.dtype(at::kDouble));
-    for (int64_t x = 0; x < count; ++x)
-      result.mutable_data_ptr<double>()[x] = uint32_t(words[x / 32]) >> (x % 32) & 1 ? -1.0 : 1.0;
-    return result.to(options);
+  void add_wide(T* y, int64_t t, const Acc* v, Acc* h) const {
+    cpu::run<ScaleHidden<Acc>>(h, v, lambda(), s_, layer_.bases, layer_.length);
+    transform_vector(h, layer_.length);
+    cpu::run<AddWide<T>>(y + (first_ + t) * s_.M, static_cast<const Acc*>(h), static_cast<const Acc*>(layer_.b.data()),
+                         s_.M, layer_.length);
   }
 
-  static at::Tensor padded(const at::Tensor& t, int64_t length) {
-    std::vector<int64_t> rest = t.sizes().vec();
-    rest.back() = length - rest.back();
-    return at::cat({t, at::zeros(rest, t.options())}, -1);
+  void read_wide(const T* x, int64_t t) const {
+    cpu::run<ReadWide<T>>(scratch_.wide.data(), x + (first_ + t) * s_.M, static_cast<const Acc*>(layer_.b.data()), s_.M,
+                          layer_.length);
+    transform_vector(scratch_.wide.data(), layer_.length);
   }
 
-  static at::Tensor transform(at::Tensor t) {
-    std::vector<int64_t> shape = t.sizes().vec();
-    const int64_t length = shape.back(), rest = shape[0] * (shape.size() == 3 ? shape[1] : 1);
-    for (int64_t half = 1; half < length; half *= 2) {
-      t = t.reshape({rest, length / (2 * half), 2, half});
-      const at::Tensor first = t.select(2, 0), second = t.select(2, 1);
-      t = at::stack({first + second, first - second}, 2);
-    }
-    return t.reshape(shape);
-  }
+  const HadamardLayer<Acc>& layer_;
+  const HadamardShape& s_;
+  const Scratch<Acc>& scratch_;
+  const int64_t first_, count_;
 };
 
-// function(first token, tokens) of one tile after the other.
+template <class Acc>
+int64_t tile_of(const HadamardLayer<Acc>& layer, int64_t tokens, int64_t parts) {
+  const int64_t most = kTileBytes / ((layer.narrow_row() + layer.hidden_row()) * int64_t(sizeof(Acc)));
+  return std::min(std::clamp<int64_t>(round_up(most, 8), 16, 64),
+                  std::max<int64_t>(8, round_up(divide_up(tokens, parts), 8)));
+}
+
+// function(T{}) with the tokens' type
 template <class Function>
-void for_tiles(int64_t tokens, const HadamardShape& s, const Function& function) {
-  const int64_t tile = std::max<int64_t>(1, (int64_t{1} << 18) / s.N);
-  for (int64_t first = 0; first < tokens; first += tile) function(first, std::min(tile, tokens - first));
+void with_tokens(at::ScalarType type, const Function& function) {
+  switch (type) {
+    case at::kDouble: return function(double{});
+    case at::kFloat: return function(float{});
+    case at::kBFloat16: return function(c10::BFloat16{});
+    default: return function(c10::Half{});
+  }
+}
+
+// function(layer) with the parameters in the type that sums have.
+template <class T, class Function>
+void with_layer(const HadamardShape& s, const at::Tensor& lambda, const at::Tensor& gamma, double scale,
+                const Function& function) {
+  using Acc = acc_t<T>;
+  const at::ScalarType type = c10::CppTypeToScalarType<Acc>::value;
+  const at::Tensor l = lambda.to(type).contiguous(), g = gamma.to(type).contiguous();
+  function(HadamardLayer<Acc>(s, l.const_data_ptr<Acc>(), g.const_data_ptr<Acc>(), Acc(scale)));
+}
+
+// function(first, count, scratch) for all tiles of tokens, by all threads.
+template <class Acc, class Function>
+void for_tiles(const HadamardLayer<Acc>& layer, int64_t tokens, const Function& function) {
+  const int64_t tile = tile_of(layer, tokens, at::get_num_threads());
+  at::parallel_for(0, divide_up(tokens, tile), 1, [&](int64_t begin, int64_t end) {
+    const Scratch<Acc> scratch(layer, tile);
+    for (int64_t t = begin * tile; t < std::min(tokens, end * tile); t += tile)
+      function(t, std::min(tile, tokens - t), scratch);
+  });
 }
 
 void up(const at::Tensor& out, const at::Tensor& x, at::TensorList pattern, const at::Tensor& lambda,
         const at::Tensor& gamma, double scale) {
   const PlainKernels guard;
-  const Parameters p(check_hadamard_tokens(x, out, pattern, lambda, gamma), lambda, gamma, scale,
-                     hadamard_sums(x.scalar_type()));
-  for_tiles(x.size(0), p.s, [&](int64_t first, int64_t tokens) {
-    out.narrow(0, first, tokens).add_(p.up(p.hidden(p.grouped(x.narrow(0, first, tokens)))));
+  const HadamardShape s = check_hadamard_tokens(x, out, pattern, lambda, gamma);
+  if (x.size(0) == 0) return;
+  with_tokens(x.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    with_layer<T>(s, lambda, gamma, scale, [&](const auto& layer) {
+      const T* const from = x.const_data_ptr<T>();
+      T* const to = out.mutable_data_ptr<T>();
+      if (x.size(0) <= kFew) return up_few(layer, to, from, x.size(0));
+      const auto packed = layer.pack_up();
+      for_tiles(layer, x.size(0), [&](int64_t first, int64_t count, const auto& scratch) {
+        const Tile<T> tile(layer, scratch, first, count);
+        tile.narrow_to_hidden(from, packed.data());
+        tile.hidden_to_wide(to);
+      });
+    });
   });
 }
 
 void down(const at::Tensor& out, const at::Tensor& x, at::TensorList pattern, const at::Tensor& lambda,
           const at::Tensor& gamma, double scale) {
   const PlainKernels guard;
-  const Parameters p(check_hadamard_tokens(out, x, pattern, lambda, gamma), lambda, gamma, scale,
-                     hadamard_sums(x.scalar_type()));
-  for_tiles(x.size(0), p.s, [&](int64_t first, int64_t tokens) {
-    out.narrow(0, first, tokens).add_(p.down(p.grouped_down(p.hidden_down(x.narrow(0, first, tokens)))));
+  const HadamardShape s = check_hadamard_tokens(out, x, pattern, lambda, gamma);
+  if (x.size(0) == 0) return;
+  with_tokens(x.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    with_layer<T>(s, lambda, gamma, scale, [&](const auto& layer) {
+      const T* const from = x.const_data_ptr<T>();
+      T* const to = out.mutable_data_ptr<T>();
+      if (x.size(0) <= kFew) return down_few(layer, to, from, x.size(0));
+      const auto packed = layer.pack_down();
+      for_tiles(layer, x.size(0), [&](int64_t first, int64_t count, const auto& scratch) {
+        const Tile<T> tile(layer, scratch, first, count);
+        tile.wide_to_hidden(from);
+        tile.hidden_to_narrow(to, packed.data());
+      });
+    });
   });
 }
 
@@ -141,45 +223,42 @@ std::tuple<at::Tensor, at::Tensor> gradients(const at::Tensor& narrow, const at:
                                              const std::optional<at::Tensor>& into_wide, at::TensorList pattern,
                                              const at::Tensor& lambda, const at::Tensor& gamma, double scale) {
   const PlainKernels guard;
-  const Parameters p(check_hadamard_gradients(narrow, wide, into_narrow, into_wide, pattern, lambda, gamma), lambda,
-                     gamma, scale, hadamard_sums(narrow.scalar_type()));
-  const at::Tensor dlambda = at::zeros({p.s.r, p.s.n}, p.lambda.options());
-  const at::Tensor dgamma = at::zeros({p.s.n, p.s.m}, p.lambda.options());
-  for_tiles(narrow.size(0), p.s, [&](int64_t first, int64_t tokens) {
-    const at::Tensor x = p.grouped(narrow.narrow(0, first, tokens)), v = p.hidden(x);
-    const at::Tensor z = p.hidden_down(wide.narrow(0, first, tokens)), du = p.grouped_down(z);
-    if (into_narrow.has_value()) into_narrow->narrow(0, first, tokens).add_(p.down(du));
-    if (into_wide.has_value()) into_wide->narrow(0, first, tokens).add_(p.up(v));
-    const auto [dl, dg] = p.gradients(x, v, z, du, scale);
-    dlambda.add_(dl);
-    dgamma.add_(dg);
+  const HadamardShape s = check_hadamard_gradients(narrow, wide, into_narrow, into_wide, pattern, lambda, gamma);
+  const auto options = gamma.options().dtype(hadamard_sums(narrow.scalar_type()));
+  const at::Tensor dlambda = at::empty({s.r, s.n}, options), dgamma = at::empty({s.n, s.m}, options);
+  const int64_t tokens = narrow.size(0);
+  if (tokens == 0) return {dlambda.zero_(), dgamma.zero_()};
+  with_tokens(narrow.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    with_layer<T>(s, lambda, gamma, scale, [&](const auto& layer) {
+      using Acc = acc_t<T>;
+      const auto packed = layer.pack_up();
+      const auto packed_down = into_narrow.has_value() ? std::optional(layer.pack_down()) : std::nullopt;
+      T* const narrow_to = into_narrow.has_value() ? into_narrow->mutable_data_ptr<T>() : nullptr;
+      T* const wide_to = into_wide.has_value() ? into_wide->mutable_data_ptr<T>() : nullptr;
+      // Groups of tiles, each with sums of its own, that do not depend on the number of threads.
+      const int64_t tile = tile_of(layer, tokens, 4), tiles = divide_up(tokens, tile);
+      const HadamardSums<Acc> sums(layer, tiles);
+      at::parallel_for(0, sums.groups, 1, [&](int64_t begin, int64_t end) {
+        const Scratch<Acc> scratch(layer, tile);
+        for (int64_t group = begin; group < end; ++group) {
+          Acc* const dl = sums.dlambda_of(group);
+          std::fill_n(dl, s.r * layer.bases, Acc(0));
+          const int64_t start = group * tiles / sums.groups * tile;
+          const int64_t stop = std::min(tokens, (group + 1) * tiles / sums.groups * tile);
+          for (int64_t t = start; t < stop; t += tile) {
+            const Tile<T> work(layer, scratch, t, std::min(tile, stop - t));
+            work.narrow_to_hidden(narrow.const_data_ptr<T>(), packed.data());
+            work.gradients_of_hidden(wide.const_data_ptr<T>(), dl, wide_to);
+            work.gradients_of_gamma(sums.dgamma_of(group), t != start);
+            if (narrow_to) work.hidden_to_narrow(narrow_to, packed_down->data());
+          }
+        }
+      });
+      sums.write(dlambda.mutable_data_ptr<Acc>(), dgamma.mutable_data_ptr<Acc>(), Acc(scale));
+    });
   });
   return {dlambda, dgamma};
-}
-
-at::Tensor update(at::TensorList pattern, const at::Tensor& lambda, const at::Tensor& gamma, int64_t max_dim,
-                  double scale, const std::optional<at::Tensor>& weight, at::ScalarType dtype) {
-  const PlainKernels guard;
-  const at::Tensor out = make_hadamard_update(pattern, lambda, gamma, max_dim, weight, dtype);
-  const at::ScalarType type = hadamard_sums(dtype);
-  const at::Tensor sum = at::zeros(out.sizes(), out.options().dtype(type));
-  if (weight.has_value()) sum.copy_(*weight);
-  up(sum, at::eye(gamma.size(1), sum.options()), pattern, lambda, gamma, scale);
-  return out.copy_(sum);
-}
-
-std::tuple<at::Tensor, at::Tensor> update_backward(const at::Tensor& grad, at::TensorList pattern,
-                                                   const at::Tensor& lambda, const at::Tensor& gamma, double scale,
-                                                   bool need_lambda, bool need_gamma) {
-  const PlainKernels guard;
-  check_hadamard_grad(grad, pattern, lambda, gamma);
-  const auto [dlambda, dgamma] = gradients(at::eye(gamma.size(1), grad.options()), grad.contiguous(), std::nullopt,
-                                           std::nullopt, pattern, lambda, gamma, scale);
-  const auto none = [](const at::Tensor& like) {
-    return at::empty({0}, like.options());
-  };
-  return {need_lambda ? dlambda.to(lambda.scalar_type()) : none(lambda),
-          need_gamma ? dgamma.to(gamma.scalar_type()) : none(gamma)};
 }
 
 }  // namespace
@@ -188,8 +267,6 @@ TORCH_LIBRARY_IMPL(randlora, CPU, m) {
   m.impl("hadamard_up_", &up);
   m.impl("hadamard_down_", &down);
   m.impl("hadamard_gradients", &gradients);
-  m.impl("hadamard_update", &update);
-  m.impl("hadamard_update_backward", &update_backward);
 }
 
 }  // namespace randlora::cpu
