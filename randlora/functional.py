@@ -12,7 +12,7 @@ from torch import Tensor
 from . import fake_kernels, linear_op, planner  # noqa: F401
 from .fake_kernels import require_one_device
 from .ops import UniqueBaseGrad, takes_functions
-from .patterns import Pattern, is_planes
+from .patterns import Pattern, is_hadamard, is_lists
 
 
 def unique_base(
@@ -116,7 +116,10 @@ def sparse_delta_weight(
     in_features: int,
     out_features: int,
 ) -> Tensor:
-    """:func:`delta_weight` of ternary bases, from what :meth:`randlora.RandomBases.pattern` gives. Differentiable."""
+    """:func:`delta_weight` from what :meth:`randlora.RandomBases.pattern` gives, with its scale. Differentiable.
+
+    Of Hadamard bases by transforms over the columns, of ternary ones from what is not zero.
+    """
     _require_tensors(randlora_lambda=randlora_lambda, randlora_gamma=randlora_gamma)
     _require_pattern(pattern)
     m, M = _dimensions(in_features, out_features)
@@ -135,8 +138,9 @@ def sparse_delta_weight(
                 x, None, None, None, None, randlora_lambda, randlora_gamma, scaling * scale, pattern=pattern,
                 strategy="materialized", out_features=out_features,
             ).T  # fmt: skip
-    rows = torch.ops.randlora.sparse_update(pattern, randlora_lambda, randlora_gamma, M, scaling * scale, None, dtype)
-    update = rows if is_planes(pattern) else rows.new_zeros(m, M).index_copy(0, pattern[0].long(), rows)
+    build = torch.ops.randlora.hadamard_update if is_hadamard(pattern) else torch.ops.randlora.sparse_update
+    rows = build(pattern, randlora_lambda, randlora_gamma, M, scaling * scale, None, dtype)
+    update = rows.new_zeros(m, M).index_copy(0, pattern[0].long(), rows) if is_lists(pattern) else rows
     return update.T if in_features <= out_features else update
 
 
@@ -179,7 +183,7 @@ def linear(
             needs the weight and no dropout; in 16 bits it rounds away updates below half a unit in the last place of W.
         workspace: bytes that temporaries may take, 0 for no limit. Below what a strategy takes at once it works in
             groups of bases: more, smaller products.
-        pattern: ternary bases as :meth:`randlora.RandomBases.pattern` gives them, in place of A and B (None), of a
+        pattern: bases as :meth:`randlora.RandomBases.pattern` gives them, in place of A and B (None), of a
             store that is large enough for the layer. Its tensors are checked once and not to be written to. Lists
             have a factored strategy on the CPU only. Where packed bases are made dense for the call, `workspace` counts
             that; with no limit the CPU does it for some 4 MiB of B at a time (all of it in 16 bits, CUDA always).

@@ -265,7 +265,7 @@ class RandLoraLayer(Mergeable):
         return update.T if self.fan_in_fan_out else update
 
     def pattern(self, adapter: str) -> Pattern | None:
-        """The ternary bases of an adapter as lists or bits (:meth:`randlora.RandomBases.pattern`), or None."""
+        """The packed bases of an adapter (:meth:`randlora.RandomBases.pattern`), or None for dense ones."""
         found = self._pattern(adapter)
         return None if found is None else found[0]
 

@@ -221,6 +221,9 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
             sources.append(weight)
         if any(t.device != x.device for t in sources):
             return None
+        patterns = (self._pattern(name, x.device) for name in adapters)
+        if all(found is not None and is_hadamard(found[0]) for found in patterns):
+            return None  # one token costs little more than the base layer alone
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None  # others would have to wait
         key = merged, dtype, x.device, stream, *adapters
         settings = tuple((self.scaling[name], self._bases(name).version()) for name in adapters)

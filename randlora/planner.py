@@ -34,6 +34,10 @@ for y otherwise. An addition counts as :data:`ADDITION` multiply-adds.
 Those of medium density on the CPU (planes) cost a third of P M m where dW is built. What is made dense for the call,
 planes for ``factored`` and bits always, costs the traffic of that, and is a temporary: on the CPU of some 4 MiB.
 
+Hadamard bases take ``T m n`` multiply-adds for each product with gamma, one forward and three backward, and transforms
+of N log2 N additions per token, or per column of dW (:mod:`randlora.costs`); there ``factored`` is nearly always the
+cheapest, as it multiplies with no matrix but gamma.
+
 Where a call is traced (torch.compile, torch.export), the number of tokens may be a symbol, and comparing it would tie
 the graph to one side of the comparison. All costs are straight lines in T, so there :func:`plan` says from how many
 tokens on which strategy is the cheapest, and the op looks up its own number of tokens when it runs: one graph serves
@@ -42,12 +46,12 @@ all sizes, and takes for each what an eager call would.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from .patterns import is_bits, is_planes
+from .costs import Cost, hadamard_costs
+from .patterns import is_bits, is_hadamard, is_planes
 
 STRATEGIES = ("factored", "materialized", "merged")
 
@@ -79,18 +83,6 @@ class Lists(NamedTuple):
         if self.columns < m:
             return 1 - (1 - self.columns / m) ** (1 / r)
         return min(1.0, self.per_column / M)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Of one pass: multiply-adds, bytes that its temporaries take, and bytes that they are moved with."""
-
-    multiply_adds: int
-    workspace: int
-    traffic: int
-
-    def total(self, balance: int) -> int:
-        return self.multiply_adds + balance * self.traffic
 
 
 def costs(
@@ -306,9 +298,11 @@ def price_of_update(
 
 
 def form(pattern) -> Lists | str | None:
-    """What the costs depend on: :class:`Lists`, ``"planes"``, ``"bits"``, or None for dense bases."""
+    """What the costs depend on: :class:`Lists`, ``"planes"``, ``"bits"``, ``"signs"``, or None for dense bases."""
     if pattern is None:
         return None
+    if is_hadamard(pattern):
+        return "signs"
     if is_planes(pattern):
         return "bits" if is_bits(pattern) else "planes"
     columns, _, _, b_starts, b_indices = pattern
@@ -319,6 +313,8 @@ def options_of(
     T, in_features, out_features, n, r, element_bytes, form, device_type, **needs
 ) -> dict[str, tuple[Cost, Cost]]:
     """Forward and backward cost of each strategy that can compute the call, whatever the `form` of the bases."""
+    if form == "signs":
+        return hadamard_costs(T, in_features, out_features, n, r, element_bytes, device_type=device_type, **needs)
     if isinstance(form, Lists):
         return sparse_costs(T, in_features, out_features, n, r, form, element_bytes, **needs)
     needs |= {"device_type": device_type, "planes": form == "planes", "bits": form == "bits"}

@@ -63,6 +63,7 @@ def test_another_rank(folder, peft_folder):
     "changes",
     [
         {"randlora_alpha": 3.5}, {"projection_prng_key": 1}, {"sparse": True}, {"very_sparse": True}, {"kind": "sign"},
+        {"kind": "hadamard"}, {"group_width": 4},
         {"num_bases": 4}, {"prng": "peft"}, {"sparsity": 3.0}, {"r": 4.0000001},
     ],
     ids=str,

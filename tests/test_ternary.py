@@ -29,6 +29,7 @@ FORMS = {
     "bits": {"kind": "sparse", "sparsity": 1.5},
     "sign": {"kind": "sign"},
 }
+ALL_FORMS = FORMS | {"hadamard": {"kind": "hadamard"}}
 SHAPES = [(41, 64, 5), (64, 41, 5), (3, 1, 4), (1, 1, 1), (33, 33, 40), (130, 341, 32), (341, 130, 32), (600, 520, 7)]
 STRATEGIES = ("factored", "materialized", "merged")
 
@@ -41,7 +42,7 @@ def draw(shape, form, dtype=torch.float64, device="cpu", tokens=6, num_bases=Non
     i, o, r = shape
     m, M = min(i, o), max(i, o)
     n = num_bases or -(-m // r)
-    bases = randlora.RandomBases(M + 20, m + 3, r, seed=7, num_bases=n + 1, **FORMS[form])
+    bases = randlora.RandomBases(M + 20, m + 3, r, seed=7, num_bases=n + 1, **ALL_FORMS[form])
     parameters = torch.float64 if dtype == torch.float64 else torch.float32
     x = normal(2, tokens, i, seed=5, dtype=dtype, device=device).requires_grad_()
     weight, bias = normal(o, i, seed=6, dtype=dtype, device=device), normal(o, seed=8, dtype=dtype, device=device)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from common import FORMS, normal, on_devices, over, reference_dW
+from common import FORMS, KINDS, normal, on_devices, over, reference_dW
 from torch import nn
 
 import randlora
@@ -81,7 +81,7 @@ def adapted(kind="dense", base=None, two=False):
 def ways():
     hooked = nn.Linear(12, 20)
     hooked.register_forward_hook(lambda module, args, out: out * 1.0)
-    for kind in ("dense", "sign", "sparse", "very_sparse"):
+    for kind in KINDS:
         yield f"two adapters {kind}", lambda kind=kind: (adapted(kind, two=True), {})
         yield f"subclass {kind}", lambda kind=kind: (adapted(kind, Other(12, 20)), {})
     yield "hook", lambda: (adapted(base=hooked), {})
