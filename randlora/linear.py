@@ -16,6 +16,7 @@ from .bypassed import Noticed
 from .functional import compute_dtype, linear
 from .layer import BaseTensors, RandLoraLayer
 from .mixed import add_updates
+from .patterns import is_hadamard
 from .planner import STRATEGIES
 from .undo import all_or_nothing
 

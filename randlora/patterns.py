@@ -5,8 +5,8 @@ from z = 8 on, and on the CPU from about 10 on the update is built faster by wal
 thousand times fewer additions than the dense product has. Planes (csrc/packed_update.h): below that, on the CPU, A as
 lists of its rows and B at two bits per element. Bits (there too): where dense products are faster still, below z = 2.5
 on the CPU and everywhere on CUDA with its tensor cores (bench/NOTES-cuda.md), both at two bits per element or, where
-nothing is zero, one; they are made dense for every call. Signs (csrc/hadamard.h): of Hadamard bases, one bit per row and
-column. All are generated from the seed in blocks of int8, never through a dense float tensor.
+nothing is zero, one; they are made dense for every call. Signs (csrc/hadamard.h): of Hadamard bases, one bit per row
+and column. All are generated from the seed in blocks of int8, never through a dense float tensor.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ namespace randlora::cuda {
 
 constexpr int64_t kChunkBytes = int64_t{32} << 20;
 constexpr int64_t kFewTokens = 8;
-constexpr int kTokenThreads = 512;  // at most, of spread and collect: so that a thread may have 128 registers
+constexpr int kTokenThreads = 512;  // at most, of spread and collect
 
 // Groups whose transform a thread holds in registers; where R is larger, transform_groups does the rest.
 template <class Acc>
@@ -199,8 +199,8 @@ void transform_groups(const HadamardLayout& l, T* u, int64_t tokens);
 template <class T>
 void spread(const HadamardLayout& l, T* wide, const T* u, const acc_t<T>* table, int64_t tokens);
 
-// The most blocks that collect has, each with a row per slot in `partial` [rows, P].
-constexpr int64_t kCollectBlocks = 4 * 132;
+// The most blocks that collect has, as many as an H100 runs at a time; each has a row per slot in `partial` [rows, P].
+constexpr int64_t kCollectBlocks = 5 * 132;
 inline int64_t collect_rows(const HadamardLayout& l, int64_t tokens) {
   return std::min(kCollectBlocks, divide_up(tokens, int64_t{1} << l.log_slots)) << l.log_slots;
 }

@@ -10,6 +10,10 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kPass = 16;  // elements of a thread that are neighbours in memory
+// Promised to the compiler, and for 4-byte sums more than there are: so that it takes at most 96 registers a thread,
+// and the blocks of 128 threads that tokens of length 4096 have are five to a multiprocessor.
+template <class Acc>
+inline constexpr int kCollectThreads = sizeof(Acc) == 8 ? kTokenThreads : 640;
 
 // Bases i of u [tokens, R, n_padded], with the groups of one thread: 2^log_groups from `group` on.
 struct Column {
@@ -206,7 +210,7 @@ __device__ __forceinline__ void for_other_columns(const HadamardLayout& l, int64
 }
 
 template <bool kGradient, class T>
-__global__ void __launch_bounds__(kTokenThreads)
+__global__ void __launch_bounds__(kCollectThreads<acc_t<T>>)
     collect_kernel(HadamardLayout l, const T* __restrict__ wide, T* u, const acc_t<T>* __restrict__ table,
                    acc_t<T>* partial, bool first, int64_t tokens, bool vector) {
   using Acc = acc_t<T>;
