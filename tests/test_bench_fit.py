@@ -1,9 +1,16 @@
 """bench/fit.py: what bases can fit, on targets small enough to know it."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-fit = pytest.importorskip("bench.fit")
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+for package in ("matplotlib", "tqdm"):
+    pytest.importorskip(package)
+
+from bench import fit  # noqa: E402
 
 
 @pytest.mark.parametrize("spectrum", fit.SPECTRA)
