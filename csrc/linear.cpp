@@ -290,7 +290,8 @@ at::Tensor linear(const at::Tensor& x, const std::optional<at::Tensor>& weight, 
                   const std::optional<at::Tensor>& A, const std::optional<at::Tensor>& B, const at::Tensor& lambda,
                   const at::Tensor& gamma, int64_t out_features, double scale, at::ScalarType dtype,
                   c10::string_view strategy, double dropout, const std::optional<at::Tensor>& seed,
-                  bool weight_is_transposed, int64_t workspace, at::TensorList pattern) {
+                  bool weight_is_transposed, int64_t workspace, at::TensorList pattern,
+                  std::optional<c10::string_view> /*backward_strategy*/) {
   const PlainKernels guard;
   LayerArguments a{x,
                    weight,

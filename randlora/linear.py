@@ -13,7 +13,7 @@ from . import base_layer as base_layers
 from . import cache, offload, planner, quantized
 from .bases import RandomBases
 from .bypassed import Noticed
-from .functional import compute_dtype, linear
+from .functional import compute_dtype, linear_of
 from .layer import BaseTensors, RandLoraLayer
 from .mixed import add_updates
 from .patterns import is_planes
@@ -159,8 +159,8 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
             if result is not None:
                 return result
         if plain:
-            base_layers.require_weight(self.base_layer, x, self._weight_shape)
-            base = self.base_layer  # not self.weight, which would note that somebody reads it
+            base = self._modules["base_layer"]  # not self.weight, which would note that somebody reads it
+            base_layers.require_weight(base, x, self._weight_shape)
             result, adapters = self._update(x, dtype, adapters[0], base.weight, base.bias), adapters[1:]
         else:
             result = self._product(x, *args, **kwargs)
@@ -187,7 +187,7 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
     def _update(
         self, x: Tensor, dtype: torch.dtype, adapter: str, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        dropout = self.randlora_dropout[adapter]
+        dropout = self._modules["randlora_dropout"]._modules[adapter]
         strategy = "auto" if self.strategy == "merged" and weight is None else self.strategy
         found = self._pattern(adapter, x.device)
         if found is not None and strategy == "factored" and not is_planes(found[0]) and not x.is_cpu:
@@ -197,16 +197,16 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
             A, B, factor = self._tensors(adapter, dtype, x.device)
         else:
             pattern, factor = found
-        return linear(
-            x, weight, bias, A, B, *self._trained(adapter, x.device),
-            self.scaling[adapter] * factor, dropout.p if isinstance(dropout, nn.Dropout) else 0.0, self.training,
-            strategy=strategy, out_features=self.out_features, weight_is_transposed=self.fan_in_fan_out,
-            workspace=self.workspace, pattern=pattern,
+        p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+        return linear_of(
+            x, weight, bias, A, B, *self._trained(adapter, x.device), self.scaling[adapter] * factor, p, dtype,
+            strategy, self.out_features, self.fan_in_fan_out, self.workspace, None, pattern,
         )  # fmt: skip
 
     def _base_is_plain(self) -> bool:
         """Whether the base layer does nothing but its product with a frozen weight, so that the op may do it."""
-        return is_plain(self.base_layer) and not self.base_layer.weight.requires_grad
+        base = self._modules["base_layer"]
+        return is_plain(base) and not base.weight.requires_grad
 
     def _forward_with(
         self, kept: cache.InferenceCache, x: Tensor, dtype: torch.dtype, adapters: list[str]
@@ -289,8 +289,9 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
 
 def is_plain(base: nn.Module) -> bool:
     """Whether a layer does nothing but its product with an ordinary weight."""
+    cls = type(base)
     return (
-        type(base) in (nn.Linear, *conv1d_types())
+        (cls is nn.Linear or cls in conv1d_types())
         # torchao's quantised weights are subclasses; torch.export puts fake tensors in the place of all parameters.
         and type(base.weight) in (Tensor, nn.Parameter, FakeTensor)
         and not (base._forward_hooks or base._forward_pre_hooks)

@@ -90,7 +90,9 @@ def trained(parameters: nn.ParameterDict, adapter: str, what: str, device: torch
     Raises:
         ValueError: it is on the meta device, has not been offloaded, and the call is not on meta.
     """
-    parameter = parameters[adapter]
+    parameter = parameters._parameters.get(adapter)
+    if parameter is None:  # one that is computed, or no parameter
+        parameter = parameters[adapter]
     if parameter.is_meta == (device.type == "meta"):
         return parameter
     if not parameter.is_meta:
