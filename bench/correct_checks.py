@@ -248,6 +248,6 @@ def bit_checks(device: torch.device, few: bool) -> Iterator[Check]:
                     yield Check(about, ("A", "B2"), 0, dense)
 
 
-def checks(device: torch.device, few: bool) -> Iterator[Check]:
-    for some in (bases_checks, bit_checks, unique_base_checks, sparse_checks, layer_checks):
+def checks(device: torch.device, few: bool, layers: bool = True) -> Iterator[Check]:
+    for some in (bases_checks, bit_checks, unique_base_checks, sparse_checks, *([layer_checks] if layers else [])):
         yield from some(device, few)

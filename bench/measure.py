@@ -208,7 +208,14 @@ def compare(
             shuffle(order)
             for name in order:
                 bar.set_postfix_str(name, refresh=False)
-                timings[name].samples.append(clock.turn(providers[name], timings[name].calls))
+                try:
+                    timings[name].samples.append(clock.turn(providers[name], timings[name].calls))
+                except torch.OutOfMemoryError as problem:  # beside what the others keep
+                    timings[name].failed, timings[name].samples = reason(problem), []
+                    tqdm.write(f"{title}: {name} is given up: {timings[name].failed}")
+                if timings[name].failed:  # now that no traceback holds anything
+                    del providers[name]
+                    gc.collect()
                 bar.update()
     except KeyboardInterrupt:
         interrupted = True

@@ -116,6 +116,8 @@ def costs(
     """
     m, M, P, e = min(in_features, out_features), max(in_features, out_features), n * r, element_bytes
     wide = in_features <= out_features
+    # Numbers: a product of a bool and a symbolic size is an error under torch.compile in PyTorch 2.11.
+    need_x, need_parameters, packed, bits = int(need_x), int(need_parameters), int(planes or bits), int(bits)
     base = T * M * m if has_weight else 0
     first, second = (P * m, P * M) if wide else (P * M, P * m)  # the two thin products
     build = int(P * M * m * PLANES) if planes else P * M * m
@@ -125,7 +127,7 @@ def costs(
     if device_type == "cpu" and e >= 4:
         rows = min(r, max(1, UNPACKED_GROUP // (n * M * e)))
 
-    def at_once(thin: int, unpacks: bool) -> int:
+    def at_once(thin: int, unpacks: int) -> int:
         """Of matrices with an axis P, how much there is at a time."""
         return (thin + unpacked) * rows // r if unpacks else thin
 
@@ -138,13 +140,13 @@ def costs(
         "factored": (
             Cost(
                 base + T * (first + second),
-                at_once(scaled + hidden, planes or bits),
-                2 * (scaled + hidden + (planes or bits) * unpacked) + dropped,
+                at_once(scaled + hidden, packed),
+                2 * (scaled + hidden + packed * unpacked) + dropped,
             ),
             Cost(
                 dx + backward * T * second + need_x * T * first + need_parameters * T * P * m + rebuild,
-                at_once(scaled + hidden + gradient, planes or bits),
-                backward * 2 * (scaled + hidden + gradient + (planes or bits) * unpacked + dropped),
+                at_once(scaled + hidden + gradient, packed),
+                backward * 2 * (scaled + hidden + gradient + packed * unpacked + dropped),
             ),
         )
     }
@@ -188,6 +190,7 @@ def sparse_costs(
     """As :func:`costs`, for very sparse bases. No ``factored`` but on the CPU."""
     m, M, e = min(in_features, out_features), max(in_features, out_features), element_bytes
     columns, wide = lists.columns, in_features <= out_features
+    need_x, need_parameters, has_weight = int(need_x), int(need_parameters), int(has_weight)
     base, part = (T * M * m if has_weight else 0), T * M * columns
     dense, compact, gradient = M * m * e, M * columns * e, need_parameters * M * columns * max(4, e)
     # The features that take part are gathered, and a result that only some have a part in is added to.
