@@ -241,7 +241,8 @@ def linear_of(
             weight = weight.detach()
     backward_strategy = strategy
     if strategy == "auto":
-        plan = planner.plan if torch.compiler.is_compiling() else planner.remembered_plan
+        traced = torch.compiler.is_compiling() or isinstance(out_features, torch.SymInt)
+        plan = planner.plan if traced else planner.remembered_plan
         strategy, backward_strategy = plan(
             int(in_features), out_features, int(sizes[1]), int(sizes[0]), dtype,
             None if weight is None else weight.dtype, x.device.type,
