@@ -69,13 +69,18 @@ def once_per_sample(op):
     return rule
 
 
+def in_transform() -> bool:
+    """Whether torch.func or forward-mode AD is at work here: they know functions only, and of an op's own autograd
+    nothing or less. Not while something is traced, which takes ops as they are.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
 def takes_functions() -> bool:
-    """Whether something is at work that knows functions only, and of an op with registered autograd nothing or less."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    """Whether an op whose autograd is registered from Python is to be called as a function."""
+    return torch.compiler.is_compiling() or in_transform()
 
 
 def refuse_forward_over_forward() -> None:
