@@ -61,13 +61,13 @@ struct Node : torch::autograd::Function<Node> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& lambda,
                             const at::Tensor& gamma, const std::optional<at::Tensor>& bias, const Fixed& f) {
     const at::Tensor none;
-    variable_list saved{
-        x, lambda, gamma, f.weight.value_or(none), f.A.value_or(none), f.B.value_or(none), f.seed.value_or(none)};
+    variable_list saved{x, lambda, gamma, f.weight.value_or(none), f.A.value_or(none), f.B.value_or(none)};
     saved.insert(saved.end(), f.pattern.begin(), f.pattern.end());
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["options"] = c10::ivalue::Tuple::create(
         f.scale, int64_t(f.dtype), std::string(f.backward_strategy), f.dropout, f.weight_is_transposed, f.workspace,
         int64_t(bias.has_value() ? bias->scalar_type() : at::ScalarType::Undefined));
+    if (f.seed.has_value()) ctx->saved_data["seed"] = *f.seed;  // a number, which no hook need take away
     return below_autograd(x, lambda, gamma, bias, f);
   }
 
@@ -76,6 +76,9 @@ struct Node : torch::autograd::Function<Node> {
         c10::Dispatcher::singleton().findSchemaOrThrow("randlora::linear_backward", "").typed<LinearBackward>();
     const variable_list saved = ctx->get_saved_variables();
     const std::vector<c10::IValue> options = ctx->saved_data["options"].toTupleRef().elements().vec();
+    const auto kept_seed = ctx->saved_data.find("seed");
+    const std::optional<at::Tensor> seed =
+        kept_seed == ctx->saved_data.end() ? std::nullopt : std::optional(kept_seed->second.toTensor());
     const at::Tensor& grad = grads[0];
     const bool need_x = ctx->needs_input_grad(0), need_lambda = ctx->needs_input_grad(1),
                need_gamma = ctx->needs_input_grad(2);
@@ -87,8 +90,8 @@ struct Node : torch::autograd::Function<Node> {
       auto [dx, dlambda, dgamma] =
           op.call(grad, saved[0], optional(saved[3]), optional(saved[4]), optional(saved[5]), saved[1], saved[2],
                   options[0].toDouble(), at::ScalarType(options[1].toInt()), options[2].toStringView(),
-                  options[3].toDouble(), optional(saved[6]), options[4].toBool(), options[5].toInt(),
-                  at::TensorList(saved).slice(7), need_x, need_lambda, need_gamma);
+                  options[3].toDouble(), seed, options[4].toBool(), options[5].toInt(), at::TensorList(saved).slice(6),
+                  need_x, need_lambda, need_gamma);
       if (need_x) found[0] = std::move(dx);
       if (need_lambda) found[1] = std::move(dlambda);
       if (need_gamma) found[2] = std::move(dgamma);

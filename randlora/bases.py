@@ -160,8 +160,8 @@ class RandomBases:
         """The stored A and B (see :attr:`scale`), one shared copy per dtype and device. Not to be written to."""
         self._drop_outdated()
         key = dtype or self.dtype, canonical(device or self.device)
-        if not torch.compiler.is_compiling() and (held := self._held.get(key)) is not None and not are_wanted_fake():
-            return held
+        if (kept := self._kept(*key)) is not None:
+            return kept
         name = make_sure(self._handle, *key)
         if name is None:
             return self.draw(*key)
@@ -179,6 +179,8 @@ class RandomBases:
             return None
         self._drop_outdated()
         device = canonical(device or self.device)
+        if (kept := self._kept("pattern", min_dim, device)) is not None:
+            return kept
         if self.prng == "philox" and patterns.form_for(self.kind, self.sparsity, device) is None:
             return None
         if device.type == "meta" or (self.given is not None and self.given[0].is_meta):  # no values to look at
@@ -188,6 +190,12 @@ class RandomBases:
             return None
         found = getattr(self._ready, name, None)
         return self.pattern(min_dim, device) if found is None else found  # as in tensors()
+
+    def _kept(self, *key):
+        """What is ready under this key: the usual case, but for what is traced, in a few steps."""
+        if torch.compiler.is_compiling() or are_wanted_fake():
+            return None
+        return getattr(self._ready, Ready.name(*key), None)
 
     @property
     def nbytes(self) -> int:
@@ -301,10 +309,10 @@ class RandomBases:
 
     def _drop_outdated(self) -> None:
         """Drops copies of given tensors that have been written to since."""
-        if self.given is None or torch.compiler.is_compiling():
+        if self.given is None or not self.watched or torch.compiler.is_compiling():
             return
         version = self.version()
-        if version != self._version and self.watched:
+        if version != self._version:
             with self._lock:
                 self._ready, self._hashes = Ready(), {}
                 self._held, self._lists, self._without_lists = self._own_copy(), {}, set()

@@ -117,12 +117,6 @@ class InferenceCache:
     def forget(self, layer: nn.Module) -> None:
         self._layers.pop(layer, None)
 
-    def find(self, layer: nn.Module, key: tuple, sources: list[Tensor], settings: list) -> Tensor | None:
-        """The tensor that is kept for `layer` under `key` if it is there and as :meth:`get` would build it now."""
-        entries = self._layers.get(layer)
-        entry = None if entries is None else entries.get(key)
-        return entry.tensor if entry is not None and entry.is_current(sources, settings) else None
-
     def get(
         self, layer: nn.Module, key: tuple, sources: list[Tensor], settings: list, nbytes: int,
         price: Callable[[], tuple[float, float]], build: Callable[[], Tensor],
@@ -134,11 +128,15 @@ class InferenceCache:
             nbytes: its size. price: what this call would spend without it, and what building it costs.
             build: makes it.
         """
+        entries = self._layers.get(layer)
+        entry = None if entries is None else entries.get(key)
+        current = entry is not None and entry.is_current(sources, settings)
+        if current and entry.tensor is not None:
+            return entry.tensor
         if not all(_can_be_watched(t) for t in sources):
             return None
-        entries = self._layers.setdefault(layer, {})
-        entry = entries.get(key)
-        if entry is None or not entry.is_current(sources, settings):
+        if not current:
+            entries = self._layers.setdefault(layer, {})
             entries.pop(key, None)  # freed before the next one is built
             entry = entries[key] = _Entry(sources, settings)
         if entry.tensor is None:

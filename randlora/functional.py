@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import fake_kernels, linear_op, planner  # noqa: F401
 from .fake_kernels import require_one_device
-from .ops import UniqueBaseGrad, takes_functions
+from .ops import UniqueBaseGrad, in_transform
 from .patterns import Pattern, is_hadamard, is_lists
 
 
@@ -38,7 +38,7 @@ def unique_base(
         ValueError: shapes or devices that do not fit, empty tensors. TypeError: other dtypes.
     """
     # Both are the same op. The function runs under torch.func too; the op's own autograd costs half its overhead.
-    if takes_functions():
+    if torch.compiler.is_compiling() or in_transform():
         return UniqueBaseGrad.apply(A, randlora_lambda, randlora_gamma, scale, dtype)
     return torch.ops.randlora.unique_base(A, randlora_lambda, randlora_gamma, scale, dtype)
 
@@ -131,7 +131,7 @@ def sparse_delta_weight(
             f"{list(randlora_gamma.shape)}"
         )
     dtype = torch.promote_types(randlora_lambda.dtype, randlora_gamma.dtype)
-    if takes_functions() and not torch.compiler.is_compiling():  # torch.func and forward mode know the layer op alone
+    if in_transform():  # torch.func and forward mode know the layer op alone
         x = torch.eye(in_features, dtype=dtype, device=randlora_gamma.device)
         with torch.autocast(x.device.type, enabled=False):
             return linear(

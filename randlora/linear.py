@@ -229,28 +229,26 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
                 for name in adapters:
                     self._trained(name, device)  # raises for those that have no numbers
                 return None
-        stream = torch.cuda.current_stream(device).cuda_stream if x.is_cuda else None  # others would have to wait
+        patterns = (self._pattern(name, device) for name in adapters)
+        if all(found is not None and is_hadamard(found[0]) for found in patterns):
+            return None  # one token costs little more than the base layer alone
+        stream = torch._C._cuda_getCurrentRawStream(device.index) if x.is_cuda else None  # others would have to wait
         key = merged, dtype, device, stream, *adapters
         settings = [(self.scaling[name], self._bases(name).version()) for name in adapters]
-        cached = kept.find(self, key, sources, settings)
+
+        def price() -> tuple[float, float]:
+            return self._price_of_update(x, dtype, adapters)
+
+        def build() -> Tensor:
+            update = sum(self.get_delta_weight(name) for name in adapters)
+            built = (weight + update if merged else update).to(dtype)
+            # [out, in] in the place of a weight, otherwise [in, out], as it is multiplied.
+            return built.t() if self.fan_in_fan_out == merged else built
+
+        nbytes = self.in_features * self.out_features * dtype.itemsize  # a 4-bit weight has fewer elements
+        cached = kept.get(self, key, sources, settings, nbytes, price, build)
         if cached is None:
-            patterns = (self._pattern(name, device) for name in adapters)
-            if all(found is not None and is_hadamard(found[0]) for found in patterns):
-                return None  # one token costs little more than the base layer alone
-
-            def price() -> tuple[float, float]:
-                return self._price_of_update(x, dtype, adapters)
-
-            def build() -> Tensor:
-                update = sum(self.get_delta_weight(name) for name in adapters)
-                built = (weight + update if merged else update).to(dtype)
-                # [out, in] in the place of a weight, otherwise [in, out], as it is multiplied.
-                return built.t() if self.fan_in_fan_out == merged else built
-
-            nbytes = self.in_features * self.out_features * dtype.itemsize  # a 4-bit weight has fewer elements
-            cached = kept.get(self, key, sources, settings, nbytes, price, build)
-            if cached is None:
-                return None
+            return None
         if merged:
             return F.linear(x, cached, bias)
         own = weight is not None
@@ -260,7 +258,7 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
         # One accumulating product: the sum is rounded once, and no pass over the output is spent on adding.
         rows = x.reshape(-1, self.in_features)
         rows = rows if rows.dtype == dtype else rows.to(dtype)
-        if own:
+        if own and result.is_contiguous():
             result.view(-1, self.out_features).addmm_(rows, cached)
             return result
         flat = torch.addmm(result.reshape(-1, self.out_features), rows, cached)
