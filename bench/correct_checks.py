@@ -2,39 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-KINDS = ("dense", "sparse", "very_sparse", "sign")
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Relative errors, of norms: several times what a correct computation showed on the CPU, far below a wrong one.
-ALLOWED = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.003}
+from bench.correct_hadamard import hadamard_checks
+from bench.correct_problems import ALLOWED, DTYPES, KINDS, SCALE, SEED, Check, Problem, forms, given, name_of, normal
+
 LAYERS = ((40, 72), (72, 40), (64, 64), (41, 107), (107, 41))  # in, out: wide, tall, aligned, odd
 FEW_LAYERS = ((64, 96), (107, 41))
-RANK, TOKENS, SCALE, DROPOUT, SEED = 8, 50, 0.7, 0.3, 2**40 + 3
-Names = tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Check:
-    """``run()`` gives pairs of a result and what it should be; errors above `allowed` are failures, 0: any bit."""
-
-    about: dict[str, Any]
-    results: Names
-    allowed: float
-    run: Callable[[], list[tuple[Tensor, Tensor]]]
-
-
-def normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+DROPOUT = 0.3
 
 
 # ---- bases ----
@@ -57,60 +35,6 @@ def bases_checks(device: torch.device, few: bool) -> Iterator[Check]:
             yield Check({"op": "bases", "kind": kind, "shape": shape}, ("A", "B") * 5, 0, same_bits)
 
 
-# ---- forms ----
-
-
-def forms(kind: str) -> Names:
-    """In which form bases of a kind come to the ops."""
-    return {"dense": ("dense",), "sparse": ("bits", "planes"), "sign": ("bits",), "very_sparse": ("lists",)}[kind]
-
-
-def given(bases: Any, form: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any, list[Tensor]]:
-    """A, B and pattern, as the layer op takes them."""
-    from randlora import patterns
-
-    if form == "dense":
-        return *bases.draw(dtype, device), []
-    A, B = bases.draw(torch.int8, device)
-    A, columns, M = A[:, 0], iter([B.flatten(1)]), B.shape[0]
-    if form == "bits":
-        made = patterns.Bits(A, columns, M, patterns.planes_of(bases.sparsity))
-    else:
-        made = {"planes": patterns.Planes, "lists": patterns.Lists}[form](A, columns, M)
-    return None, None, list(made.of(A.shape[1]))
-
-
-class Problem:
-    """A layer in float64 on the CPU."""
-
-    def __init__(self, kind: str, in_features: int, out_features: int) -> None:
-        import randlora
-
-        self.wide = in_features <= out_features
-        self.m, self.M = sorted((in_features, out_features))
-        self.bases = randlora.RandomBases(self.M, self.m, RANK, kind, seed=SEED)
-        self.scale = SCALE * self.bases.scale
-        self.n = self.bases.num_bases
-        self.x, self.g = normal(TOKENS, in_features, seed=1), normal(TOKENS, out_features, seed=2)
-        self.weight, self.bias = (
-            normal(out_features, in_features, seed=3) / in_features**0.5,
-            normal(out_features, seed=4),
-        )
-        self.lam, self.gamma = normal(RANK, self.n, seed=5), normal(self.n, self.m, seed=6) / self.M
-        self.A, self.B = (t.double() for t in self.bases.draw(torch.float64, torch.device("cpu")))
-
-    def update(self, lam: Tensor, gamma: Tensor) -> Tensor:
-        """dW [out, in]"""
-        found = self.B.flatten(1) @ (self.scale * lam[:, :, None] * self.A * gamma).flatten(0, 1)
-        return found if self.wide else found.T
-
-    def expected(self, mask: Tensor | float) -> list[Tensor]:
-        """y, dx, dlambda, dgamma; `mask` [T, in] is the dropout's, on the update's input alone."""
-        x, lam, gamma = (t.clone().requires_grad_() for t in (self.x, self.lam, self.gamma))
-        y = x @ self.weight.T + self.bias + (x * mask) @ self.update(lam, gamma).T
-        return [y.detach(), *torch.autograd.grad(y, (x, lam, gamma), self.g)]
-
-
 # ---- ops ----
 
 
@@ -123,10 +47,8 @@ def layer_checks(device: torch.device, few: bool) -> Iterator[Check]:
             seed = torch.tensor([SEED])
             mask = torch.ops.randlora.dropout(torch.ones_like(problem.x), seed, DROPOUT)
             references = {0.0: problem.expected(1.0), DROPOUT: problem.expected(mask)}
-            for form in forms(kind):
+            for form in forms(kind, device):
                 for strategy in ("factored", "materialized", "merged"):
-                    if form == "lists" and strategy == "factored" and device.type != "cpu":
-                        continue  # lists have a factored form on the CPU only
                     for dropout in (0.0, DROPOUT)[: 1 if strategy == "merged" else 2]:
                         for dtype in DTYPES:
 
@@ -193,7 +115,7 @@ def sparse_checks(device: torch.device, few: bool) -> Iterator[Check]:
         if few and sizes[1] > 1000:
             continue
         problem = Problem(kind, *sizes)
-        for form in forms(kind):
+        for form in forms(kind, device):
             for dtype in DTYPES:
                 accumulator = torch.promote_types(dtype, torch.float32)
 
@@ -235,7 +157,7 @@ def bit_checks(device: torch.device, few: bool) -> Iterator[Check]:
             yield Check({"op": "dropout", "dtype": name_of(dtype), "shape": (size,)}, ("y",), 0, masks)
         for kind in ("sparse", "sign"):
             for sizes in ((64, 96), (41, 107)):
-                for form in forms(kind):
+                for form in forms(kind, device):
 
                     def dense(kind=kind, sizes=sizes, form=form, dtype=dtype) -> list[tuple[Tensor, Tensor]]:
                         bases = Problem(kind, *sizes).bases
@@ -248,6 +170,7 @@ def bit_checks(device: torch.device, few: bool) -> Iterator[Check]:
                     yield Check(about, ("A", "B2"), 0, dense)
 
 
-def checks(device: torch.device, few: bool) -> Iterator[Check]:
-    for some in (bases_checks, bit_checks, unique_base_checks, sparse_checks, layer_checks):
+def checks(device: torch.device, few: bool, layers: bool = True) -> Iterator[Check]:
+    for some in (bases_checks, bit_checks, unique_base_checks, sparse_checks, *([layer_checks] if layers else [])):
         yield from some(device, few)
+    yield from hadamard_checks(device, few, layers)

@@ -146,6 +146,7 @@ PROVIDERS: dict[str, tuple[str, Callable[[nn.Module], None]]] = {
     "randlora, merged": ("randlora", merge),
     "randlora very_sparse, not cached": ("randlora very_sparse", as_it_is),
     "randlora very_sparse, cached": ("randlora very_sparse", keep_updates),
+    "randlora hadamard": ("randlora hadamard", as_it_is),
 }
 
 

@@ -115,6 +115,8 @@ class Call:
         here = {name: str(self.work / folder) for name, folder in caches.items()}  # one step compiles for the next
         if self.device == "cpu":
             here["TORCHDYNAMO_DISABLE"] = "1"  # tiny sizes are not worth a compiler's time
+        # Models that fill the memory must not fail for pieces of it lying idle between others.
+        here["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
         return {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", **here, **step.environment}
 
     # ---- results ----

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -53,20 +54,32 @@ def cases(device: torch.device, d: int, tokens: int, r: int = 32) -> list[Case]:
     A, B = bases.draw(torch.int8, device)
     bits = list(patterns.Bits(A[:, 0], iter([B.flatten(1)]), d).of(d))
     found.append(("bits made dense", (d * n * r) * (2 + 0.25), lambda: ops.packed_expand(bits, n, d, d, bf16)))
-    bases = randlora.RandomBases(d, d, r, kind="very_sparse")
-    pattern = list(bases.pattern(d, device)[0])
-    columns, indices = pattern[0].numel(), pattern[4]
-    compact, read = columns * d, indices.nbytes
-    found.append(
-        ("very sparse update", 2 * compact + read, lambda: ops.sparse_update(pattern, lam, gamma, d, 1.0, None, bf16))
-    )
-    weight = torch.randn(d, d, dtype=bf16, device=device)
-    for title, w in (("rows", weight), ("columns", weight.t())):
-        found.append((f"very sparse update + weight by {title}", 2 * weight.nbytes + read,
-                      lambda w=w: ops.sparse_update(pattern, lam, gamma, d, 1.0, w, bf16)))  # fmt: skip
-    g = torch.randn(columns, d, device=device)
-    found.append(("very sparse gradient", g.nbytes + read,
-                  lambda: ops.sparse_update_backward(g, pattern, lam, gamma, 1.0, True, True)))  # fmt: skip
+    return found + hadamard_cases(device, d, tokens, r)
+
+
+def hadamard_cases(device: torch.device, d: int, tokens: int, r: int) -> list[Case]:
+    """Of which each has several kernels; `bytes` are those of tokens, parameters and results alone."""
+    import randlora
+
+    ops, bf16 = torch.ops.randlora, torch.bfloat16
+    pattern = list(randlora.RandomBases(d, d, r, kind="hadamard").pattern(d, device)[0])
+    lam, gamma = torch.randn(r, d // r, device=device), torch.randn(d // r, d, device=device) / d
+    x, g, y = (torch.randn(tokens, d, dtype=bf16, device=device) for _ in range(3))
+    parameters = pattern, lam, gamma, 1.0
+    found: list[Case] = []
+    for count in (tokens, 1):
+        narrow, wide, into = (t[:count] for t in (x, g, y))
+        size = 3 * narrow.nbytes + gamma.nbytes
+        for name, op, given in (("up", ops.hadamard_up_, narrow), ("down", ops.hadamard_down_, wide)):
+            call = functools.partial(op, into, given, *parameters)
+            found.append((f"hadamard {name}, {count} tokens", size, call))
+    call = functools.partial(ops.hadamard_gradients, x, g, y, None, *parameters)
+    found.append(("hadamard gradients and dx", 4 * x.nbytes + 2 * gamma.nbytes, call))
+    D = torch.randn(d, d, device=device)
+    call = functools.partial(ops.hadamard_update, pattern, lam, gamma, d, 1.0, None, torch.float32)
+    found.append(("hadamard dW float32", D.nbytes, call))
+    call = functools.partial(ops.hadamard_update_backward, D, *parameters, True, True)
+    found.append(("gradients of hadamard dW", D.nbytes, call))
     return found
 
 

@@ -8,6 +8,7 @@ the operators of PyTorch and randlora are counted, which tells nothing about a G
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import statistics
 import sys
@@ -23,7 +24,7 @@ if not __package__:  # run as a file: python bench/launches.py
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else every profile writes two lines
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -38,10 +39,23 @@ CASES: dict[tuple[str, str, str], tuple[int, int]] = {
     ("sparse", "factored", "bfloat16"): (6, 11),
     ("sparse", "materialized", "bfloat16"): (6, 14),
     ("sign", "factored", "bfloat16"): (6, 11),
-    ("very_sparse", "materialized", "bfloat16"): (4, 10),
+    ("very_sparse", "factored", "bfloat16"): (6, 11),
+    ("hadamard", "factored", "bfloat16"): (4, 8),  # with as many tokens as one chunk has
 }
 WAITING = ("Synchronize", "cudaMemcpy2D", "cudaFree", "cudaMalloc")  # runtime calls in which the host waits
 ROUNDS = 20
+
+
+def expected_launches(spec: Spec, strategy: str) -> tuple[int, int]:
+    """Of forward and backward, counted from the code."""
+    forward, backward = CASES[spec.kind, strategy, spec.dtype]
+    if (spec.kind, strategy) != ("hadamard", "factored"):
+        return forward, backward
+    # All but the product with the weight once for each chunk of tokens (csrc/cuda/hadamard.cuh), of two intermediates.
+    columns, item = -(-spec.d // spec.r), getattr(torch, spec.dtype).itemsize
+    chunk = (32 << 20) // (2 * spec.r * (columns + -columns % (16 // item)) * item)
+    chunks = -(-spec.T // chunk)
+    return 1 + chunks * (forward - 1), 1 + chunks * (backward - 1)
 
 
 @dataclass
@@ -90,6 +104,12 @@ def median_ms(call: Callable[[], Any], device: str) -> float:
 
 
 def graph_of(step: Callable[[], Any]) -> Callable[[], None]:
+    """A replay of `step` recorded as a CUDA graph.
+
+    No result of an earlier pass may be alive: its parameters' nodes would make the recorded pass wait for the stream
+    that they were made on, which ends the capture.
+    """
+    gc.collect()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -114,31 +134,37 @@ def host_ms(step: Callable[[], Any], device: str) -> float:
     return 1e3 * statistics.median(samples)
 
 
-def measured(spec: Spec, strategy: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The row of a case, and one per kernel of it."""
-    on_gpu = torch.device(spec.device).type == "cuda"
+def steps_of(spec: Spec, strategy: str) -> tuple[Layer, nn.Module, list[Tensor], Callable[[], list[Tensor]]]:
+    """A layer as it is made, adapted, what is differentiated by, and one step of it."""
     made = Layer(spec)
     adapted = made.make(f"randlora {strategy}")
     wanted = [made.x, *(p for p in adapted.parameters() if p.requires_grad)]
 
     def step() -> list[Tensor]:
         y = adapted(made.x)
-        return [y, *torch.autograd.grad(y, wanted, made.grad)]
+        return [y.detach(), *torch.autograd.grad(y, wanted, made.grad)]
 
+    return made, adapted, wanted, step
+
+
+def measured(spec: Spec, strategy: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The row of a case, and one per kernel of it."""
+    on_gpu = torch.device(spec.device).type == "cuda"
+    made, adapted, wanted, step = steps_of(spec, strategy)
     for _ in range(3):  # bases, workspaces and memory come with the first ones
         step()
     trace(lambda: None, on_gpu)  # so does the profiler's
     forward, y = trace(lambda: adapted(made.x), on_gpu)
     backward, _ = trace(lambda: torch.autograd.grad(y, wanted, made.grad), on_gpu)
     about = {"kind": spec.kind, "strategy": strategy, "dtype": spec.dtype, "d": spec.d, "T": spec.T}
-    expected = CASES[spec.kind, strategy, spec.dtype]
+    expected = expected_launches(spec, strategy)
     row = about | {
         "launches": f"{forward.launches} + {backward.launches}",
         "from_the_code": f"{expected[0]} + {expected[1]}",
         "device_ms": f"{(forward.device_us + backward.device_us) / 1e3:.4f}",
         "host_ms": f"{host_ms(step, spec.device):.4f}",
         "step_ms": f"{median_ms(step, spec.device):.4f}",
-        "graph_ms": f"{median_ms(graph_of(step), spec.device):.4f}" if on_gpu else "",
+        "graph_ms": "",
         "waits": " ".join(sorted({*forward.waits, *backward.waits})),
     }
     kernels = [
@@ -154,12 +180,13 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument("--sizes", default="4096x8192,3072x840", metavar="DxT,...", help="default: %(default)s")
 
     options = measure.parse("launches", __doc__, argv, add=add)
-    rows, kernels, failed = [], [], False
+    rows, kernels, cases, failed = [], [], [], False
     for size in options.sizes.split(","):
         d, tokens = map(int, size.split("x"))
         for kind, strategy, dtype in CASES:
+            cases.append((Spec(d, tokens, kind=kind, dtype=dtype, device=options.device), strategy))
             try:
-                row, found = measured(Spec(d, tokens, kind=kind, dtype=dtype, device=options.device), strategy)
+                row, found = measured(*cases[-1])
             except Exception as problem:  # the others are worth having
                 row, found = {"kind": kind, "strategy": strategy, "dtype": dtype, "d": d, "T": tokens}, []
                 row["failed"] = measure.reason(problem)
@@ -169,6 +196,15 @@ def main(argv: list[str] | None = None) -> int:
             print("  ".join(str(value) for value in row.values()), flush=True)
             records.put_beside(options, "launches", rows)
             records.put_beside(options, "launches-kernels", kernels)
+    if torch.device(options.device).type == "cuda":
+        for row, (spec, strategy) in zip(rows, cases, strict=True):  # last, as a failed capture spoils what follows
+            try:
+                row["graph_ms"] = f"{median_ms(graph_of(steps_of(spec, strategy)[-1]), spec.device):.4f}"
+            except Exception as problem:
+                row["failed"], failed = f"graph: {measure.reason(problem)}", True
+                break
+            finally:
+                records.put_beside(options, "launches", rows)
     return 1 if failed else 0
 
 

@@ -23,7 +23,7 @@ from bench.training import saved_bytes
 
 PASSES = ("forward + backward", "forward", "backward")
 STRATEGIES = ("factored", "materialized", "merged")
-KINDS = ("sparse", "very_sparse")
+KINDS = ("sparse", "very_sparse", "hadamard")
 BOTH = PASSES[0]
 LIKE_PYTORCH = {  # every way to write it, where "PyTorch" of METHODS is the cheapest of the rebuilding ones
     **{f"PyTorch {s}": functools.partial(methods.plain_pytorch, strategy=s) for s in STRATEGIES},

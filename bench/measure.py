@@ -159,6 +159,7 @@ def compare(
     baseline: str,
     check: Callable[[Any], float | None],
     options: argparse.Namespace,
+    clock: Any = None,
 ) -> Comparison:
     """Time providers side by side for about ``options.seconds``.
 
@@ -167,12 +168,13 @@ def compare(
             with an ``AssertionError``, is reported as failed and left out.
         baseline: the provider that ratios refer to.
         check: gets what a provider's ``run`` returns, and returns the error to be recorded.
+        clock: what takes the time, as :func:`timer` gives it (default).
     """
     timings = {name: Timing(name) for name in factories}
     providers: dict[str, Provider] = {}
     interrupted = False
     load = os.getloadavg()[0]
-    clock = timer(options.device)
+    clock = clock or timer(options.device)
     bar = tqdm(desc=title, total=len(factories), unit="provider", leave=False, disable=None)
     try:
         turns = {}
@@ -208,7 +210,14 @@ def compare(
             shuffle(order)
             for name in order:
                 bar.set_postfix_str(name, refresh=False)
-                timings[name].samples.append(clock.turn(providers[name], timings[name].calls))
+                try:
+                    timings[name].samples.append(clock.turn(providers[name], timings[name].calls))
+                except torch.OutOfMemoryError as problem:  # beside what the others keep
+                    timings[name].failed, timings[name].samples = reason(problem), []
+                    tqdm.write(f"{title}: {name} is given up: {timings[name].failed}")
+                if timings[name].failed:  # now that no traceback holds anything
+                    del providers[name]
+                    gc.collect()
                 bar.update()
     except KeyboardInterrupt:
         interrupted = True

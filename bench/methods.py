@@ -154,6 +154,7 @@ METHODS: dict[str, Callable[[nn.Module, Setting], nn.Module]] = {
     "randlora": own,
     "randlora sparse": functools.partial(own, kind="sparse"),
     "randlora very_sparse": functools.partial(own, kind="very_sparse"),
+    "randlora hadamard": functools.partial(own, kind="hadamard"),
 }
 
 

@@ -1,4 +1,7 @@
-"""What a model with adapters must compute: the same model in fp32 with ``W + dW`` in place of W, by the formula."""
+"""What a model with adapters must compute: the same model in fp32 with ``W + dW`` in place of W, by the formula.
+
+In the model's own dtype the same tells how far off rounding alone leads.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +28,11 @@ def kind_of(name: str) -> str:
     return "dense" if name in methods.FAMILY else name
 
 
-def merged(model: nn.Module, adapted: nn.Module, kind: str = "dense") -> tuple[nn.Module, list[Update]]:
-    """`model` in fp32 with the updates of `adapted` (a RandLoRA of this kind, or PEFT's LoRA) in its weights."""
-    plain = methods.twin(model, own_weights=True).float()
+def merged(
+    model: nn.Module, adapted: nn.Module, kind: str = "dense", dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, list[Update]]:
+    """`model` in `dtype` with the updates of `adapted` (a RandLoRA of this kind, or PEFT's LoRA) in its weights."""
+    plain = methods.twin(model, own_weights=True).to(dtype)
     updates = []
     for name, module in methods.inner(adapted).named_modules():
         if hasattr(module, "lora_A"):

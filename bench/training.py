@@ -1,13 +1,15 @@
 """A training step of a whole model under one method: made, checked, and what it keeps and takes in memory.
 
 Checked is that adapters leave the model as it is at the start, and of every RandLoRA that with random parameters it
-gives the loss and the gradients that the formula gives, on bases that all of the same kind share.
+gives the loss and the gradients that the formula gives, on bases that all of the same kind share. A deep model in 16
+bits rounds so often that its gradients are off by a tenth whatever computes them: more than the tolerance is allowed up
+to twice what the formula itself, merged into the weights of that dtype, is off by.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +43,7 @@ class Training:
             self.loss = shape.loss(self.model, self.inputs).item()
         self.found: dict[str, dict[str, Any]] = {}
         self._expected: dict[str, tuple[float, list[Tensor]]] = {}  # by kind of bases
+        self._rounding: dict[str, float] = {}  # likewise, of the gradients
 
     def provider(self, name: str) -> Provider:
         adapted = methods.adapt(name, self.model, self.setting)
@@ -77,24 +80,29 @@ class Training:
             gradients = torch.autograd.grad(loss, parameters)
         expected, expected_gradients = self._expected[kind]
         of_loss = abs(loss.item() - expected) / expected
-        of_gradients = max(
-            ((a.float() - b).norm() / b.norm()).item() for a, b in zip(gradients, expected_gradients, strict=True)
-        )
+        of_gradients = _largest_error(gradients, expected_gradients)
         assert of_loss < self.tolerance[0], f"with random parameters the loss is off by {of_loss:.1e}"
-        assert of_gradients < self.tolerance[1], f"the gradients are off by {of_gradients:.1e}"
+        if of_gradients >= self.tolerance[1] and self.size.dtype.itemsize == 2:
+            if kind not in self._rounding:
+                rounded = self._by_hand(adapted, kind, self.size.dtype)[1]
+                self._rounding[kind] = _largest_error(rounded, expected_gradients)
+            allowed = 2 * self._rounding[kind]
+            assert of_gradients < allowed, f"the gradients are off by {of_gradients:.1e}, of {allowed:.1e} allowed"
+        else:
+            assert of_gradients < self.tolerance[1], f"the gradients are off by {of_gradients:.1e}"
         return max(of_loss, of_gradients)
 
-    def _by_hand(self, adapted: nn.Module, kind: str) -> tuple[float, list[Tensor]]:
-        """Loss and gradients of all lambda and gamma, through the merged weights' gradients."""
+    def _by_hand(self, adapted: nn.Module, kind: str, dtype: torch.dtype = torch.float32) -> tuple[float, list[Tensor]]:
+        """Loss and gradients of all lambda and gamma, through the merged weights' gradients, the model in `dtype`."""
         with methods.random_parameters(adapted):
-            plain, updates = reference.merged(self.model, adapted, kind)
+            plain, updates = reference.merged(self.model, adapted, kind, dtype)
         weights = [update.weight.requires_grad_() for update in updates]
-        inputs = {k: t.float() if t.is_floating_point() else t for k, t in self.checked.items()}
+        inputs = {k: t.to(dtype) if t.is_floating_point() else t for k, t in self.checked.items()}
         loss = self.shape.loss(plain, inputs)
         gradients = torch.autograd.grad(loss, weights)
         found: list[Tensor] = []
         for update, gradient in zip(updates, gradients, strict=True):
-            found += torch.autograd.grad(update.value, update.sources, gradient)
+            found += torch.autograd.grad(update.value, update.sources, gradient.float())
         return loss.item(), found
 
     def multiply_adds(self) -> int:
@@ -116,6 +124,10 @@ class Training:
         if torch.device(self.device).type == "cuda":
             return _peak_cuda(self.model, *arguments)
         return peak.in_a_process(_peak_cpu, torch.get_num_threads(), *arguments)
+
+
+def _largest_error(found: Sequence[Tensor], true: Sequence[Tensor]) -> float:
+    return max(((a.float() - b).norm() / b.norm()).item() for a, b in zip(found, true, strict=True))
 
 
 def step(shape: Shape, adapted: nn.Module, inputs: Inputs) -> Callable[[], Tensor]:

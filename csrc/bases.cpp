@@ -39,11 +39,13 @@ uint32_t ternary_threshold(double sparsity) {
 
 BaseSlice make_base_slice(const at::Tensor& out, int64_t seed, int64_t stream, c10::IntArrayRef offsets,
                           std::optional<double> sparsity) {
-  const bool floating = is_float(out.scalar_type());
-  TORCH_CHECK_TYPE(floating || (sparsity.has_value() && out.scalar_type() == at::kChar),
-                   "out must be float64, float32, bfloat16 or float16", sparsity.has_value() ? " or int8" : "",
-                   sparsity.has_value() ? "" : " (int8 holds ternary bases only: give a sparsity)", ", got ",
-                   out.scalar_type());
+  const bool signs = stream >= 3 && stream <= 5, int8 = signs || sparsity.has_value();
+  TORCH_CHECK_VALUE(stream == 0 || stream == 1 || signs,
+                    "stream must be 0 (A), 1 (B), or 3, 4 or 5 (the signs of Hadamard bases), got ", stream);
+  TORCH_CHECK_VALUE(!signs || !sparsity.has_value(), "signs have no zeros, got sparsity ", sparsity.value_or(0));
+  TORCH_CHECK_TYPE(is_float(out.scalar_type()) || (int8 && out.scalar_type() == at::kChar),
+                   "out must be float64, float32, bfloat16 or float16", int8 ? " or int8" : "",
+                   int8 ? "" : " (int8 holds ternary bases only: give a sparsity)", ", got ", out.scalar_type());
   TORCH_CHECK_VALUE(out.dim() == 3, "out must have 3 dimensions (A: [r, 1, m], B: [M, n, r]), got shape ", out.sizes());
   TORCH_CHECK_VALUE(out.stride(2) == 1 || out.size(2) <= 1, "out must be contiguous along its last axis, got strides ",
                     out.strides());
@@ -52,10 +54,12 @@ BaseSlice make_base_slice(const at::Tensor& out, int64_t seed, int64_t stream, c
                     " and strides ", out.strides(), ": fill a contiguous tensor and expand that");
   TORCH_CHECK_VALUE(!out.requires_grad() || !c10::GradMode::is_enabled(),
                     "out requires a gradient, and what writes into it has none: use torch.no_grad()");
-  TORCH_CHECK_VALUE(stream == 0 || stream == 1, "stream must be 0 (A) or 1 (B), got ", stream);
   TORCH_CHECK_VALUE(offsets.size() == 3, "offsets must be 3 integers, one per axis of out, got ", offsets);
-  TORCH_CHECK_VALUE(stream == 1 || (out.size(1) <= 1 && offsets[1] == 0),
-                    "A has one element along its middle axis, got size ", out.size(1), " at offset ", offsets[1]);
+  TORCH_CHECK_VALUE(stream == 1 || (out.size(1) <= 1 && offsets[1] == 0), signs ? "a vector of signs has" : "A has",
+                    " one element along its middle axis, got size ", out.size(1), " at offset ", offsets[1]);
+  TORCH_CHECK_VALUE(!signs || (out.size(0) <= 1 && offsets[0] == 0),
+                    "a vector of signs has one element along its first axis, got size ", out.size(0), " at offset ",
+                    offsets[0]);
   for (int axis = 0; axis < 3; ++axis) {
     TORCH_CHECK_VALUE(offsets[axis] >= 0, "offsets must not be negative, got ", offsets);
     TORCH_CHECK_VALUE(offsets[axis] <= int64_t{std::numeric_limits<int32_t>::max()} - out.size(axis),

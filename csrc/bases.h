@@ -3,6 +3,7 @@
 // Writes the slice of a random base that starts at `offsets` = (x0, x1, x2) into `out` [X0, X1, X2]: stream 0 is A
 // with (k, 0, j), stream 1 is B with (o, i, k). Without `sparsity` the values are dense (float64/32, bfloat16, half);
 // with it they are -1, 0, +1 (those types, or int8) and the unit-variance factor sqrt(sparsity) is left to the caller.
+// Streams 3, 4 and 5 are the signs a_j, b_o and c_q of Hadamard bases (hadamard.h): out [1, 1, X], -1 or +1 (int8 too).
 #pragma once
 
 #include <cstdint>
@@ -23,6 +24,7 @@ struct BaseSlice {
   uint32_t key0, key1;
   Stream stream;
 
+  bool is_signs() const { return stream >= Stream::hadamard_a; }
   // Philox counters that one row touches; the first and the last may be partial.
   RANDLORA_HD int64_t quads_per_row() const { return (start2 % 4 + size2 + 3) / 4; }
 };

@@ -98,8 +98,6 @@ void check(const LayerArguments& a) {
     check_tensor(*a.A, "A", a.x);
     check_tensor(*a.B, "B", a.x);
   } else {
-    TORCH_CHECK_VALUE(a.strategy != Strategy::factored || a.pattern.size() < 5 || a.x.is_cpu(),
-                      "very sparse bases have a factored strategy on the CPU only, got ", a.x.device());
     if (is_hadamard(a.pattern))
       check_hadamard(a.pattern, a.lambda, a.gamma, M);
     else if (is_packed(a.pattern))

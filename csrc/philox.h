@@ -33,7 +33,7 @@ RANDLORA_HD Philox4 philox4x32_10(uint32_t c0, uint32_t c1, uint32_t c2, uint32_
 }
 
 // Which tensor a word belongs to: word 3 of the counter.
-enum class Stream : uint32_t { A = 0, B = 1, dropout = 2 };
+enum class Stream : uint32_t { A = 0, B = 1, dropout = 2, hadamard_a = 3, hadamard_b = 4, hadamard_c = 5 };
 
 // Element [x0, x1, x2] of a base is lane x2 % 4 of the counter {x2 / 4, x1, x0, stream}: for A[k, 0, j] that is
 // {j / 4, 0, k, 0}, for B[o, i, k] {k / 4, i, o, 1}. It depends on its indices and the seed, never on the tensor's
@@ -55,6 +55,11 @@ struct TernaryElement {
   uint32_t threshold;  // floor(2^32 / (2 z)), at most 2^31
 
   RANDLORA_HD int32_t operator()(uint32_t u) const { return int32_t(u >= 0u - threshold) - int32_t(u < threshold); }
+};
+
+// -1 or +1: the signs of Hadamard bases.
+struct SignElement {
+  RANDLORA_HD int32_t operator()(uint32_t u) const { return 1 - 2 * int32_t(u >> 31); }
 };
 
 }  // namespace randlora

@@ -14,12 +14,13 @@ import weakref
 import torch
 from torch import Tensor
 
-from . import fingerprint, patterns, peft_prng
+from . import fingerprint, hadamard, patterns, peft_prng
 from .checks import require_dtype, require_float, require_int, require_size
-from .held import Ready, canonical, make_sure, make_sure_pattern, register, renew_in_children
+from .held import Ready, are_wanted_fake, canonical, make_sure, make_sure_pattern, register, renew_in_children
 from .patterns import Pattern
 
-KINDS = ("dense", "sparse", "very_sparse", "sign")
+KINDS = ("dense", "hadamard", "sparse", "very_sparse", "sign")
+PEFT_KINDS = ("dense", "sparse", "very_sparse")
 PRNGS = ("philox", "peft", "peft-fp16")
 
 STREAM_A, STREAM_B = 0, 1
@@ -32,8 +33,9 @@ class RandomBases:
         max_dim: rows of B, the largest ``max(in_features, out_features)`` it serves.
         min_dim: columns of A, the largest ``min(in_features, out_features)`` it serves.
         r: rank of one base, up to 65,536.
-        kind: ``"dense"`` (uniform), ``"sparse"`` (-1, 0, +1 with 2/3 zeros), ``"very_sparse"`` (1 - 1/sqrt(min_dim)
-            zeros) or ``"sign"`` (-1, +1); unit variance each.
+        kind: ``"dense"`` (uniform), ``"hadamard"`` (-1, +1: parts of Hadamard matrices with random signs, which have
+            fast transforms and take no memory), ``"sparse"`` (-1, 0, +1 with 2/3 zeros), ``"very_sparse"``
+            (1 - 1/sqrt(min_dim) zeros) or ``"sign"`` (-1, +1); unit variance each.
         seed: PEFT's ``projection_prng_key``, ``0 <= seed < 2**64``.
         num_bases: number of bases n; default ``ceil(min_dim / r)``, which makes the update full-rank.
         prng: ``"philox"`` (default); ``"peft"`` reproduces PEFT's own draw on machines with bfloat16, ``"peft-fp16"``
@@ -42,6 +44,8 @@ class RandomBases:
             device they compute in, and share one copy of each.
         sparsity: z of a ternary kind, P(+1) = P(-1) = 1/(2z); fixed when the store is made (``very_sparse``: default
             ``sqrt(min_dim)``), so that growing never changes a value.
+        group_width: w of ``hadamard`` (:mod:`randlora.hadamard`): 8, 4, 2 or 1, fixed when the store is made as well;
+            default: the largest that costs a layer with `min_dim` and `num_bases` no rank.
 
     Values are generated at first use. ``copy.deepcopy`` returns the same object and pickles hold the definition only.
 
@@ -64,6 +68,7 @@ class RandomBases:
         device: torch.device | str | None = None,
         *,
         sparsity: float | None = None,
+        group_width: int | None = None,
     ) -> None:
         self.r = require_size("r", r)
         self.min_dim = require_size("min_dim", min_dim, 2**31 - 1)
@@ -76,7 +81,7 @@ class RandomBases:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
         if prng not in PRNGS:
             raise ValueError(f"prng must be one of {', '.join(PRNGS)}, got {prng!r}")
-        if prng != "philox" and (kind == "sign" or sparsity is not None):
+        if prng != "philox" and (kind not in PEFT_KINDS or sparsity is not None):
             raise ValueError(
                 f"prng={prng!r} has the kinds dense, sparse and very_sparse with PEFT's own sparsity, "
                 f"got kind={kind!r}, sparsity={sparsity}"
@@ -84,6 +89,9 @@ class RandomBases:
         self.kind, self.prng = kind, prng
         self.seed = require_int("seed", seed, 0, 2**64 - 1)
         self.sparsity = sparsity_of(kind, self.min_dim, sparsity)
+        self.group_width = group_width_of(kind, group_width)
+        if kind == "hadamard" and group_width is None:
+            self.group_width = hadamard.group_width([(self.min_dim, self.num_bases)], self.r)
         self.dtype = require_dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
         self.device = canonical(torch.device("cpu" if device is None else device))
         self.given: tuple[Tensor, Tensor] | None = None
@@ -124,7 +132,7 @@ class RandomBases:
                 return known
             self = cls.__new__(cls)
             self.r, self.min_dim, self.max_dim, self.num_bases = A.shape[0], A.shape[2], B.shape[0], B.shape[1]
-            self.kind, self.prng, self.seed, self.sparsity = "given", "none", 0, None
+            self.kind, self.prng, self.seed, self.sparsity, self.group_width = "given", "none", 0, None, None
             self.dtype, self.device = A.dtype, A.device
             self.given = (A, B)
             self._reset()
@@ -152,6 +160,8 @@ class RandomBases:
         """The stored A and B (see :attr:`scale`), one shared copy per dtype and device. Not to be written to."""
         self._drop_outdated()
         key = dtype or self.dtype, canonical(device or self.device)
+        if (kept := self._kept(*key)) is not None:
+            return kept
         name = make_sure(self._handle, *key)
         if name is None:
             return self.draw(*key)
@@ -159,15 +169,19 @@ class RandomBases:
         return self.tensors(*key) if held is None else held  # none: another thread let the store grow in between
 
     def pattern(self, min_dim: int, device: torch.device | None = None) -> tuple[Pattern, float] | None:
-        """Ternary bases, packed, for a layer of this smaller dimension, with their :attr:`scale`; None for dense ones.
+        """Packed bases for a layer of this smaller dimension, with their :attr:`scale`; None for dense ones.
 
-        They are kept in this form only (lists, planes or bits: :mod:`randlora.patterns`), unless :meth:`tensors` is
-        called. Given bases are recognised where that makes them faster: the ternary ones that PEFT stores dense.
-        Raises ValueError where `min_dim` is larger than the store's, which :meth:`require` lets grow.
+        They are kept in this form only (lists, planes, bits or signs: :mod:`randlora.patterns`), unless
+        :meth:`tensors` is called. Given bases are recognised where that makes them faster: the ternary ones that PEFT
+        stores dense. Raises ValueError where `min_dim` is larger than the store's, which :meth:`require` lets grow.
         """
+        if self.kind == "dense" and self.prng == "philox":
+            return None
         self._drop_outdated()
         device = canonical(device or self.device)
-        if self.prng == "philox" and not patterns.wanted(self.sparsity, device):
+        if (kept := self._kept("pattern", min_dim, device)) is not None:
+            return kept
+        if self.prng == "philox" and patterns.form_for(self.kind, self.sparsity, device) is None:
             return None
         if device.type == "meta" or (self.given is not None and self.given[0].is_meta):  # no values to look at
             return None
@@ -176,6 +190,12 @@ class RandomBases:
             return None
         found = getattr(self._ready, name, None)
         return self.pattern(min_dim, device) if found is None else found  # as in tensors()
+
+    def _kept(self, *key):
+        """What is ready under this key: the usual case, but for what is traced, in a few steps."""
+        if torch.compiler.is_compiling() or are_wanted_fake():
+            return None
+        return getattr(self._ready, Ready.name(*key), None)
 
     @property
     def nbytes(self) -> int:
@@ -221,8 +241,8 @@ class RandomBases:
     def fingerprint(self, max_dim: int | None = None, min_dim: int | None = None, num_bases: int | None = None) -> str:
         """SHA-256 (hex) of the definition and of the values, for the whole store or a leading part of it.
 
-        The values are generated on ``device`` in blocks and hashed in canonical form (float32, or int8 for ternary
-        bases; little endian, A before B), whatever ``dtype`` is: equal fingerprints mean equal bases.
+        The values are generated on ``device`` in blocks and hashed in canonical form (float32, or int8 for bases of
+        -1, 0 and +1; little endian, A before B), whatever ``dtype`` is: equal fingerprints mean equal bases.
         """
         self._drop_outdated()
         limits = self._size()
@@ -237,10 +257,19 @@ class RandomBases:
 
     # ---- generation ----
 
+    @property
+    def signed_seed(self) -> int:
+        """The seed as ops take it: their schemas carry signed 64-bit integers."""
+        return self.seed - 2**64 if self.seed >= 2**63 else self.seed
+
     def fill(self, out: Tensor, stream: int, offsets: tuple[int, int, int]) -> Tensor:
-        seed = self.seed - 2**64 if self.seed >= 2**63 else self.seed  # op schemas carry signed 64-bit integers
-        if not out.is_meta:  # a model without numbers still has shapes to compute
-            torch.ops.randlora.fill_bases_(out, seed, stream, offsets, self.sparsity)
+        """The slice of the stored A (stream 0) or B (stream 1) that begins at `offsets` and has the shape of `out`."""
+        if out.is_meta:  # a model without numbers still has shapes to compute
+            return out
+        if self.kind == "hadamard":
+            hadamard.fill(self, out, stream, offsets)
+        else:
+            torch.ops.randlora.fill_bases_(out, self.signed_seed, stream, offsets, self.sparsity)
         return out
 
     def draw(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -274,14 +303,16 @@ class RandomBases:
 
     def version(self) -> tuple:
         """Equal as long as the values are, as far as version counters tell: given tensors may be written to."""
-        return self._handle, *(None if t.is_inference() else t._version for t in self.given or ())
+        if self.given is None:
+            return (self._handle,)
+        return self._handle, *(None if t.is_inference() else t._version for t in self.given)
 
     def _drop_outdated(self) -> None:
         """Drops copies of given tensors that have been written to since."""
-        if torch.compiler.is_compiling() or self.given is None:
+        if self.given is None or not self.watched or torch.compiler.is_compiling():
             return
         version = self.version()
-        if version != self._version and self.watched:
+        if version != self._version:
             with self._lock:
                 self._ready, self._hashes = Ready(), {}
                 self._held, self._lists, self._without_lists = self._own_copy(), {}, set()
@@ -305,23 +336,37 @@ class RandomBases:
         arguments |= {name: getattr(self, name) for name in ("r", "kind", "seed", "prng", "dtype", "device")}
         if self.prng == "philox" and self.kind in ("sparse", "very_sparse"):
             arguments["sparsity"] = self.sparsity
+        if self.kind == "hadamard":
+            arguments["group_width"] = self.group_width
         from .store import is_shared, rebuild
 
         return rebuild, (arguments, is_shared(self))
 
     def __repr__(self) -> str:
+        own = f"group_width={self.group_width}" if self.kind == "hadamard" else f"sparsity={self.sparsity}"
         return (
             f"RandomBases(max_dim={self.max_dim}, min_dim={self.min_dim}, r={self.r}, kind={self.kind!r}, "
-            f"seed={self.seed}, num_bases={self.num_bases}, prng={self.prng!r}, sparsity={self.sparsity})"
+            f"seed={self.seed}, num_bases={self.num_bases}, prng={self.prng!r}, {own})"
         )
 
 
 def sparsity_of(kind: str, min_dim: int, sparsity: float | None) -> float | None:
     if sparsity is None:
-        return {"dense": None, "sign": 1.0, "sparse": 3.0, "very_sparse": math.sqrt(min_dim)}[kind]
+        return {"sign": 1.0, "sparse": 3.0, "very_sparse": math.sqrt(min_dim)}.get(kind)
     if kind not in ("sparse", "very_sparse"):
         raise ValueError(f"kind={kind!r} has no free sparsity, got sparsity={sparsity}")
     return require_float("sparsity", sparsity, 1.0, 2.0**31)
+
+
+def group_width_of(kind: str, group_width: int | None) -> int | None:
+    """`group_width`, or ``ValueError`` if bases of this kind cannot have it. None: left open."""
+    if group_width is None:
+        return None
+    if kind != "hadamard":
+        raise ValueError(f"kind={kind!r} has no group width, got group_width={group_width}")
+    if isinstance(group_width, bool) or group_width not in hadamard.WIDTHS:
+        raise ValueError(f"group_width must be 8, 4, 2 or 1, got {group_width!r}")
+    return int(group_width)
 
 
 _given_bases: weakref.WeakValueDictionary[tuple[int, int], RandomBases] = weakref.WeakValueDictionary()

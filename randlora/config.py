@@ -10,7 +10,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .bases import KINDS, PRNGS
+from .bases import KINDS, PEFT_KINDS, PRNGS, group_width_of
 from .checks import require_float, require_int, require_size
 from .expressions import Expression
 from .planner import STRATEGIES
@@ -48,8 +48,11 @@ class RandLoraConfig:
         num_bases: number n of bases, default ``ceil(min_dim / r)`` per layer, which makes the update full-rank.
         prng: ``"philox"``, or ``"peft"`` for the bases that PEFT draws (see :class:`randlora.RandomBases`).
         strategy: how layers compute, see :class:`randlora.Linear`.
-        kind: ``"dense"``, ``"sparse"``, ``"very_sparse"`` or ``"sign"``; default: by `sparse` and `very_sparse`.
+        kind: ``"dense"``, ``"hadamard"``, ``"sparse"``, ``"very_sparse"`` or ``"sign"``; default: by `sparse` and
+            `very_sparse`, and ``"dense"`` with neither.
         sparsity: z of a ternary kind, P(+1) = P(-1) = 1/(2z); default 3, and sqrt(min_dim) where very sparse.
+        group_width: of ``hadamard``: 8, 4, 2 or 1; default: the largest that costs no layer rank
+            (:class:`randlora.RandomBases`).
         task_type, peft_type, auto_mapping, peft_version, base_model_name_or_path, revision, inference_mode: PEFT's.
 
     Raises:
@@ -76,6 +79,7 @@ class RandLoraConfig:
     strategy: str = "auto"
     kind: str | None = None
     sparsity: float | None = None
+    group_width: int | None = None
     task_type: str | None = None
     peft_type: str = PEFT_TYPE
     auto_mapping: dict | None = None
@@ -138,18 +142,29 @@ class RandLoraConfig:
             if self.kind not in ("sparse", "very_sparse"):
                 raise ValueError(f"kind={self.kind!r} has no free sparsity, got sparsity={self.sparsity}")
             self.sparsity = require_float("sparsity", self.sparsity, 1.0, 2.0**31)
-        if self.prng != "philox" and (self.kind == "sign" or self.sparsity is not None or self.num_bases is not None):
+        self.group_width = group_width_of(self.kind, self.group_width)
+        own = self.kind not in PEFT_KINDS or self.sparsity is not None or self.num_bases is not None
+        if self.prng != "philox" and own:
             raise ValueError(
                 f"prng={self.prng!r} has PEFT's kinds, sparsity and number of bases only, got kind={self.kind!r}, "
                 f"sparsity={self.sparsity}, num_bases={self.num_bases}"
             )
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """What PEFT asks every config first; this one is none of its own."""
+        raise TypeError(
+            "this is a randlora.RandLoraConfig, of which PEFT knows no kind, prng or strategy: give it to "
+            "randlora.get_peft_model, or peft.RandLoraConfig to PEFT. An adapter of any kind that is saved with its "
+            "projections loads in PEFT, and with randlora.integrations.peft enabled it computes as fast as here"
+        )
 
     # ---- JSON ----
 
     def to_dict(self) -> dict[str, Any]:
         """PEFT's keys, prng, and of ours those others that differ from their default."""
         values = asdict(self)
-        if values["kind"] != "sign":
+        if values["kind"] in PEFT_KINDS:
             values["kind"] = None  # the flags say it
         for field in fields(self):
             if field.name in _OWN and values[field.name] == _default(field):
@@ -200,7 +215,7 @@ class RandLoraConfig:
 
 
 # Not prng: a file without it is PEFT's, and means PEFT's bases.
-_OWN = ("num_bases", "strategy", "kind", "sparsity", "exclude_modules")
+_OWN = ("num_bases", "strategy", "kind", "sparsity", "group_width", "exclude_modules")
 
 
 def _default(field) -> Any:

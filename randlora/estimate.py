@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from . import injection
-from .bases import KINDS, RandomBases
+from .bases import KINDS, PEFT_KINDS, RandomBases
 from .checks import require_dtype, require_int
 from .config import RandLoraConfig
 from .estimate_methods import Step, beside, layers_of, lora, randlora, writes_projections
@@ -63,8 +63,8 @@ def estimate(
         the kinds and ``"lora"`` to dicts of
 
         - ``trainable_parameters``: with ``modules_to_save`` and biases, where the config trains them.
-        - ``bases_bytes``, ``bases_form`` (``"dense"``, ``"bits"``, ``"planes"``, ``"lists"``): as the device keeps
-          them. The positions in lists are random in number: their expected value.
+        - ``bases_bytes``, ``bases_form`` (``"dense"``, ``"signs"``, ``"bits"``, ``"planes"``, ``"lists"``): as the
+          device keeps them. The positions in lists are random in number: their expected value.
         - ``saved_bytes``: kept from forward to backward beyond what the frozen model keeps, without checkpointing.
         - ``workspace_bytes``: the temporaries of the layer that takes most, which come and go.
         - ``multiply_adds``: of a step, forward and backward, beyond those of the frozen layers.
@@ -130,7 +130,7 @@ def estimate(
 
 
 def _kinds(config: RandLoraConfig, kinds: Sequence[str] | str | None) -> list[str]:
-    known = [kind for kind in KINDS if config.prng == "philox" or kind != "sign"]
+    known = KINDS if config.prng == "philox" else PEFT_KINDS
     asked = list(dict.fromkeys([kinds] if isinstance(kinds, str) else kinds or known))
     for kind in asked:
         if kind not in known:
@@ -159,7 +159,8 @@ def _notes(result: Estimate) -> list[str]:
     planes = [kind for kind, values in methods.items() if values["bases_form"] == "planes"]
     if lists:
         notes.append(f"{', '.join(lists)}: bases are lists of random length, bytes and operations expected values")
-    if weighed := planes + (lists if result["device"] == "cpu" else []):
+    signs = [kind for kind, values in methods.items() if values["bases_form"] == "signs"]
+    if weighed := signs + planes + (lists if result["device"] == "cpu" else []):
         notes.append(f"{', '.join(weighed)}: additions in place of products are weighed as the planner does")
     if result["inputs"] == "counted":
         notes.append("saved activations: each input that nothing else keeps, once for all layers that share it")

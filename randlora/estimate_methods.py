@@ -115,10 +115,11 @@ def writes_projections(model: nn.Module, plan: Plan) -> bool:
 
 
 def randlora(step: Step, plan: Plan, kind: str, others: Beside, projections: bool) -> dict[str, Any]:
-    sparsity = plan.config.sparsity if kind == plan.config.kind else None
-    config = replace(plan.config, kind=kind, sparse=False, very_sparse=False, sparsity=sparsity)
+    same = kind == plan.config.kind
+    sparsity, width = (plan.config.sparsity, plan.config.group_width) if same else (None, None)
+    config = replace(plan.config, kind=kind, sparse=False, very_sparse=False, sparsity=sparsity, group_width=width)
     max_dim, min_dim, num_bases = need = injection.required(config, plan.slots)
-    bases = injection.make_bases(config, need, plan.peft_dims)
+    bases = injection.make_bases(config, plan.slots, plan.peft_dims)
     if bases.prng != "philox":
         max_dim, min_dim, num_bases = need = bases.max_dim, bases.min_dim, bases.num_bases
 
@@ -153,7 +154,7 @@ def randlora(step: Step, plan: Plan, kind: str, others: Beside, projections: boo
     said = json.dumps(asdict(config))
     return {
         "trainable_parameters": _numbers(trained | others.trained),
-        "bases_form": "dense" if pattern is None else patterns.form_of(bases.sparsity, step.device).__name__.lower(),
+        "bases_form": _form(bases, step.device),
         "bases_bytes": sum(t.nbytes for t in pattern or ()) + sum(elements * dtype.itemsize for dtype in dense),
         "saved_bytes": sum(_inputs(step).values()),
         "workspace_bytes": workspace,
@@ -186,15 +187,16 @@ def expected_pattern(
     bases: RandomBases, need: tuple[int, int, int], min_dim: int, device: torch.device
 ) -> Pattern | None:
     """What ``bases.pattern(min_dim, device)`` would give, grown to `need`: meta tensors, of expected sizes."""
-    z = bases.sparsity
-    if not patterns.wanted(z, device):
+    z, form = bases.sparsity, patterns.form_for(bases.kind, bases.sparsity, device)
+    if form is None:
         return None
     (M, m, n), r = need, bases.r
 
     def empty(*shape: float, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty([round(size) for size in shape], dtype=dtype, device="meta")
 
-    form = patterns.form_of(z, device)
+    if form is patterns.Signs:
+        return *(empty(-(-count // 32)) for count in (m, M, n * r)), empty(bases.group_width, 0, dtype=torch.int8)
     if form is not patterns.Lists:
         planes = patterns.planes_of(z) if form is patterns.Bits else 2
         b_planes = empty(n * r, planes, -(-M // 16), dtype=torch.int16)
@@ -206,6 +208,11 @@ def expected_pattern(
     return (
         empty(columns), empty(columns + 1), empty(r * m / z), empty(2 * n * r + 1), empty(M * n * r / z, dtype=index)
     )  # fmt: skip
+
+
+def _form(bases: RandomBases, device: torch.device) -> str:
+    form = patterns.form_for(bases.kind, bases.sparsity, device)
+    return "dense" if form is None else form.__name__.lower()
 
 
 # ---- LoRA ----

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import planner
+from . import hadamard, planner
 from .checks import require_int
 
 
@@ -12,8 +12,8 @@ def explain(layer: torch.nn.Module, tokens: int, training: bool = True) -> str:
     """Print, and return, what a :class:`randlora.Linear` would choose for a call with `tokens` tokens, and why.
 
     One line per active adapter, pass and strategy: multiply-adds, bytes of temporaries, and the modelled cost relative
-    to the cheapest; `training` False counts a forward under ``no_grad``. TypeError, ValueError: `tokens` is no number
-    of tokens.
+    to the cheapest; `training` False counts a forward under ``no_grad``. For Hadamard bases also the group width, and
+    what rank it costs this layer. TypeError, ValueError: `tokens` is no number of tokens.
     """
     require_int("tokens", tokens, 0)
     lines = []
@@ -24,7 +24,8 @@ def explain(layer: torch.nn.Module, tokens: int, training: bool = True) -> str:
         dropout = training and getattr(layer.randlora_dropout[adapter], "p", 0.0) > 0
         shape = (tokens, layer.in_features, layer.out_features, n, r)
         needs = {"dropout": dropout, "need_x": training, "need_parameters": training}
-        bases = planner.form(layer.pattern(adapter))
+        pattern = layer.pattern(adapter)
+        bases = planner.form(pattern)
         plain = layer._base_is_plain()  # a quantised base layer computes its product itself
         options = planner.options_of(*shape, dtype.itemsize, bases, device.type, has_weight=plain, **needs)
         chosen = planner.choose(*shape, dtype, dtype if plain else None, device.type, **needs, form=bases)
@@ -36,6 +37,8 @@ def explain(layer: torch.nn.Module, tokens: int, training: bool = True) -> str:
             f"tokens, {str(dtype).removeprefix('torch.')} on {device.type}, "
             f"{'training' if training else 'inference'}"
         )
+        if bases == "signs":
+            lines.append("  " + _groups(min(layer.in_features, layer.out_features), n, r, pattern[3].shape[0]))
         for which, name in enumerate(("forward", "backward") if training else ("forward",)):
             lines.append(f"  {name:<13}{'multiply-adds':>15}{'temporaries':>15}{'cost':>7}")
             least = min(cost[which].total(balance) for cost in options.values()) or 1
@@ -56,3 +59,14 @@ def explain(layer: torch.nn.Module, tokens: int, training: bool = True) -> str:
     text = "\n".join(lines)
     print(text)
     return text
+
+
+def _groups(m: int, n: int, r: int, width: int) -> str:
+    """What the group width means for a layer with this smaller dimension."""
+    said = f"hadamard bases in groups of width {width}"
+    if lost := hadamard.lost_rank(m, n, r, width):
+        own = hadamard.group_width([(m, n)], r)
+        said += f", which cost this layer rank: {min(m, n * r) - lost} in place of {min(m, n * r)}" + (
+            f" (bases of its own would have width {own})" if own < width else ""
+        )
+    return said

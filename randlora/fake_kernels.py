@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .patterns import is_bits, is_planes
+from .patterns import is_bits, is_lists
 
 
 def require_one_device(**tensors: Tensor | Sequence[Tensor] | None) -> None:
@@ -62,7 +62,7 @@ def _(x, seed, p):
 
 @torch.library.register_fake("randlora::linear")
 def _(x, weight, bias, A, B, randlora_lambda, randlora_gamma, out_features, scale, dtype, strategy, dropout, seed,
-      transposed, workspace, pattern):  # fmt: skip
+      transposed, workspace, pattern, backward_strategy=None):  # fmt: skip
     require_one_device(
         x=x, weight=weight, bias=bias, A=A, B=B, randlora_lambda=randlora_lambda, randlora_gamma=randlora_gamma,
         seed=seed, pattern=pattern,
@@ -85,7 +85,7 @@ def _(pattern, randlora_lambda, randlora_gamma, max_dim, scale, weight, dtype):
     require_one_device(randlora_lambda=randlora_lambda, randlora_gamma=randlora_gamma, weight=weight, pattern=pattern)
     if weight is not None:
         return torch.empty_like(weight)
-    rows = randlora_gamma.shape[1] if is_planes(pattern) else pattern[0].numel()
+    rows = pattern[0].numel() if is_lists(pattern) else randlora_gamma.shape[1]
     return randlora_gamma.new_empty((rows, max_dim), dtype=dtype)
 
 

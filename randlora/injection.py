@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from . import offload, ties
+from . import hadamard, offload, ties
 from .attention import MultiheadAttention, check_base, disable_fast_path, restore_fast_path
 from .base_layer import check
 from .bases import RandomBases
@@ -68,7 +68,7 @@ def plan(model: nn.Module, config: RandLoraConfig, bases: RandomBases | None = N
         _check_target(model, name)
     dims = peft_dims(model, config, targets)
     need = required(config, slots)
-    bases = make_bases(config, need, dims) if bases is None else bases
+    bases = make_bases(config, slots, dims) if bases is None else bases
     bases.require(*need)
     return Plan(config, targets, slots, saved, bases, dims)
 
@@ -83,13 +83,17 @@ def _num_bases(config: RandLoraConfig, min_dim: int) -> int:
     return config.num_bases or -(-min_dim // config.r)
 
 
-def make_bases(config: RandLoraConfig, need: tuple[int, int, int], peft: tuple[int, int]) -> RandomBases:
+def make_bases(config: RandLoraConfig, slots: dict[str, tuple[int, int]], peft: tuple[int, int]) -> RandomBases:
+    """The process's bases for these layers; what `config` leaves open of their definition is filled in."""
     if config.prng != "philox":
         # PEFT's values depend on the size that it draws.
         return shared_peft_bases(*peft, config.r, config.kind, config.projection_prng_key, config.prng)
     if config.kind == "very_sparse" and config.sparsity is None:
-        config.sparsity = math.sqrt(need[1])
-    return shared_bases(config.r, config.projection_prng_key, config.kind, config.sparsity)
+        config.sparsity = math.sqrt(max(map(min, slots.values())))
+    if config.kind == "hadamard" and config.group_width is None:
+        layers = ((min(sizes), _num_bases(config, min(sizes))) for sizes in slots.values())
+        config.group_width = hadamard.group_width(layers, config.r)
+    return shared_bases(config.r, config.projection_prng_key, config.kind, config.sparsity, config.group_width)
 
 
 def shared_peft_bases(max_dim: int, min_dim: int, r: int, kind: str, seed: int, prng: str) -> RandomBases:

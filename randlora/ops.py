@@ -1,4 +1,4 @@
-"""The scaled base and the update of ternary bases under autograd, forward-mode AD and ``torch.func``.
+"""The scaled base and the update of packed bases under autograd, forward-mode AD and ``torch.func``.
 
 ``torch.ops.randlora.*`` is registered by the compiled module (schemas in ``csrc/ops.cpp``). Nothing is saved for
 backward but the inputs.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .patterns import is_planes
+from .patterns import is_hadamard, is_lists
 
 _ops = torch.ops.randlora
 
@@ -69,13 +69,12 @@ def once_per_sample(op):
     return rule
 
 
-def takes_functions() -> bool:
-    """Whether something is at work that knows functions only, and of an op with registered autograd nothing or less."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+def in_transform() -> bool:
+    """Whether torch.func or forward-mode AD is at work: they know functions, and of an op's own autograd little.
+
+    torch.compile, which knows ops, leaves functions with a rule for forward mode to eager execution.
+    """
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def refuse_forward_over_forward() -> None:
@@ -105,6 +104,8 @@ torch.library.register_vmap("randlora::unique_base_backward", once_per_sample(_o
 class _UniqueBase(torch.autograd.Function):
     @staticmethod
     def forward(randlora_A, randlora_lambda, randlora_gamma, scale=1.0, dtype=None):
+        if torch.compiler.is_compiling() and in_transform():
+            torch._dynamo.graph_break()  # torch.compile would take this for all of the function, and drop tangents
         return _ops.unique_base(randlora_A, randlora_lambda, randlora_gamma, scale, dtype)
 
     @staticmethod
@@ -207,7 +208,7 @@ class _ForwardModeUniqueBaseBackward(_UniqueBaseBackward):
         return d_lambda, d_gamma
 
 
-# ---- the update of ternary bases -------------------------------------------------------------------------------
+# ---- the update of packed bases --------------------------------------------------------------------------------
 
 
 def _keep_sparse(ctx, inputs, output):
@@ -218,10 +219,12 @@ def _keep_sparse(ctx, inputs, output):
 
 def _sparse_gradients(ctx, grad):
     lam, gamma, *pattern = ctx.saved_tensors
-    rows = grad.index_select(0, pattern[0]) if ctx.with_weight and not is_planes(pattern) else grad
+    rows = grad.index_select(0, pattern[0]) if ctx.with_weight and is_lists(pattern) else grad
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    d_lam, d_gamma = _ops.sparse_update_backward(rows, pattern, lam, gamma, ctx.scale, True, True)
+    backward = _ops.hadamard_update_backward if is_hadamard(pattern) else _ops.sparse_update_backward
+    d_lam, d_gamma = backward(rows, pattern, lam, gamma, ctx.scale, True, True)
     return [None] * len(pattern), d_lam, d_gamma, None, None, grad if ctx.with_weight else None, None
 
 
 torch.library.register_autograd("randlora::sparse_update", _sparse_gradients, setup_context=_keep_sparse)
+torch.library.register_autograd("randlora::hadamard_update", _sparse_gradients, setup_context=_keep_sparse)

@@ -1,11 +1,12 @@
-"""Ternary bases in the forms that are stored and multiplied: index lists, or one or two bits per element.
+"""Bases in the forms that are stored and multiplied: index lists, one or two bits per element, or signs alone.
 
 Lists (csrc/sparse_update.h): at density 1/z an entry of 16 bits per non-zero takes less room than two bits per element
-from z = 8 on, and from about 10 on the update is built faster by walking the lists: at z = 45 with some thousand times
-fewer additions than the dense product has. Planes (csrc/packed_update.h): below that, on the CPU, A as lists of its
-rows and B at two bits per element. Bits (there too): where dense products are faster still, below z = 2.5 on the CPU
-and below 10 on CUDA with its tensor cores, both at two bits per element or, where nothing is zero, one; they are made
-dense for every call. All are generated from the seed in blocks of int8, never through a dense float tensor.
+from z = 8 on, and on the CPU from about 10 on the update is built faster by walking the lists: at z = 45 with some
+thousand times fewer additions than the dense product has. Planes (csrc/packed_update.h): below that, on the CPU, A as
+lists of its rows and B at two bits per element. Bits (there too): where dense products are faster still, below z = 2.5
+on the CPU and everywhere on CUDA with its tensor cores (bench/NOTES-cuda.md), both at two bits per element or, where
+nothing is zero, one; they are made dense for every call. Signs (csrc/hadamard.h): of Hadamard bases, one bit per row
+and column. All are generated from the seed in blocks of int8, never through a dense float tensor.
 """
 
 from __future__ import annotations
@@ -15,19 +16,23 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from . import hadamard
 
 if TYPE_CHECKING:
     from .bases import RandomBases
 
-# By sparsity: below the first, dense products win; from the second on, lists are built from faster than planes.
+# By sparsity, on the CPU: below the first, dense products win; from the second on, lists are built from faster than
+# planes.
 PLANES_FROM, LISTS_FROM = 2.5, 10.0
 _BLOCK = 1 << 22  # elements of B generated at a time
 
 
 class Pattern(tuple[Tensor, ...]):
     """What the ops take. Lists: columns, a_starts, a_entries, b_starts, b_indices. Planes: a_starts, a_entries,
-    b_planes. Bits: a_planes, b_planes.
+    b_planes. Bits: a_planes, b_planes. Signs: a, b, c, and an empty tensor ``[group_width, 0]``.
 
     Their contents are checked here, once (ValueError, TypeError), and again by the op that gets tensors which were
     written to meanwhile. The sizes are those of the bases, which the tensors alone do not tell in every form.
@@ -60,15 +65,17 @@ class Pattern(tuple[Tensor, ...]):
 
 
 def is_planes(pattern: Sequence[Tensor]) -> bool:
-    """Whether a pattern is one of planes or bits, not of lists (csrc/packed_update.h: ``is_packed``).
-
-    Such have all strategies, and their updates all rows.
-    """
+    """Whether a pattern is one of planes or bits (csrc/packed_update.h: ``is_packed``)."""
     return len(pattern) in (2, 3)
 
 
+def is_lists(pattern: Sequence[Tensor]) -> bool:
+    """Whether a pattern is one of lists, whose updates have some of the m rows alone."""
+    return len(pattern) == 5
+
+
 def is_hadamard(pattern: Sequence[Tensor]) -> bool:
-    """Whether a pattern is the signs of Hadamard bases (csrc/hadamard.h)."""
+    """Whether a pattern is one of signs, of Hadamard bases (csrc/hadamard.h: ``is_hadamard``)."""
     return len(pattern) == 4
 
 
@@ -77,16 +84,20 @@ def is_bits(pattern: Sequence[Tensor]) -> bool:
     return len(pattern) == 2
 
 
-def wanted(sparsity: float | None, device: torch.device) -> bool:
-    """Whether bases of this sparsity (None: dense ones) are kept in one of these forms on `device`."""
-    return sparsity is not None and device.type in ("cpu", "cuda")
+def form_for(kind: str, sparsity: float | None, device: torch.device) -> type[Form] | None:
+    """The form that bases of this kind are kept in on `device`; None: as dense tensors."""
+    if device.type not in ("cpu", "cuda"):
+        return None
+    if kind == "hadamard":
+        return Signs
+    return None if sparsity is None else form_of(sparsity, device)
 
 
 def form_of(sparsity: float, device: torch.device) -> type[Form]:
     """The form that ternary bases of this sparsity have on `device`."""
-    if sparsity >= LISTS_FROM:
-        return Lists
-    return Planes if sparsity >= PLANES_FROM and device.type == "cpu" else Bits
+    if device.type != "cpu" or sparsity < PLANES_FROM:
+        return Bits
+    return Lists if sparsity >= LISTS_FROM else Planes
 
 
 def planes_of(sparsity: float) -> int:
@@ -165,7 +176,24 @@ class Bits:
         return self._pattern
 
 
-Form = Lists | Planes | Bits
+class Signs:
+    """The signs of Hadamard bases on one device, a bit each, as :class:`Lists`."""
+
+    def __init__(self, a: Tensor, b: Tensor, c: Tensor, width: int, r: int) -> None:
+        """int8 -1 and +1: `a` [min_dim], `b` [max_dim], `c` [num_bases * r]."""
+        words = (_bits(F.pad(t, (0, -len(t) % 32), value=1)[:, None], 1).view(torch.int32).flatten() for t in (a, b, c))
+        empty = torch.empty((width, 0), dtype=torch.int8, device=a.device)  # its shape says all
+        self._pattern = Pattern((*words, empty), r, len(c) // r, len(a), len(b))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self._pattern)
+
+    def of(self, min_dim: int) -> Pattern:
+        return self._pattern
+
+
+Form = Lists | Planes | Bits | Signs
 
 
 def _whole(tensors: tuple[Tensor, ...], A: Tensor, max_dim: int) -> Pattern:
@@ -190,7 +218,10 @@ def _bits(block: Tensor, planes: int = 2) -> Tensor:
 
 
 def make(bases: RandomBases, device: torch.device) -> Form:
-    """`bases` in the form that fits their sparsity, generated on `device`."""
+    """`bases` in the form that fits them, generated on `device`."""
+    form = form_for(bases.kind, bases.sparsity, device)
+    if form is Signs:
+        return Signs(*hadamard.all_signs(bases, device), bases.group_width, bases.r)
     M, m, n, r = bases.max_dim, bases.min_dim, bases.num_bases, bases.r
     A = bases.fill(torch.empty((r, 1, m), dtype=torch.int8, device=device), 0, (0, 0, 0))[:, 0]
     step = max(1, _BLOCK // (M * r))
@@ -200,15 +231,14 @@ def make(bases: RandomBases, device: torch.device) -> Form:
             block = torch.empty((M, min(step, n - i), r), dtype=torch.int8, device=device)
             yield bases.fill(block, 1, (0, i, 0)).flatten(1)
 
-    form = form_of(bases.sparsity, device)
     return Bits(A, blocks(), M, planes_of(bases.sparsity)) if form is Bits else form(A, blocks(), M)
 
 
 def of_tensors(A: Tensor, B: Tensor, held: bool = True) -> tuple[Form, float] | None:
-    """The form of bases that exist as tensors, if they are ternary, and the scale of their product.
+    """The form of bases that exist as tensors, if they are ternary or Hadamard ones, and the scale of their product.
 
-    PEFT stores ternary bases dense, divided by their standard deviation: -v, 0, +v. `held`: the tensors stay, so that
-    bits would save nothing; there is no form then.
+    PEFT stores ternary bases dense, divided by their standard deviation: -v, 0, +v, and those of adapters that were
+    made here as they are. `held`: the tensors stay, so that bits would save nothing; there is no form then.
     """
     scale, density, full = 1.0, 0.0, True
     for t in (A, B):
@@ -218,6 +248,8 @@ def of_tensors(A: Tensor, B: Tensor, held: bool = True) -> tuple[Form, float] | 
         scale *= float(size)
         density = nonzero / t.numel()
         full = full and density == 1
+    if full and (found := hadamard.recognise(A.sign().to(torch.int8)[:, 0], B.sign().to(torch.int8).flatten(1))):
+        return Signs(*found, A.shape[0]), scale
     form = form_of(1 / density, B.device)
     if form is Bits and held:
         return None

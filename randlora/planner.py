@@ -34,6 +34,10 @@ for y otherwise. An addition counts as :data:`ADDITION` multiply-adds.
 Those of medium density on the CPU (planes) cost a third of P M m where dW is built. What is made dense for the call,
 planes for ``factored`` and bits always, costs the traffic of that, and is a temporary: on the CPU of some 4 MiB.
 
+Hadamard bases take ``T m n`` multiply-adds for each product with gamma, one forward and three backward, and transforms
+of N log2 N additions per token, or per column of dW (:mod:`randlora.costs`); there ``factored`` is nearly always the
+cheapest, as it multiplies with no matrix but gamma.
+
 Where a call is traced (torch.compile, torch.export), the number of tokens may be a symbol, and comparing it would tie
 the graph to one side of the comparison. All costs are straight lines in T, so there :func:`plan` says from how many
 tokens on which strategy is the cheapest, and the op looks up its own number of tokens when it runs: one graph serves
@@ -42,12 +46,13 @@ all sizes, and takes for each what an eager call would.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
 from typing import NamedTuple
 
 import torch
 
-from .patterns import is_bits, is_planes
+from .costs import Cost, hadamard_costs
+from .patterns import is_bits, is_hadamard, is_planes
 
 STRATEGIES = ("factored", "materialized", "merged")
 
@@ -81,18 +86,6 @@ class Lists(NamedTuple):
         return min(1.0, self.per_column / M)
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Of one pass: multiply-adds, bytes that its temporaries take, and bytes that they are moved with."""
-
-    multiply_adds: int
-    workspace: int
-    traffic: int
-
-    def total(self, balance: int) -> int:
-        return self.multiply_adds + balance * self.traffic
-
-
 def costs(
     T: int,
     in_features: int,
@@ -115,6 +108,8 @@ def costs(
     """
     m, M, P, e = min(in_features, out_features), max(in_features, out_features), n * r, element_bytes
     wide = in_features <= out_features
+    # Numbers: a product of a bool and a symbolic size is an error under torch.compile in PyTorch 2.11.
+    need_x, need_parameters, packed, bits = int(need_x), int(need_parameters), int(planes or bits), int(bits)
     base = T * M * m if has_weight else 0
     first, second = (P * m, P * M) if wide else (P * M, P * m)  # the two thin products
     build = int(P * M * m * PLANES) if planes else P * M * m
@@ -124,7 +119,7 @@ def costs(
     if device_type == "cpu" and e >= 4:
         rows = min(r, max(1, UNPACKED_GROUP // (n * M * e)))
 
-    def at_once(thin: int, unpacks: bool) -> int:
+    def at_once(thin: int, unpacks: int) -> int:
         """Of matrices with an axis P, how much there is at a time."""
         return (thin + unpacked) * rows // r if unpacks else thin
 
@@ -137,13 +132,13 @@ def costs(
         "factored": (
             Cost(
                 base + T * (first + second),
-                at_once(scaled + hidden, planes or bits),
-                2 * (scaled + hidden + (planes or bits) * unpacked) + dropped,
+                at_once(scaled + hidden, packed),
+                2 * (scaled + hidden + packed * unpacked) + dropped,
             ),
             Cost(
                 dx + backward * T * second + need_x * T * first + need_parameters * T * P * m + rebuild,
-                at_once(scaled + hidden + gradient, planes or bits),
-                backward * 2 * (scaled + hidden + gradient + (planes or bits) * unpacked + dropped),
+                at_once(scaled + hidden + gradient, packed),
+                backward * 2 * (scaled + hidden + gradient + packed * unpacked + dropped),
             ),
         )
     }
@@ -178,47 +173,46 @@ def sparse_costs(
     lists: Lists,
     element_bytes: int = 4,
     *,
-    device_type: str = "cpu",
     dropout: bool = False,
     has_weight: bool = True,
     need_x: bool = True,
     need_parameters: bool = True,
 ) -> dict[str, tuple[Cost, Cost]]:
-    """As :func:`costs`, for very sparse bases. No ``factored`` but on the CPU."""
+    """As :func:`costs`, for very sparse bases, which are lists on the CPU."""
     m, M, e = min(in_features, out_features), max(in_features, out_features), element_bytes
     columns, wide = lists.columns, in_features <= out_features
+    need_x, need_parameters, has_weight = int(need_x), int(need_parameters), int(has_weight)
     base, part = (T * M * m if has_weight else 0), T * M * columns
-    dense, compact, gradient = M * m * e, M * columns * e, need_parameters * M * columns * max(4, e)
+    dense, compact = M * m * e, M * columns * e
     # The features that take part are gathered, and a result that only some have a part in is added to.
     gathered = 2 * T * columns * e
     dx = base if need_x else 0
-    found = {}
-    through_dW = need_parameters * part, gradient, 2 * gradient + need_parameters * gathered
-    if device_type == "cpu":
-        q, accumulator = lists.density(m, M, r), max(4, e)
-        additions = q * n * r * m, q * n * r * M  # of a token: with C and with B2
-        # T may be symbolic under torch.compile: everything else is one integer.
-        up, down = (T * int(weight * sum(additions)) for weight in (ADDITION["up"], ADDITION["down"]))
-        forward, backward = (up, T * int(ADDITION["down"] * additions[0])) if wide else (down, up)
-        entries = int(q * r * m) * n * accumulator  # of C: the coefficients, and their gradients in up to 16 parts
-        through_dW = need_parameters * down, need_parameters * 17 * entries, 0
-        added = 2 * T * e * has_weight
-        found["factored"] = (
+    q, accumulator = lists.density(m, M, r), max(4, e)
+    additions = q * n * r * m, q * n * r * M  # of a token: with C and with B2
+    # T may be symbolic under torch.compile: everything else is one integer.
+    up, down = (T * int(weight * sum(additions)) for weight in (ADDITION["up"], ADDITION["down"]))
+    forward, backward = (up, T * int(ADDITION["down"] * additions[0])) if wide else (down, up)
+    entries = int(q * r * m) * n * accumulator  # of C: the coefficients, and their gradients in up to 16 parts
+    through_tokens = need_parameters * down, need_parameters * 17 * entries  # the parameters' gradients
+    added = 2 * T * e * has_weight
+    found = {
+        "factored": (
             Cost(base + forward, entries, added * out_features),
-            Cost(dx + need_x * backward + through_dW[0], entries + through_dW[1], need_x * added * in_features),
-        )
-    found["materialized"] = (
-        Cost(base + part, compact, 3 * compact + gathered + 2 * T * out_features * e),
-        Cost(
-            dx + need_x * part + through_dW[0],
-            need_x * compact + through_dW[1],
-            need_x * (3 * compact + 2 * T * in_features * e) + through_dW[2],
+            Cost(dx + need_x * backward + through_tokens[0], entries + through_tokens[1], need_x * added * in_features),
         ),
-    )
+        "materialized": (
+            Cost(base + part, compact, 3 * compact + gathered + 2 * T * out_features * e),
+            Cost(
+                dx + need_x * part + through_tokens[0],
+                need_x * compact + through_tokens[1],
+                need_x * (3 * compact + 2 * T * in_features * e),
+            ),
+        ),
+    }
     if has_weight and not dropout:
         found["merged"] = (
             Cost(base, dense, 4 * dense),
-            Cost(dx + through_dW[0], need_x * dense + through_dW[1], need_x * 4 * dense + through_dW[2]),
+            Cost(dx + through_tokens[0], need_x * dense + through_tokens[1], need_x * 4 * dense),
         )
     return found
 
@@ -258,6 +252,9 @@ def plan(*shape, **needs) -> tuple[str, str]:
         _envelope({name: (start[which], at_1[name][which] - start[which]) for name, start in at_0.items()})
         for which in (0, 1)
     )
+
+
+remembered_plan = functools.lru_cache(maxsize=4096)(plan)  # of its arguments, which are all it depends on
 
 
 def _envelope(lines: dict[str, tuple[int, int]]) -> str:
@@ -305,9 +302,11 @@ def price_of_update(
 
 
 def form(pattern) -> Lists | str | None:
-    """What the costs depend on: :class:`Lists`, ``"planes"``, ``"bits"``, or None for dense bases."""
+    """What the costs depend on: :class:`Lists`, ``"planes"``, ``"bits"``, ``"signs"``, or None for dense bases."""
     if pattern is None:
         return None
+    if is_hadamard(pattern):
+        return "signs"
     if is_planes(pattern):
         return "bits" if is_bits(pattern) else "planes"
     columns, _, _, b_starts, b_indices = pattern
@@ -318,10 +317,11 @@ def options_of(
     T, in_features, out_features, n, r, element_bytes, form, device_type, **needs
 ) -> dict[str, tuple[Cost, Cost]]:
     """Forward and backward cost of each strategy that can compute the call, whatever the `form` of the bases."""
-    needs["device_type"] = device_type
+    if form == "signs":
+        return hadamard_costs(T, in_features, out_features, n, r, element_bytes, device_type=device_type, **needs)
     if isinstance(form, Lists):
         return sparse_costs(T, in_features, out_features, n, r, form, element_bytes, **needs)
-    needs |= {"planes": form == "planes", "bits": form == "bits"}
+    needs |= {"device_type": device_type, "planes": form == "planes", "bits": form == "bits"}
     return costs(T, in_features, out_features, n, r, element_bytes, **needs)
 
 

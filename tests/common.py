@@ -15,13 +15,14 @@ on_devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", mark
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
-KINDS = ("dense", "sparse", "very_sparse", "sign")
+KINDS = ("dense", "hadamard", "sparse", "very_sparse", "sign")
 FORMS = {  # a kind of bases for each way that they are stored and computed with
     "dense": {"kind": "dense"},
     "lists": {"kind": "very_sparse", "sparsity": 10.0},
     "planes": {"kind": "sparse"},
     "bits": {"kind": "sparse", "sparsity": 1.5},
     "sign": {"kind": "sign"},
+    "hadamard": {"kind": "hadamard"},
 }
 
 

@@ -3,6 +3,10 @@
 Philox4x32-10 (Salmon et al., SC'11; Random123), key = the 64-bit seed. Four neighbours along the last axis share one
 counter: A[k, 0, j] is lane j % 4 of (j / 4, 0, k, 0), B[o, i, k] is lane k % 4 of (k / 4, i, o, 1).
 
+Hadamard bases, with the group width w and R = 2^ceil(log2 r): A[k, 0, j] = a_j W(k, (j // w) mod R) and
+B[o, i, k] = b_o c_q W(o, q), where W(x, y) = (-1)^popcount(x & y), q = i r + k, and a, b, c are signs: the top bit (1:
+minus) of lane x % 4 of (x / 4, 0, 0, stream) with x = j, o, q and stream 3, 4, 5.
+
 Run as a script, it writes data/golden_bases.json, which any other implementation can be tested with.
 """
 
@@ -59,6 +63,38 @@ def block(seed, stream, offsets, shape, sparsity=None):
     return dense(u) if sparsity is None else ternary(u, sparsity)
 
 
+def of_kind(kind, seed, stream, offsets, shape, sparsity=None, r=None, width=None):
+    """A slice of the stored bases of any kind; `r` and `width` are asked for by Hadamard ones."""
+    if kind == "hadamard":
+        return hadamard(seed, stream, offsets, shape, r, width)
+    return block(seed, stream, offsets, shape, sparsity)
+
+
+def signs(seed, stream, x):
+    """-1 or +1 for each number in `x`, an array."""
+    return 1 - 2 * (words(seed, stream, (0, 0, 0), (1, 1, x.max() + 1))[0, 0, x] >> np.uint64(31)).astype(np.int8)
+
+
+def walsh(x, y):
+    z, parity = x & y, 0
+    while z.any():
+        z, parity = z >> 1, parity ^ (z & 1)
+    return (1 - 2 * parity * np.ones_like(x & y)).astype(np.int8)
+
+
+def hadamard(seed, stream, offsets, shape, r, width):
+    """As :func:`block`, of Hadamard bases of rank `r`: int8."""
+    x0, x1, x2 = (
+        np.arange(start, start + size).reshape([-1 if axis == i else 1 for i in range(3)])
+        for axis, (start, size) in enumerate(zip(offsets, shape, strict=True))
+    )
+    if stream == 0:
+        R = 1 << (r - 1).bit_length()
+        return np.broadcast_to(signs(seed, 3, x2) * walsh(x0, x2 // width % R), shape).copy()
+    q = x1 * r + x2
+    return signs(seed, 4, x0) * signs(seed, 5, q) * walsh(x0, q)
+
+
 # ---- the file --------------------------------------------------------------------------------------------------------
 
 SEEDS = (0, 42, 2**32 + 7, 2**63 + 12345, 2**64 - 1)
@@ -71,6 +107,15 @@ SLICES = (
     (1, (0, 0, 0), (4, 3, 5)),
     (1, (7, 11, 2), (3, 2, 7)),
     (1, (2**31 - 3, 2**31 - 4, 2**31 - 6), (2, 3, 5)),
+)
+
+
+# r, width, and slices that lie inside such bases
+HADAMARD = (
+    (5, 4, ((0, (0, 0, 0), (5, 1, 41)), (0, (2, 0, 3), (3, 1, 17)), (1, (0, 0, 0), (9, 3, 5)))),
+    (5, 2, ((0, (1, 0, 2), (2, 1, 9)), (1, (7, 2, 1), (5, 2, 3)))),
+    (32, 8, ((0, (9, 0, 300), (2, 1, 41)), (1, (1000, 3, 0), (3, 1, 32)))),
+    (1, 1, ((0, (0, 0, 2), (1, 1, 9)), (1, (6, 5, 0), (3, 7, 1)))),
 )
 
 
@@ -96,6 +141,20 @@ def golden_text():
                 case = {
                     "kind": kind,
                     "sparsity": sparsity,
+                    "seed": seed,
+                    "tensor": "AB"[stream],
+                    "offsets": offsets,
+                    "shape": shape,
+                    "rows": [as_text(row) for row in values.reshape(-1, shape[2])],
+                }
+                lines.append(json.dumps(case))
+        for r, width, slices in HADAMARD:
+            for stream, offsets, shape in slices:
+                values = hadamard(seed, stream, offsets, shape, r, width)
+                case = {
+                    "kind": "hadamard",
+                    "r": r,
+                    "group_width": width,
                     "seed": seed,
                     "tensor": "AB"[stream],
                     "offsets": offsets,

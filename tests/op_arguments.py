@@ -108,10 +108,12 @@ class Layer:
     """Sizes, bases that may be larger, and parameters of a layer."""
 
     d: Draw
+    form: str = ""
 
     def __post_init__(self):
         d = self.d
-        self.i, self.o, self.r, self.form = d.size(), d.size(), d.int(1, 6), d.of(list(FORMS))
+        self.i, self.o, self.r = d.size(), d.size(), d.int(1, 6)
+        self.form = self.form or d.of(list(FORMS))
         self.m, self.M = min(self.i, self.o), max(self.i, self.o)
         self.n = d.int(1, 4 + self.m // self.r)
         more = [d.of((0, 0, d.int(1, 20))) for _ in range(3)]
@@ -183,10 +185,12 @@ def linear(d, backward):
     return Call("linear_backward", arguments, needed(gradients, needs), layer.tolerance)
 
 
-def sparse_update(d, backward):
-    layer = Layer(d)
+def packed_update(d, backward):
+    """``sparse_update``, or ``hadamard_update`` for Hadamard bases."""
+    layer = Layer(d, d.of(("", "hadamard")))
     while not layer.pattern:
         layer = Layer(d)
+    op = "hadamard_update" if len(layer.pattern) == 4 else "sparse_update"
     dtype = layer.dtype
     lam, gamma = exact(layer.lam, layer.gamma)
     D = layer.update(lam, gamma, 0.7)
@@ -199,14 +203,42 @@ def sparse_update(d, backward):
         expected = torch.autograd.grad(compact, (lam, gamma), g.double())
         arguments = {"grad": g, **arguments, "scale": 0.7 * layer.scale}
         arguments.update(need_lambda=needs[0], need_gamma=needs[1])
-        return Call("sparse_update_backward", arguments, needed(expected, needs), layer.tolerance)
+        return Call(f"{op}_backward", arguments, needed(expected, needs), layer.tolerance)
     weight = None
     if d.chance(0.7):  # rows or columns as far apart as they like, or one and the same
         apart = d.of((0, 1, layer.M, layer.M + 3))
         strides = d.of(((apart, 1), (1, apart)))
         weight = d.normal((layer.M + 3) * (layer.M + 1), dtype=dtype).as_strided((layer.m, layer.M), strides)
     arguments.update(max_dim=layer.M, scale=0.7 * layer.scale, weight=weight, dtype=dtype)
-    return Call("sparse_update", arguments, [compact if weight is None else weight.double() + D], layer.tolerance)
+    return Call(op, arguments, [compact if weight is None else weight.double() + D], layer.tolerance)
+
+
+def hadamard_tokens(d, which):
+    """The update of tokens, or its gradients: the narrow side of a layer has m features, the wide one M."""
+    layer, tokens = Layer(d, "hadamard"), d.of((0, 1, d.int(2, 70)))
+    narrow, wide, into_narrow, into_wide = (
+        d.normal(tokens, size, dtype=layer.dtype) for size in 2 * (layer.m, layer.M)
+    )
+    lam, gamma = exact(layer.lam, layer.gamma)
+    D = layer.update(lam, gamma, 0.7)
+    D = D.T if layer.i <= layer.o else D
+    up, down = narrow.double() @ D, wide.double() @ D.T
+    layer_arguments = {
+        "pattern": list(layer.pattern), "randlora_lambda": layer.lam, "randlora_gamma": layer.gamma, "scale": 0.7
+    }  # fmt: skip
+    if which == "up":
+        arguments = {"out": into_wide, "x": narrow, **layer_arguments}
+        return Call("hadamard_up_", arguments, [into_wide.double() + up], layer.tolerance)
+    if which == "down":
+        arguments = {"out": into_narrow, "x": wide, **layer_arguments}
+        return Call("hadamard_down_", arguments, [into_narrow.double() + down], layer.tolerance)
+    expected = [*torch.autograd.grad((up * wide.double()).sum(), (lam, gamma), retain_graph=True)]
+    into = d.of((None, "into_narrow", "into_wide"))
+    arguments = {"narrow": narrow, "wide": wide, "into_narrow": None, "into_wide": None, **layer_arguments}
+    if into:
+        arguments[into] = into_narrow if into == "into_narrow" else into_wide
+        expected.append(arguments[into].double() + (down if into == "into_narrow" else up))
+    return Call("hadamard_gradients", arguments, expected, layer.tolerance)
 
 
 def packed_expand(d):
@@ -248,13 +280,12 @@ def dropout(d):
 
 
 def fill_bases_(d):
-    sizes = [d.int(1, 9), d.int(1, 9), d.size()]
-    stream = d.int(0, 1)
-    if stream == 0:
-        sizes[1] = 1
-    offsets = [d.int(0, 9), d.int(0, 9) if stream else 0, d.int(0, 9)]
-    sparsity = d.of((None, 1.0, 3.0, 50.0))
-    dtype = d.of(FLOATS if sparsity is None else (*FLOATS, torch.int8))
+    stream = d.of((0, 1, 3, 4, 5))
+    signs = stream > 1
+    sizes = [1 if signs else d.int(1, 9), d.int(1, 9) if stream == 1 else 1, d.size()]
+    offsets = [0 if signs else d.int(0, 9), d.int(0, 9) if stream == 1 else 0, d.int(0, 9)]
+    sparsity = None if signs else d.of((None, 1.0, 3.0, 50.0))
+    dtype = d.of(FLOATS if sparsity is None and not signs else (*FLOATS, torch.int8))
     whole = torch.empty([size + offset for size, offset in zip(sizes, offsets, strict=True)], dtype=dtype)
     seed = d.int(-(2**62), 2**62)
     torch.ops.randlora.fill_bases_(whole, seed, stream, [0, 0, 0], sparsity)
@@ -269,8 +300,11 @@ def fill_bases_(d):
 MAKERS = (
     lambda d: linear(d, False),
     lambda d: linear(d, True),
-    lambda d: sparse_update(d, False),
-    lambda d: sparse_update(d, True),
+    lambda d: packed_update(d, False),
+    lambda d: packed_update(d, True),
+    lambda d: hadamard_tokens(d, "up"),
+    lambda d: hadamard_tokens(d, "down"),
+    lambda d: hadamard_tokens(d, "gradients"),
     packed_expand,
     lambda d: unique_base(d, False),
     lambda d: unique_base(d, True),

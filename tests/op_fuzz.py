@@ -20,6 +20,7 @@ from op_arguments import MAKERS, Draw, Memory
 INTEGERS = (0, 1, -1, 2, 7, 63, 64, 2**15, 2**16 + 1, 2**31 - 1, 2**31, 2**32 + 1, 2**62, 2**63 - 1, -(2**63))
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8, torch.int16,
           torch.int32, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn)  # fmt: skip
+WRITTEN_TO = ("out", "into_narrow", "into_wide")
 EXPECTED = (ValueError, TypeError, RuntimeError, MemoryError)  # NotImplementedError is a RuntimeError
 
 
@@ -151,7 +152,7 @@ def run(number, log=None):
 
     def guard(name, value):
         if isinstance(value, torch.Tensor):
-            return memory.guard(value, writable=name == "out")
+            return memory.guard(value, writable=name in WRITTEN_TO)
         return [guard(name, v) for v in value] if isinstance(value, list) else value
 
     arguments = {name: guard(name, value) for name, value in call.arguments.items()}
@@ -164,8 +165,8 @@ def run(number, log=None):
     try:
         results = getattr(torch.ops.randlora, call.op)(**arguments)
         outcome = "right" if not call.wrong else "taken"
-        if call.op == "fill_bases_":
-            results = [arguments["out"]]
+        if written := [arguments[name] for name in WRITTEN_TO if arguments.get(name) is not None]:
+            results = [*(results or ()), *written]
         if not call.wrong:
             compare(call, [results] if isinstance(results, torch.Tensor) and call.expected != "dropout" else results)
     except EXPECTED as error:

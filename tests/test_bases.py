@@ -3,6 +3,7 @@
 import math
 
 import golden_bases
+import numpy as np
 import pytest
 import torch
 from common import FLOATS, on_devices, over, run_python
@@ -75,6 +76,24 @@ def test_odd_sizes_of_every_kind_and_dtype(r, columns, device):
             for dtype in FLOATS if kind == "dense" else (*FLOATS, torch.int8):
                 got = filled(shape, 5, stream, sparsity=sparsity, dtype=dtype, device=device)
                 assert_bits(got, expected, f"{kind} {dtype} {'AB'[stream]}")
+
+
+@on_devices
+@over("dtype", (*FLOATS, torch.int8))
+@pytest.mark.parametrize("stream", [3, 4, 5])
+def test_signs(stream, dtype, device):
+    for seed, first, count in ((0, 0, 1), (2**63 + 5, 3, 341), (2**32 + 1, 1000, 41)):
+        got = filled((1, 1, count), seed, stream, (0, 0, first), dtype=dtype, device=device)
+        assert_bits(got[0, 0], golden_bases.signs(seed, stream, np.arange(first, first + count)), f"from {first}")
+
+
+@on_devices
+def test_golden_values_of_hadamard_bases(device):
+    for case in (case for case in GOLDEN if case["kind"] == "hadamard"):
+        bases = RandomBases(2000, 500, case["r"], "hadamard", case["seed"], group_width=case["group_width"])
+        out = torch.full(case["shape"], 77, dtype=torch.int8, device=device)
+        got = bases.fill(out, case["stream"], case["offsets"])
+        assert_bits(got, case["values"], f"{case['tensor']} at {case['offsets']}, seed {case['seed']}, r {case['r']}")
 
 
 SLICES_OF_A = [((0, 0, 0), (9, 1, 1003)), ((1, 0, 1), (3, 1, 41)), ((8, 0, 7), (1, 1, 341)), ((2, 0, 1002), (5, 1, 1))]
@@ -234,7 +253,10 @@ REFUSED = {
     "sparsity-low": (dict(sparsity=0.5), ValueError, r"sparsity must lie between 1 .* and 2\^31, got 0\.5"),
     "sparsity-high": (dict(sparsity=2.0**32), ValueError, r"sparsity must lie between 1 .*, got 4\.29"),
     "sparsity-nan": (dict(sparsity=math.nan), ValueError, r"sparsity must lie between 1 .*, got nan"),
-    "stream": (dict(stream=2), ValueError, r"stream must be 0 \(A\) or 1 \(B\), got 2"),
+    "stream": (dict(stream=2), ValueError, r"stream must be 0 \(A\), 1 \(B\), or 3, 4 or 5 .*, got 2"),
+    "stream-after": (dict(stream=6), ValueError, "or 3, 4 or 5 .*, got 6"),
+    "signs-sparsity": (dict(stream=3, sparsity=3.0), ValueError, "signs have no zeros, got sparsity 3"),
+    "signs-rows": (dict(stream=4), ValueError, "a vector of signs has one element along its first axis, got size 3"),
     "two-offsets": (dict(offsets=(0, 0)), ValueError, r"offsets must be 3 integers, .*, got \[0, 0\]"),
     "A-middle-offset": (dict(offsets=(0, 1, 0)), ValueError, "one element along its middle axis, .* at offset 1"),
     "negative-offset": (dict(offsets=(0, 0, -4)), ValueError, r"offsets must not be negative, got \[0, 0, -4\]"),

@@ -12,7 +12,7 @@ from common import FLOATS, KINDS, normal, on_devices, over
 from randlora import RandomBases
 
 CPU = torch.device("cpu")
-SPARSITY = {"dense": None, "sparse": 3.0, "very_sparse": math.sqrt(41), "sign": 1.0}
+SPARSITY = {"dense": None, "sparse": 3.0, "very_sparse": math.sqrt(41), "sign": 1.0, "hadamard": None}
 
 
 # ---- values ----
@@ -27,7 +27,8 @@ def test_values_of_every_seed(kind, dtype, device):
         stored = bases.tensors()
         shapes = ((5, 1, 41), (64, 9, 5))  # 9 = ceil(41 / 5)
         for stream, (got, shown, shape) in enumerate(zip(stored, (bases.A, bases.B), shapes, strict=True)):
-            values = torch.from_numpy(golden_bases.block(seed, stream, (0, 0, 0), shape, SPARSITY[kind])).to(dtype)
+            values = golden_bases.of_kind(kind, seed, stream, (0, 0, 0), shape, SPARSITY[kind], 5, bases.group_width)
+            values = torch.from_numpy(values).to(dtype)
             assert got.dtype == dtype and got.device.type == device and torch.equal(got.cpu(), values)
             factor = math.sqrt(SPARSITY[kind] or 1)
             assert torch.equal(shown.cpu(), values * factor)
@@ -45,12 +46,13 @@ def test_a_rank_contains_the_smaller_rank():
 def test_growth_keeps_values(kind):
     bases = RandomBases(50, 30, 4, kind=kind, seed=3)
     A, B = bases.tensors()
-    sparsity = bases.sparsity
+    sparsity, width = bases.sparsity, bases.group_width
     bases.require(20, 10, 2)
     assert bases.tensors()[0] is A, "what is large enough stays"
     for wanted in ((120, 30, 8), (120, 81, 8), (120, 81, 21)):
         bases.require(*wanted)
-        assert (bases.max_dim, bases.min_dim, bases.num_bases) == wanted and bases.sparsity == sparsity
+        assert (bases.max_dim, bases.min_dim, bases.num_bases) == wanted
+        assert (bases.sparsity, bases.group_width) == (sparsity, width)
         larger_A, larger_B = bases.tensors()
         assert larger_A.shape == (4, 1, wanted[1]) and larger_B.shape == (wanted[0], wanted[2], 4)
         assert torch.equal(larger_A[:, :, :30], A) and torch.equal(larger_B[:50, :8], B)
@@ -84,6 +86,7 @@ def test_default_dtype_is_torchs():
 PINNED = {
     "dense": "7ff1e5be9875c0194ab43a667e4c5646ff8d02f80e861804f4ddd2c5472fb618",
     "sparse": "6dd5acf4dd0271385a55a7d780141da1d1d601c0c28ec9f6fe77ec63e7042f1b",
+    "hadamard": "e314a0cbff9eeb3ead0bb75071fbf9fd4c15145b867cf2e3ead35cac9d9a7cb8",
 }
 
 
@@ -96,13 +99,15 @@ def test_pinned_fingerprints(kind, device):
         "prng": "philox",
         "seed": 7,
         "sparsity": SPARSITY[kind],
-        "values": "float32" if kind == "dense" else "ternary",
+        "values": {"dense": "float32", "hadamard": "hadamard"}.get(kind, "ternary"),
         "A": [5, 1, 41],
         "B": [64, 9, 5],
     }
+    if kind == "hadamard":
+        definition["group_width"] = 8
     digest = hashlib.sha256(json.dumps(definition, sort_keys=True).encode())
     for stream, shape in enumerate(((5, 1, 41), (64, 9, 5))):
-        digest.update(golden_bases.block(7, stream, (0, 0, 0), shape, SPARSITY[kind]).tobytes())
+        digest.update(golden_bases.of_kind(kind, 7, stream, (0, 0, 0), shape, SPARSITY[kind], 5, 8).tobytes())
     assert digest.hexdigest() == PINNED[kind]
     assert RandomBases(64, 41, 5, kind=kind, seed=7, device=device).fingerprint() == PINNED[kind]
 
@@ -120,6 +125,8 @@ def test_fingerprint_depends_on_what_defines_the_values(kind):
     assert grown.fingerprint() != own and grown.fingerprint(64, 41, 9) == own
     changed = [new(seed=8), new(r=4), new(max_dim=65), new(min_dim=42), new(num_bases=8)]
     changed += [new(kind=other) for other in KINDS if other != kind]
+    if kind == "hadamard":
+        changed += [new(group_width=width) for width in (4, 2, 1)]
     hashes = {bases.fingerprint() for bases in changed}
     assert len(hashes) == len(changed) and own not in hashes
 
@@ -148,12 +155,21 @@ BAD = {
     "min_dim": (dict(min_dim=0), ValueError, "min_dim must be at least 1, got 0"),
     "dims": (dict(min_dim=65), ValueError, "max_dim must be at least min_dim = 65, got 64"),
     "num_bases": (dict(num_bases=-1), ValueError, "num_bases must be at least 1, got -1"),
-    "kind": (dict(kind="gauss"), ValueError, "kind must be one of dense, sparse, very_sparse, sign, got 'gauss'"),
+    "kind": (
+        dict(kind="gauss"),
+        ValueError,
+        "kind must be one of dense, hadamard, .*, sign, got 'gauss'",
+    ),
     "prng": (dict(prng="mt"), ValueError, "prng must be one of philox, peft, peft-fp16, got 'mt'"),
     "seed-low": (dict(seed=-1), ValueError, "seed must be between 0 and 18446744073709551615, got -1"),
     "seed-high": (dict(seed=2**64), ValueError, "seed must be between 0 and .*, got 18446744073709551616"),
     "dtype": (dict(dtype=torch.int8), TypeError, "dtype must be one of torch.float64, .*, got torch.int8"),
     "peft-sign": (dict(prng="peft", kind="sign"), ValueError, "prng='peft' has the kinds .* got kind='sign'"),
+    "peft-hadamard": (dict(prng="peft", kind="hadamard"), ValueError, "prng='peft' has the kinds .* kind='hadamard'"),
+    "dense-width": (dict(group_width=2), ValueError, "kind='dense' has no group width, got group_width=2"),
+    "width": (dict(kind="hadamard", group_width=3), ValueError, "group_width must be 8, 4, 2 or 1, got 3"),
+    "width-bool": (dict(kind="hadamard", group_width=True), ValueError, "group_width must be .*, got True"),
+    "hadamard-sparsity": (dict(kind="hadamard", sparsity=2.0), ValueError, "kind='hadamard' has no free sparsity"),
     "dense-sparsity": (dict(sparsity=2.0), ValueError, r"kind='dense' has no free sparsity, got sparsity=2\.0"),
     "sparsity": (dict(kind="sparse", sparsity=0.5), ValueError, r"sparsity must be at least 1 .*, got 0\.5"),
 }

@@ -67,6 +67,9 @@ def test_copies_serve_the_size_at_any_moment(kind):
             for lists, _ in bases._lists.values():
                 if hasattr(lists, "b_indices"):
                     assert lists.b_starts.numel() == 2 * num_bases * 4 + 1
+                elif kind == "hadamard":
+                    a, b, c, _ = lists.of(min_dim)
+                    assert 32 * len(a) >= min_dim and 32 * len(b) >= max_dim and 32 * len(c) >= num_bases * 4
                 else:
                     assert lists.b_planes.shape[0] == num_bases * 4
             seen.append(size(bases))

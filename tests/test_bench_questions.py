@@ -69,13 +69,13 @@ def small(monkeypatch):
 class Calls:
     """A provider that returns 1, and from its `stop`-th call on is interrupted."""
 
-    def __init__(self, stop=None):
-        self.count, self.stop = 0, stop
+    def __init__(self, stop=None, reason=KeyboardInterrupt):
+        self.count, self.stop, self.reason = 0, stop, reason
 
     def __call__(self):
         self.count += 1
         if self.count == self.stop:
-            raise KeyboardInterrupt
+            raise self.reason
         return 1
 
 
@@ -108,6 +108,16 @@ def test_interrupted_keeps_what_was_measured(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "replaces a:" in out and "keeps a:" in out
     assert [int(row["samples"]) for row in rows(tmp_path) if row["size"] == "two"] == [ROUNDS, ROUNDS]
+
+
+def test_who_runs_out_of_memory_between_the_others_is_given_up(tmp_path):
+    options = parse(tmp_path)
+    book = records.Book("test", ("size",), options)
+    full = Calls(2 + 3, torch.OutOfMemoryError("CUDA out of memory"))
+    assert questions.answer(book, [case("one", {"a": Calls(), "b": full})], options, draw=False)
+    found = {row["provider"]: row for row in rows(tmp_path)}
+    assert int(found["a"]["samples"]) == ROUNDS and not found["a"]["failed"]
+    assert found["b"]["failed"] == "out of memory" and not found["b"]["median_ms"] and full.count == 2 + 3
 
 
 def test_interrupted_while_memory_is_measured(tmp_path):

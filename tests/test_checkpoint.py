@@ -26,6 +26,10 @@ from randlora import peft_prng
         pytest.param({"kind": "sparse", "sparsity": 2.5}, id="sparsity"),
         pytest.param({"very_sparse": True, "r": 3}, id="very_sparse"),
         pytest.param({"kind": "sign", "target_modules": "all-linear"}, id="sign"),
+        pytest.param({"kind": "hadamard", "target_modules": "all-linear"}, id="hadamard"),
+        pytest.param(
+            {"kind": "hadamard", "group_width": 2, "r": 3, "projection_prng_key": 2**63 + 1}, id="group_width"
+        ),
         pytest.param({"num_bases": 2, "randlora_alpha": 2.7}, id="num_bases"),
         pytest.param({"prng": "peft", "projection_prng_key": 5}, id="peft"),
         pytest.param({"prng": "peft-fp16", "very_sparse": True}, id="peft-fp16"),

@@ -63,6 +63,7 @@ def test_another_rank(folder, peft_folder):
     "changes",
     [
         {"randlora_alpha": 3.5}, {"projection_prng_key": 1}, {"sparse": True}, {"very_sparse": True}, {"kind": "sign"},
+        {"kind": "hadamard"}, {"group_width": 4},
         {"num_bases": 4}, {"prng": "peft"}, {"sparsity": 3.0}, {"r": 4.0000001},
     ],
     ids=str,
@@ -188,6 +189,31 @@ def test_a_newer_format(folder):
 def test_damaged_metadata(folder, change):
     change_metadata(folder, change)
     assert_refused(folder, "its metadata is damaged")
+
+
+@pytest.mark.parametrize(
+    ("width", "message"),
+    [
+        (None, "does not say the group_width of its hadamard bases"),
+        ("gone", "does not say the group_width of its hadamard bases"),
+        (16, "group_width must be 8, 4, 2 or 1, got 16"),
+        (0, "group_width must be 8, 4, 2 or 1, got 0"),
+        ("4", "group_width must be 8, 4, 2 or 1, got '4'"),
+        (1, "checksum does not match"),
+    ],
+)
+def test_a_group_width_that_is_not_known(width, message, tmp_path):
+    """Bases of another width would be other bases."""
+    model = adapt(net(), kind="hadamard", save_projection=False)
+    assert model.peft_config["default"].group_width == 4
+    model.save_pretrained(tmp_path)
+
+    def change(said):
+        said["config"].pop("group_width") if width == "gone" else said["config"].update(group_width=width)
+
+    edit_config(tmp_path, group_width=None if width == "gone" else width)
+    change_metadata(tmp_path, change)
+    assert_refused(tmp_path, message)
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,8 @@ def test_copies_per_layer_are_enough(tmp_path):
 OURS = {
     **{name: fields | ({"prng": "peft"} if name.endswith("drawn") else {}) for name, fields in made.CASES.items()},
     "sign": {"target_modules": ["up", "down"], "kind": "sign"},
+    "hadamard": {"target_modules": ["up", "down", "conv"], "kind": "hadamard"},
+    "group_width": {"target_modules": ["up", "square"], "kind": "hadamard", "group_width": 1},
     "sparsity": {"target_modules": ["up", "conv"], "kind": "sparse", "sparsity": 2.5},
     "largest_seed": {"target_modules": ["up", "down"], "projection_prng_key": 2**64 - 1, "randlora_alpha": 6.5},
     "excluded": {"target_modules": "all-linear", "exclude_modules": ["square", "head"]},
@@ -165,10 +167,11 @@ def test_what_we_wrote(case, tmp_path):
     assert ours == {name.removeprefix("base_model.") for name in theirs.state_dict() if "lambda" in name}
 
 
-def test_the_config_has_no_key_that_peft_does_not_know(tmp_path):
+@pytest.mark.parametrize("kind", ["sign", "hadamard"])
+def test_the_config_has_no_key_that_peft_does_not_know(kind, tmp_path):
     """PEFT warns of every other; those that 0.16 does not know are not written either."""
     peft = pytest.importorskip("peft")
-    adapt(net(), kind="sign", strategy="factored", exclude_modules=["layers.0.q_proj"]).save_pretrained(tmp_path)
+    adapt(net(), kind=kind, strategy="factored", exclude_modules=["layers.0.q_proj"]).save_pretrained(tmp_path)
     written = json.loads((tmp_path / CONFIG).read_text())
     old = json.loads((DATA / "peft_adapters" / "0.16.0" / "dense" / CONFIG).read_text())
     assert written.keys() == old.keys() and written["peft_type"] == "RANDLORA"

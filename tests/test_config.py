@@ -9,7 +9,7 @@ from models import adapt, net
 
 from randlora import RandLoraConfig, get_peft_model
 
-OWN = {"num_bases", "prng", "strategy", "kind", "sparsity", "exclude_modules"}
+OWN = {"num_bases", "prng", "strategy", "kind", "sparsity", "group_width", "exclude_modules"}
 
 
 def test_fields_and_defaults_are_pefts():
@@ -47,6 +47,7 @@ def test_peft_reads_our_json_and_we_read_pefts(task, tmp_path):
 @pytest.mark.parametrize(
     "values",
     [{}, {"kind": "sign", "num_bases": 3, "strategy": "merged"}, {"very_sparse": True, "sparsity": 4.5},
+     {"kind": "hadamard"}, {"kind": "hadamard", "group_width": 2},
      {"prng": "peft", "sparse": True}, {"exclude_modules": ["x"], "target_modules": "all-linear"},
      {"projection_prng_key": 2**64 - 1}],
 )  # fmt: skip
@@ -83,6 +84,10 @@ def test_kind_and_flags_say_the_same(kind):
         ({"sparsity": 4.0}, ValueError, "no free sparsity"),
         ({"prng": "philo"}, ValueError, "prng must be one of philox"),
         ({"prng": "peft", "kind": "sign"}, ValueError, "got kind='sign'"),
+        ({"prng": "peft", "kind": "hadamard"}, ValueError, "got kind='hadamard'"),
+        ({"group_width": 4}, ValueError, "kind='dense' has no group width, got group_width=4"),
+        ({"kind": "hadamard", "group_width": 16}, ValueError, "group_width must be 8, 4, 2 or 1, got 16"),
+        ({"kind": "hadamard", "sparsity": 4.0}, ValueError, "no free sparsity"),
         ({"prng": "peft", "num_bases": 3}, ValueError, "num_bases=3"),
         ({"strategy": "fast"}, ValueError, "strategy must be one of auto"),
         ({"init_weights": "yes"}, TypeError, "init_weights must be True or False"),

@@ -184,6 +184,8 @@ def test_a_training_step_never_synchronises(kind, strategy, dtype):
     x = normal(50, 41, dtype=dtype, device="cuda").requires_grad_()
     for _ in range(2):  # the first makes bases, the second finds memory and cuBLAS's workspace in place
         _train(network, optimizer, x)
+        with torch.autocast("cuda", torch.bfloat16):  # has bases of its own
+            _train(network, optimizer, x)
     torch.cuda.set_sync_debug_mode("error")
     try:
         _train(network, optimizer, x)

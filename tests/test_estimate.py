@@ -187,13 +187,19 @@ def test_strategies_are_those_that_a_step_takes(kind, tokens, dropout, monkeypat
     x = torch.randn(tokens, 150)
     told = estimate(make(), settings, tokens, inputs=x)["methods"][kind]["shapes"]
     model, _ = adapted(make(), settings)
-    taken, choose = [], planner.choose
+    taken, plan = [], planner.plan
+
+    def for_tokens(parts):
+        """Of a plan such as "factored<340,merged"."""
+        named = (part.partition("<") for part in parts.split(","))
+        return next(name for name, _, limit in named if not limit or tokens < int(limit))
 
     def spy(*args, **kwargs):
-        taken.append((*args[1:4], *choose(*args, **kwargs)))
-        return taken[-1][-2:]
+        found = plan(*args, **kwargs)
+        taken.append((*args[:3], *map(for_tokens, found)))
+        return found
 
-    monkeypatch.setattr(planner, "choose", spy)
+    monkeypatch.setattr(planner, "remembered_plan", spy)
     model(x)
     assert [(r["in_features"], r["out_features"], r["num_bases"], r["forward"], r["backward"]) for r in told] == taken
 
@@ -312,6 +318,7 @@ def test_cuda_keeps_medium_density_as_bits():
     """No CUDA device is needed to tell of one."""
     here, there = (estimate(net(), config(), TOKENS, device=d)["methods"] for d in ("cpu", "cuda"))
     assert (here["sparse"]["bases_form"], there["sparse"]["bases_form"]) == ("planes", "bits")
+    assert here["hadamard"]["bases_form"] == there["hadamard"]["bases_form"] == "signs"
     assert here["sign"]["bases_form"] == there["sign"]["bases_form"] == "bits"
     assert there["sparse"]["bases_bytes"] == 2 * there["sign"]["bases_bytes"] == 2 * here["sign"]["bases_bytes"]
 
@@ -320,7 +327,7 @@ def test_nothing_is_changed_and_no_bases_are_made(monkeypatch):
     def no(*args):
         raise AssertionError("bases were made")
 
-    mine = injection.make_bases(config(), (1, 1, 1), (1, 1))  # those that a model would take
+    mine = injection.make_bases(config(), {"": (1, 1)}, (1, 1))  # those that a model would take
     mine.require(3, 3, 1)
     mine.tensors()
     monkeypatch.setattr(RandomBases, "fill", no)
@@ -344,8 +351,9 @@ def test_nothing_is_changed_and_no_bases_are_made(monkeypatch):
     ({"tokens": True}, TypeError, "tokens must be an integer"),
     ({"config": "q_proj"}, TypeError, "config must be a randlora.RandLoraConfig"),
     ({"model": [net]}, TypeError, "model must be a torch.nn.Module, got list"),
-    ({"kinds": ["thick"]}, ValueError, "kinds must be among dense, sparse, very_sparse, sign"),
+    ({"kinds": ["thick"]}, ValueError, "kinds must be among dense, hadamard, sparse, very_sparse, sign"),
     ({"config": config(prng="peft"), "kinds": "sign"}, ValueError, "got 'sign'"),
+    ({"config": config(prng="peft"), "kinds": "hadamard"}, ValueError, "dense, sparse, very_sparse with .* got 'hada"),
     ({"autocast": torch.int8}, TypeError, "autocast must be one of"),
     ({"config": config(strategy="merged", randlora_dropout=0.1)}, ValueError, "merged.* takes no dropout"),
 ], ids=lambda value: " ".join(value) if isinstance(value, dict) else str(value))  # fmt: skip
@@ -367,8 +375,10 @@ def test_the_table_is_aligned_and_tells_the_numbers():
     lines = str(result).splitlines()
     rule = next(i for i, line in enumerate(lines) if set(line) == {"-"})
     head, rows = lines[rule - 1], lines[rule + 1 : rule + 10]
-    assert head.split()[-6:-3] == ["sparse", "very_sparse", "sign"] and all(len(r) == len(head) for r in rows)
-    operations = next(r for r in rows if "multiply-adds" in r).split()[-5:]
+    assert head.split()[-7:-3] == ["hadamard", "sparse", "very_sparse", "sign"] and all(
+        len(r) == len(head) for r in rows
+    )
+    operations = next(r for r in rows if "multiply-adds" in r).split()[-6:]
     for got, method in zip(operations, result["methods"].values(), strict=True):
         assert float(got) == pytest.approx(method["multiply_adds"] / 1e9, abs=0.0005)
     assert json.loads(json.dumps(result)) == result

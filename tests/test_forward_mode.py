@@ -6,7 +6,7 @@ import pytest
 import torch
 from common import draw_factors, make_layer, normal, on_devices
 from test_layer_op import draw_layer, mask_of, reference
-from test_ternary import FORMS, draw
+from test_ternary import ALL_FORMS, draw
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, hessian, jacfwd, jacrev, jvp
 
@@ -96,7 +96,7 @@ def test_checked_against_finite_differences(shape, p, device):
     assert gradgradcheck(function, point, check_fwd_over_rev=True, check_rev_over_rev=True)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL_FORMS)
 @shapes
 def test_ternary_bases(form, shape):
     x, weight, bias, lam, gamma, bases = draw((*shape[:2], 3), form, tokens=1)
@@ -135,7 +135,7 @@ def test_delta_weight(shape):
     assert gradcheck(lambda *p: delta_weight(A, B, *p, 0.7, *shape[:2]), (lam, gamma), check_forward_ad=True)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL_FORMS)
 @shapes
 def test_update_of_ternary_bases(form, shape):
     """As a matrix, under torch.func too."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common import make_bases, make_layer, normal, on_devices, reference_forward
+from common import KINDS, make_bases, make_layer, normal, on_devices, reference_forward
 from torch.func import functional_call, grad, vmap
 
 
@@ -40,7 +40,7 @@ def test_compiled_dropout_draws_one_mask(device):
 
 
 @on_devices
-@pytest.mark.parametrize("kind", ["dense", "sparse", "very_sparse"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_one_graph_asks_a_store_for_several_things(kind, device):
     """In two dtypes, and for lists of two sizes: they are made while the graph is traced, and are no part of it."""
     torch._dynamo.reset()

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from common import make_base, make_layer, normal, over
+from common import KINDS, make_base, make_layer, normal, over
 from models import IDS, Net, adapt, layers_of, net
 from torch import nn
 
@@ -39,7 +39,7 @@ def saved(tmp_path, **settings):
 
 @pytest.mark.parametrize("part", ["randlora_lambda", "randlora_gamma"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("kind", ["dense", "sparse", "very_sparse", "sign"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sizes", [(41, 24), (24, 41)])
 def test_parameters_on_meta_name_themselves(part, strategy, kind, sizes):
     bases = randlora.RandomBases(41, 24, 5, kind)
@@ -286,7 +286,7 @@ def test_attention_on_meta():
 # ---- bases ----
 
 
-@pytest.mark.parametrize("kind", ["dense", "sparse", "very_sparse", "sign"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_bases_on_meta_are_made_where_they_are_needed(kind):
     bases, real = (randlora.RandomBases(41, 24, 5, kind, device=device) for device in ("meta", "cpu"))
     assert bases.fingerprint() == real.fingerprint()

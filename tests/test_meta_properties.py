@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common import make_base, normal, randomize, reference_forward
+from common import KINDS, make_base, normal, randomize, reference_forward
 from torch import nn
 
 import randlora
@@ -20,7 +20,7 @@ cases = st.fixed_dictionaries(
     {
         "on_meta": st.sets(st.sampled_from(PARTS)),
         "sizes": st.sampled_from([(13, 7), (7, 13), (9, 9)]),
-        "kind": st.sampled_from(["dense", "sparse", "very_sparse", "sign"]),
+        "kind": st.sampled_from(KINDS),
         "given": st.booleans(),
         "strategy": st.sampled_from(["auto", "factored", "materialized", "merged"]),
         "dtype": st.sampled_from([torch.float64, torch.float32]),

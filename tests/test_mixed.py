@@ -13,11 +13,11 @@ from torch.utils.checkpoint import checkpoint
 NAMES = ["b", "__base__", "default", "c"]
 
 
-def three(model=None, double=True, **settings):
-    """Adapters of other ranks, kinds and layers."""
+def three(model=None, double=True, third="sign", **settings):
+    """Adapters of other ranks, kinds and layers; `third` is the kind of one that all layers have."""
     model = adapt(net() if model is None else model, **settings)
     add(model, "b", 2, r=3, kind="sparse", randlora_alpha=5, target_modules=["q_proj", "up_proj"])
-    add(model, "c", 3, r=20, kind="sign", projection_prng_key=4, target_modules="all-linear")
+    add(model, "c", 3, r=20, kind=third, projection_prng_key=4, target_modules="all-linear")
     return model
 
 
@@ -34,8 +34,9 @@ def each_alone(model, call):
 # ---- parity ----
 
 
-def test_forward():
-    model = three()
+@pytest.mark.parametrize("third", ["sign", "hadamard"])
+def test_forward(third):
+    model = three(third=third)
     got = model(IDS, adapter_names=NAMES)
     for i, name in enumerate(NAMES):
         exact = merged_by_hand(net(), model, [] if name == "__base__" else [name])

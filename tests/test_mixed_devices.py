@@ -7,7 +7,7 @@ import pytest
 import torch
 from common import make_layer, normal
 from test_layer_op import draw_layer
-from test_ternary import FORMS, draw
+from test_ternary import ALL_FORMS, draw
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import randlora
@@ -35,7 +35,7 @@ def calls():
     backward = {"grad": grad, "x": x, "weight": weight, "A": A, "B": B, **bases, **options}
     backward |= {"need_x": True, "need_lambda": True, "need_gamma": True}
     found["linear"], found["linear_backward"] = (_ops.linear, layer), (_ops.linear_backward, backward)
-    for form in ("lists", "planes", "bits"):
+    for form in ("lists", "planes", "bits", "hadamard"):
         _, _, _, lam, gamma, store = draw((24, 41, 5), form, dtype=torch.float32)
         bases = {"randlora_lambda": lam.detach(), "randlora_gamma": gamma.detach()}
         pattern = {"pattern": list(store.pattern(24)[0])}
@@ -44,12 +44,23 @@ def calls():
         found[f"linear, {form}"] = _ops.linear, layer | without
         found[f"linear_backward, {form}"] = _ops.linear_backward, backward | without
         update = {**pattern, **bases, "max_dim": 41, "scale": 1.0, "weight": None, "dtype": torch.float32}
-        found[f"sparse_update, {form}"] = _ops.sparse_update, update
-        found[f"sparse_update with a weight, {form}"] = _ops.sparse_update, update | {"weight": weight.t()}
-        found[f"sparse_update_backward, {form}"] = _ops.sparse_update_backward, {
+        kind = "hadamard" if form == "hadamard" else "sparse"
+        build, build_backward = (getattr(_ops, f"{kind}_update{end}") for end in ("", "_backward"))
+        found[f"{kind}_update, {form}"] = build, update
+        found[f"{kind}_update with a weight, {form}"] = build, update | {"weight": weight.t()}
+        found[f"{kind}_update_backward, {form}"] = build_backward, {
             "grad": rows, **pattern, **bases, "scale": 1.0, "need_lambda": True, "need_gamma": True
         }  # fmt: skip
-        if form != "lists":
+        if form == "hadamard":
+            narrow, wide = normal(7, 24), normal(7, 41, seed=1)
+            parts = {**pattern, **bases, "scale": 1.0}
+            found["hadamard_up_"] = _ops.hadamard_up_, {"out": wide.clone(), "x": narrow, **parts}
+            found["hadamard_down_"] = _ops.hadamard_down_, {"out": narrow.clone(), "x": wide, **parts}
+            both = {"narrow": narrow, "wide": wide}
+            for into, t in (("into_narrow", narrow), ("into_wide", wide)):
+                given = dict.fromkeys(("into_narrow", "into_wide")) | {into: t.clone()}
+                found[f"hadamard_gradients {into}"] = _ops.hadamard_gradients, {**both, **given, **parts}
+        elif form != "lists":
             sizes = {"n": 5, "min_dim": 24, "max_dim": 41, "dtype": torch.float32}
             found[f"packed_expand, {form}"] = _ops.packed_expand, pattern | sizes
     return found
@@ -78,7 +89,7 @@ def moved(arguments, chosen, move):
 
 
 def tensors(result):
-    return [t for t in (result if isinstance(result, tuple) else (result,)) if t.numel()]
+    return [t for t in (result if isinstance(result, tuple) else (result,)) if t is not None and t.numel()]
 
 
 every_call = pytest.mark.parametrize("call", CALLS)
@@ -128,10 +139,10 @@ def test_fake_tensors_of_two_devices_are_refused(call):
                 op(**moved(fake, [place], lambda t: t.to("meta")))
 
 
-@pytest.mark.parametrize("form", [None, *FORMS])
+@pytest.mark.parametrize("form", [None, *ALL_FORMS])
 @pytest.mark.parametrize("name", ["randlora_lambda", "randlora_gamma"])
 def test_layer_with_a_parameter_on_meta(form, name):
-    bases = {} if form is None else {"bases": randlora.RandomBases(41, 24, 5, **FORMS[form])}
+    bases = {} if form is None else {"bases": randlora.RandomBases(41, 24, 5, **ALL_FORMS[form])}
     layer = make_layer(24, 41, **bases)
     parameters = getattr(layer, name)
     parameters["default"] = torch.nn.Parameter(parameters["default"].detach().to("meta"))

@@ -24,6 +24,7 @@ OTHERS = {
     "rank": {"r": 3},
     "larger_rank": {"r": 40},
     "kind": {"kind": "sign"},
+    "hadamard": {"kind": "hadamard"},
     "very_sparse": {"very_sparse": True},
     "seed": {"projection_prng_key": 9},
     "pefts_bases": {"prng": "peft"},

@@ -11,7 +11,7 @@ from models import adapt as adapt_model
 from quantized_layers import make_layer as make_quantized_layer
 from quantized_layers import over_kinds
 from test_layer_op import draw_layer
-from test_ternary import FORMS, draw
+from test_ternary import ALL_FORMS, draw
 from torch import nn
 
 import randlora
@@ -63,13 +63,11 @@ def test_dense(strategy, leading, shape, parts, device):
 
 @on_devices
 @strategies
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL_FORMS)
 @pytest.mark.parametrize("shape", [(24, 41, 5), (41, 24, 5)], ids=str)
 def test_ternary(strategy, form, shape, device):
     given, weight, bias, lam, gamma, bases = draw(shape, form, device=device)
     pattern, scale = bases.pattern(24, given.device)
-    if strategy == "factored" and len(pattern) == 5 and device != "cpu":
-        pytest.skip("lists have a factored form on the CPU only")
     for x in (given[0, 0], given[0], given):
         x = x.detach().requires_grad_()
         for w, b in ((weight, bias), (None, None)):
@@ -182,14 +180,15 @@ def test_functions_of_parameters():
         assert_ordinary(lambda i=i, o=o: randlora.functional.delta_weight(A, B, lam, gamma, 0.7, i, o), (lam, gamma))
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_update_of_ternary_bases(form):
+@pytest.mark.parametrize("form", ALL_FORMS)
+def test_update_of_packed_bases(form):
+    build = torch.ops.randlora.hadamard_update if form == "hadamard" else torch.ops.randlora.sparse_update
     for weight in (None, normal(24, 41), normal(41, 24).t()):
         _, _, _, lam, gamma, bases = draw((24, 41, 5), form, dtype=torch.float32)
         pattern = list(bases.pattern(24)[0])
 
         def function(pattern=pattern, lam=lam, gamma=gamma, weight=weight):
-            return torch.ops.randlora.sparse_update(pattern, lam, gamma, 41, 0.7, weight, torch.float32)
+            return build(pattern, lam, gamma, 41, 0.7, weight, torch.float32)
 
         assert_ordinary(function, (lam, gamma))
 

@@ -1,4 +1,4 @@
-"""Ternary bases of every small size: packed and unpacked again, and as layers."""
+"""Packed bases of every small size: packed and unpacked again, and as layers."""
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from randlora import patterns
 
 KINDS = {
     "sign": None,
+    "hadamard": None,
     "sparse": None,
     "very_sparse": None,
     "sparse 1.5": 1.5,
@@ -61,7 +62,7 @@ def test_layers_of_every_small_size(kind, r):
         torch.testing.assert_close(x.grad, expected, rtol=1e-9, atol=1e-9, msg=f"{i} -> {o}")
 
 
-@pytest.mark.parametrize("kind", ["sign", "sparse", "very_sparse"])
+@pytest.mark.parametrize("kind", ["sign", "hadamard", "sparse", "very_sparse"])
 @pytest.mark.parametrize("shape", [(16, 1), (1, 16), (1, 1), (17, 2)], ids=str)
 def test_models_with_a_layer_of_one_feature(kind, shape):
     config = randlora.RandLoraConfig(r=1, kind=kind, target_modules=["0"])

@@ -5,7 +5,7 @@ import torch
 from common import make_base, make_layer, normal
 
 import randlora
-from randlora.planner import choose, costs
+from randlora.planner import Lists, choose, costs, plan
 
 D = 64
 
@@ -90,6 +90,23 @@ def test_explain_counts_inference_without_backward():
     layer = randlora.Linear(make_base(256, 256), bases=randlora.RandomBases(256, 256, 32))
     text = randlora.explain(layer, 100, training=False)
     assert "inference" in text and "0.0 MiB" in text.splitlines()[-1]
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+@pytest.mark.parametrize("form", [None, "bits", "planes", Lists(10, 3.0)], ids=["dense", "bits", "planes", "lists"])
+def test_sizes_may_be_symbolic(form, device_type):
+    """As they are under torch.compile(dynamic=True), whatever is needed; PyTorch 2.11 is the strictest."""
+
+    def lengths(x, need_x, need_parameters):
+        needs = {"need_x": need_x, "need_parameters": need_parameters, "form": form}
+        shape = x.shape[1], x.shape[0], 3, 8, torch.float32, torch.float32, device_type
+        return x + sum(map(len, plan(*shape, **needs)))
+
+    x = torch.zeros(40, 56)
+    for needs in ((True, True), (True, False), (False, True), (False, False)):
+        torch.compiler.reset()
+        compiled = torch.compile(lengths, fullgraph=True, dynamic=True, backend="eager")
+        assert torch.equal(compiled(x, *needs), lengths(x, *needs))
 
 
 def test_unknown_strategy_is_named():

@@ -58,7 +58,7 @@ void fill_any(const at::Tensor& out, const BaseSlice& s, const Element& element)
     case at::kBFloat16: return fill<c10::BFloat16>(out, s, element);
     case at::kHalf: return fill<c10::Half>(out, s, element);
     default:
-      if constexpr (std::is_same_v<Element, TernaryElement>) return fill<int8_t>(out, s, element);
+      if constexpr (!std::is_same_v<Element, DenseElement>) return fill<int8_t>(out, s, element);
   }
 }
 
@@ -67,7 +67,9 @@ void fill_bases_(const at::Tensor& out, int64_t seed, int64_t stream, c10::IntAr
   const BaseSlice slice = make_base_slice(out, seed, stream, offsets, sparsity);
   if (out.numel() == 0) return;
   const c10::cuda::CUDAGuard guard(out.device());
-  if (sparsity.has_value())
+  if (slice.is_signs())
+    fill_any(out, slice, SignElement{});
+  else if (sparsity.has_value())
     fill_any(out, slice, TernaryElement{ternary_threshold(*sparsity)});
   else
     fill_any(out, slice, DenseElement{});

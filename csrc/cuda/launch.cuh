@@ -29,8 +29,10 @@ struct alignas(sizeof(T) * N <= 16 ? sizeof(T) * N : 16) Pack {
 // single elements in the other branch. (Global stores are cached in L2 anyway.)
 template <class T, int N>
 __device__ __forceinline__ void store_whole(T* to, const Pack<T, N>& pack) {
-  using Word = std::conditional_t<alignof(Pack<T, N>) == 16, uint4,
-                                  std::conditional_t<alignof(Pack<T, N>) == 8, uint2, unsigned>>;
+  using Word =
+      std::conditional_t<alignof(Pack<T, N>) == 16, uint4,
+                         std::conditional_t<alignof(Pack<T, N>) == 8, uint2,
+                                            std::conditional_t<alignof(Pack<T, N>) == 4, unsigned, unsigned short>>>;
   static_assert(alignof(Word) == alignof(Pack<T, N>) && sizeof(Word) == alignof(Word));
 #pragma unroll
   for (int i = 0; i < int(sizeof(pack) / sizeof(Word)); ++i)
@@ -76,6 +78,17 @@ bool can_pack(const void* p, std::initializer_list<int64_t> strides) {
   return aligned;
 }
 
+// The shared memory that the launch gave the block. One name for all types, as the compiler wants it.
+template <class T>
+__device__ __forceinline__ T* launched_shared() {
+#if defined(__CUDACC__)
+  extern __shared__ __align__(16) unsigned char randlora_launched_shared[];
+  return reinterpret_cast<T*>(randlora_launched_shared);
+#else
+  return static_cast<T*>(emulation::launched_shared());
+#endif
+}
+
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Blocks along each axis; at least one.
@@ -83,15 +96,32 @@ struct Grid {
   int64_t x, y = 1;
 };
 
+// Threads of a block, and bytes of shared memory beyond what its kernel declares.
+struct Block {
+  dim3 threads;
+  int64_t shared = 0;
+
+  Block(dim3 threads) : threads(threads) {}
+  Block(int threads, int64_t shared = 0) : threads(unsigned(threads)), shared(shared) {}
+};
+
 // kernel<<<grid, block>>>(arguments...) on the current stream. As a function and not by <<<>>>, so that a C++ compiler
 // reads it too: tests/cpp/emulation runs the kernels on the CPU.
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), Grid grid, dim3 block, Arguments&&... arguments) {
+void launch(void (*kernel)(Parameters...), Grid grid, Block block, Arguments&&... arguments) {
   TORCH_CHECK(grid.x <= 2147483647 && grid.y <= 65535, "randlora: too large for one launch: ", grid.x, " x ", grid.y,
               " blocks");
+  constexpr int64_t kSharedForAll = 48 << 10;  // more is given only to kernels that ask for it
+  if (block.shared > kSharedForAll) {
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, int(block.shared));
+    TORCH_CHECK(error == cudaSuccess, "randlora: this GPU cannot give a block the ", block.shared >> 10,
+                " KiB of shared memory that a layer of this size needs");
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(grid.x), unsigned(grid.y));
-  config.blockDim = block;
+  config.blockDim = block.threads;
+  config.dynamicSmemBytes = size_t(block.shared);
   config.stream = c10::cuda::getCurrentCUDAStream();
   C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
 }

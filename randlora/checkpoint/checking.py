@@ -40,5 +40,5 @@ def _has_its_bases(described: dict[str, Any], tensors: dict[str, Tensor]) -> boo
     else:
         config = RandLoraConfig.from_dict(described["config"])
         sizes = B.shape[0], A.shape[2], config.r, config.kind, config.projection_prng_key, B.shape[1]
-        bases = RandomBases(*sizes, described["prng"], sparsity=config.sparsity)
+        bases = RandomBases(*sizes, described["prng"], sparsity=config.sparsity, group_width=config.group_width)
     return fingerprint.sha256_of(A, B, bases, *described["dims"]) == described["fingerprint"]

@@ -30,7 +30,7 @@ PREFIX = "base_model.model."
 PROJECTIONS = ("randlora_A", "randlora_B")
 PARAMETERS = ("randlora_lambda", "randlora_gamma")
 # Settings that PEFT does not know and would complain about in the JSON: they are in the metadata only.
-OWN_SETTINGS = ("num_bases", "prng", "strategy", "kind", "sparsity")
+OWN_SETTINGS = ("num_bases", "prng", "strategy", "kind", "sparsity", "group_width")
 # What the numbers depend on: where both files say it, they must say the same.
 NUMBERS = (
     "r",
@@ -42,6 +42,7 @@ NUMBERS = (
     "prng",
     "kind",
     "sparsity",
+    "group_width",
 )
 LONGEST_CONFIG = 16 << 20  # bytes; the names of 100,000 layers
 _ATTEMPTS = 100
@@ -74,16 +75,19 @@ def make_config(folder: Path, described: dict[str, Any] | None, given: dict[str,
     else:
         own = described["config"]
         for name in NUMBERS:
-            if name in given and given[name] != own[name]:
+            if name in given and given[name] != own.get(name):
                 raise ValueError(
                     f"{path} says {name}={given[name]!r}, but {WEIGHTS_NAME} beside it was saved with "
-                    f"{name}={own[name]!r}: they do not belong together (without {CONFIG_NAME} the latter is taken)"
+                    f"{name}={own.get(name)!r}: they do not belong together (without {CONFIG_NAME} the latter is taken)"
                 )
         values = own | given
     try:
-        return RandLoraConfig.from_dict(values)
+        config = RandLoraConfig.from_dict(values)
     except DAMAGE as error:
         raise ValueError(f"{path}: {error}") from error
+    if described is not None and config.kind == "hadamard" and config.group_width is None:
+        raise ValueError(f"{folder / WEIGHTS_NAME} does not say the group_width of its hadamard bases: it is damaged")
+    return config
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
@@ -175,7 +179,7 @@ def describe(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any] |
             and version == FORMAT
             and set(found) == {"format", "config", "prng", "dims", "fingerprint", "sha256"}
             and isinstance(config, dict)
-            and config.keys() >= set(NUMBERS)
+            and config.keys() >= set(NUMBERS) - {"group_width"}  # the first files know no hadamard
             and all(isinstance(found[key], str) for key in ("prng", "fingerprint", "sha256"))
             and len(dims) == 3
             and all(type(size) is int and size > 0 for size in dims)

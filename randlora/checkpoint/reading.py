@@ -201,7 +201,7 @@ def _bases(file: _Weights, plan: Plan) -> RandomBases:
             'drawn as PEFT draws them on machines with bfloat16 ("prng": "peft-fp16" in its config: on those without)',
             stacklevel=4,
         )
-        return injection.make_bases(config, need, plan.peft_dims)
+        return injection.make_bases(config, plan.slots, plan.peft_dims)
     expected = file.described["fingerprint"]
     if tuple(file.described["dims"]) != need:
         raise ValueError(
@@ -209,7 +209,7 @@ def _bases(file: _Weights, plan: Plan) -> RandomBases:
             f"{tuple(file.described['dims'])}, not {need}: it is of another model"
         )
     if file.described["prng"] != "none":
-        bases = injection.make_bases(config, need, plan.peft_dims)
+        bases = injection.make_bases(config, plan.slots, plan.peft_dims)
         bases.require(*need)
         if (made := bases.fingerprint(*need)) == expected:
             return bases

@@ -126,12 +126,13 @@ def _contents(
         "inference_mode": True,
         "save_projection": with_bases,
         "sparsity": bases.sparsity if free else None,
+        "group_width": bases.group_width,
     }
     if config.exclude_modules is not None or str(config.target_modules).lower() == ALL_LINEAR:
         # PEFT has no exclude_modules, and another idea of all layers for models that are not of transformers.
         chosen |= exact_targets(model.model, layers)
     values = config.to_dict() | chosen
-    for key in ("exclude_modules", "peft_version", "sparsity"):  # older PEFT does not know the first two
+    for key in ("exclude_modules", "peft_version", "sparsity", "group_width"):  # older PEFT does not know the first two
         if values.get(key) is None:
             values.pop(key, None)
     if reason:
@@ -253,7 +254,7 @@ def _projections(bases: RandomBases, dims: tuple[int, int, int]) -> tuple[Tensor
     if bases.prng == "philox":
         bases = RandomBases(
             max_dim, min_dim, bases.r, bases.kind, bases.seed, num_bases,
-            sparsity=bases.sparsity if bases.kind in ("sparse", "very_sparse") else None,
+            sparsity=bases.sparsity if bases.kind in ("sparse", "very_sparse") else None, group_width=bases.group_width,
         )  # fmt: skip
     A, B = bases.given or bases.draw(torch.float32, torch.device("cpu"))
     if bases.scale != 1.0:

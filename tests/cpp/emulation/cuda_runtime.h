@@ -47,7 +47,11 @@ namespace emulation {
 // The order of threads in a block and of blocks in a grid: results must not depend on it.
 inline bool backwards = false;
 
-void run(dim3 grid, dim3 block, const std::function<void()>& kernel);
+// `shared` bytes of dynamic shared memory, not numbers before the kernel writes some.
+void run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& kernel);
+
+// The dynamic shared memory of the block that is running.
+void* launched_shared();
 
 // Called by fibers; `line` tells one rendezvous from another.
 void meet_block(int line);
@@ -92,8 +96,16 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int line = __builtin_
   return emulation::shuffle(mask, value, from < 32 ? from : emulation::lane(), line);
 }
 
-enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration, cudaErrorInvalidValue };
 using cudaStream_t = void*;
+
+// Of an H100, beside what a kernel declares and the runtime reserves.
+constexpr int kMaxSharedOfBlock = 227 << 10;
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int value) {
+  return value <= kMaxSharedOfBlock ? cudaSuccess : cudaErrorInvalidValue;
+}
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -105,10 +117,11 @@ template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... given) {
   const dim3 g = config->gridDim, b = config->blockDim;
   const bool fits = g.x >= 1 && g.x <= 0x7FFFFFFFu && g.y >= 1 && g.y <= 65535 && g.z >= 1 && g.z <= 65535;
+  if (config->dynamicSmemBytes > size_t(kMaxSharedOfBlock)) return cudaErrorInvalidValue;
   if (!fits || b.x < 1 || b.y < 1 || b.z < 1 || uint64_t(b.x) * b.y * b.z > 1024) return cudaErrorInvalidConfiguration;
   // Parameters are copied at the launch, as the runtime does.
   [&](Parameters... copies) {
-    emulation::run(g, b, [&] {
+    emulation::run(g, b, config->dynamicSmemBytes, [&] {
       kernel(copies...);
     });
   }(std::forward<Arguments>(given)...);

@@ -36,6 +36,8 @@ const std::function<void()>* kernel = nullptr;
 void* scheduler[5];
 size_t current = 0;
 
+std::vector<unsigned char> shared;  // of exactly the bytes asked for: beyond them the sanitizer sees it
+
 const void* scheduler_stack = nullptr;
 size_t scheduler_stack_size = 0;
 
@@ -171,7 +173,10 @@ uint64_t meet_warp(unsigned mask, uint64_t value, int from_lane, int line) {
   return f.got;
 }
 
-void run(dim3 grid, dim3 block, const std::function<void()>& body) {
+void* launched_shared() { return shared.data(); }
+
+void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
+  shared = std::vector<unsigned char>(shared_bytes, 0xFF);  // NaN in every type
   const size_t threads = size_t(block.x) * block.y * block.z;
   make_fibers(threads);
   for (size_t t = 0; t < threads; ++t)
