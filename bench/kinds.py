@@ -1,4 +1,4 @@
-"""Ternary bases: what do sparse and very sparse ones cost, in time, memory and bytes kept?
+"""Kinds of bases: what do Hadamard, sparse and very sparse ones cost, in time, memory and bytes kept?
 
 Forward and backward of a d -> d layer on T tokens, r = 32, fp32, for every kind of bases; the axes are `linear`'s
 options. With --density for one layer over the density of its bases, from dense to 1/64, which also draws a picture.
@@ -34,7 +34,7 @@ BUILD_DIM = 2048
 
 
 def build_only(options: argparse.Namespace) -> Case:
-    """The update's matrix alone: from lists, from bits, and the dense product of the same size."""
+    """The update's matrix alone: by transforms, from lists, from bits, and the dense product of the same size."""
     spec = Spec(BUILD_DIM, 1, device=options.device)
 
     def make(kind: str, made: Layer) -> Provider:
@@ -45,7 +45,7 @@ def build_only(options: argparse.Namespace) -> Case:
             B2 = B.flatten(1)
             return Provider(lambda: [B2 @ S2])
         pattern, scale = found
-        op = torch.ops.randlora.sparse_update
+        op = torch.ops.randlora.hadamard_update if kind == "hadamard" else torch.ops.randlora.sparse_update
         return Provider(lambda: [op(pattern, made.lam, made.gamma, spec.d, scale, None, torch.float32)])
 
     def set_up() -> Setup:
@@ -54,7 +54,7 @@ def build_only(options: argparse.Namespace) -> Case:
         return Setup(
             {kind: functools.partial(make, kind, made) for kind in KINDS},
             baseline="dense",
-            check=lambda result: None,  # tests/test_ternary.py compares them
+            check=lambda result: None,  # tests/test_ternary.py and tests/test_hadamard.py compare them
             work={"dense": written + Work(spec.d**3)} | dict.fromkeys(layer.KINDS, written),
         )
 
@@ -87,7 +87,7 @@ def density(options: argparse.Namespace) -> None:
 
     columns = {"d": plain_spec.d, "T": plain_spec.T, "r": plain_spec.r, "sparsity": "sweep"}
     go_on = questions.answer(book, [Case(f"density d={plain_spec.d} T={plain_spec.T}", columns, set_up)], options)
-    if go_on and not options.quick and options.results == records.RESULTS:  # what docs/sparse.md shows
+    if go_on and not options.quick and options.results == records.RESULTS:  # what docs/kinds.md shows
         shutil.copyfile(plots.draw(book.path)[-1], ROOT / "docs" / "density.png")
 
 

@@ -18,6 +18,7 @@ import training
 from text_data import UserError, load_task
 
 METHODS = ("randlora", "lora", "head", "full")
+KINDS = ("dense", "hadamard", "sparse", "very_sparse")
 # An option is None unless it is given: each method has defaults of its own, and one that has no use for it says so.
 DEFAULTS = {
     "randlora": {"kind": "dense", "rank": 32, "alpha": None, "dropout": 0.0, "targets": ["all-linear"], "lr": 4e-4},
@@ -47,7 +48,9 @@ def parse(argv):
     add("--max-length", type=at_least(4), default=64, help="tokens kept of a text (default: %(default)s)")
 
     add = parser.add_argument_group("adapter").add_argument
-    add("--kind", choices=("dense", "sparse", "very_sparse"), help="of RandLoRA's random bases (default: dense)")
+    add(
+        "--kind", choices=KINDS, help=f"of RandLoRA's random bases: {', '.join(KINDS)} (default: dense)", metavar="KIND"
+    )
     add("--rank", type=at_least(1), help="(default: 32; LoRA: 8). A lower rank trains more in RandLoRA, less in LoRA")
     add("--alpha", type=float, help="the update is scaled by alpha / rank (default: 20 x rank; LoRA: 2 x rank)")
     add("--dropout", type=float, help="on the adapters' input (default: 0)")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# An addition of a fast transform, in multiply-adds of a dense product, on (CPU, CUDA): it moves a number through
+# An addition of a fast transform, in multiply-adds of a dense product, by device: it moves a number through
 # registers for each, where a product has it at hand for as many as there are columns.
-TRANSFORM = {"cpu": 4.0, "cuda": 2.0}
+TRANSFORM = {"cpu": 3.0, "cuda": 2.0}
 
 # Bytes of a tile of tokens with all that is computed of it: what the ops work on at a time.
 TILE = {"cpu": 4 << 20, "cuda": 32 << 20}

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 WIDTHS = (8, 4, 2, 1)
 SIGNS_A, SIGNS_B, SIGNS_C = 3, 4, 5  # streams of fill_bases_
+_BLOCK = 1 << 19  # elements of B made at a time
 
 
 def groups(r: int) -> int:
@@ -71,10 +72,12 @@ def fill(bases: RandomBases, out: Tensor, stream: int, offsets: tuple[int, int, 
         out[:, 0] = _walsh(x, groups(bases.r))[:, group] * signs(bases, SIGNS_A, start, columns, out.device)
         return
     begin, end = base * bases.r, (base + middle) * bases.r
-    values = _walsh(x, end)[:, begin:]
-    values *= signs(bases, SIGNS_B, first, rows, out.device)[:, None]
-    values *= signs(bases, SIGNS_C, begin, end - begin, out.device)
-    out.copy_(values.view(rows, middle, bases.r)[:, :, start : start + columns])
+    b, c = signs(bases, SIGNS_B, first, rows, out.device), signs(bases, SIGNS_C, begin, end - begin, out.device)
+    step = max(1, _BLOCK // end)
+    for row in range(0, rows, step):
+        block = slice(row, row + step)
+        values = _walsh(x[block], end)[:, begin:] * b[block, None] * c
+        out[block] = values.view(-1, middle, bases.r)[:, :, start : start + columns]
 
 
 def recognise(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor, int] | None:

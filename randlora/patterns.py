@@ -70,7 +70,7 @@ def is_planes(pattern: Sequence[Tensor]) -> bool:
 
 
 def is_lists(pattern: Sequence[Tensor]) -> bool:
-    """Whether a pattern is one of lists: such have a factored strategy on the CPU only, and updates of some rows."""
+    """Whether a pattern is one of lists, whose updates have some of the m rows alone."""
     return len(pattern) == 5
 
 

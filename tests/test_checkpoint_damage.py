@@ -192,6 +192,31 @@ def test_damaged_metadata(folder, change):
 
 
 @pytest.mark.parametrize(
+    ("width", "message"),
+    [
+        (None, "does not say the group_width of its hadamard bases"),
+        ("gone", "does not say the group_width of its hadamard bases"),
+        (16, "group_width must be 8, 4, 2 or 1, got 16"),
+        (0, "group_width must be 8, 4, 2 or 1, got 0"),
+        ("4", "group_width must be 8, 4, 2 or 1, got '4'"),
+        (1, "checksum does not match"),
+    ],
+)
+def test_a_group_width_that_is_not_known(width, message, tmp_path):
+    """Bases of another width would be other bases."""
+    model = adapt(net(), kind="hadamard", save_projection=False)
+    assert model.peft_config["default"].group_width == 4
+    model.save_pretrained(tmp_path)
+
+    def change(said):
+        said["config"].pop("group_width") if width == "gone" else said["config"].update(group_width=width)
+
+    edit_config(tmp_path, group_width=None if width == "gone" else width)
+    change_metadata(tmp_path, change)
+    assert_refused(tmp_path, message)
+
+
+@pytest.mark.parametrize(
     "text", ["", "{", "[]", "null", "7", '"x"', "[" * 100000, "{}"], ids=lambda t: t[:9] or "empty"
 )
 def test_metadata_that_is_no_description(folder, text):

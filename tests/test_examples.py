@@ -89,6 +89,7 @@ SHORT = ("--epochs", "2", "--batch-size", "16")
     [
         pytest.param(("--method", "randlora", "--rank", "5", *SHORT), id="randlora"),
         pytest.param(("--kind", "sparse", "--dropout", "0.1", "--targets", "query", "value", *SHORT), id="sparse"),
+        pytest.param(("--kind", "hadamard", *SHORT), id="hadamard"),
         pytest.param(("--kind", "very_sparse", "--targets", "output.dense", *SHORT), id="very_sparse"),
         pytest.param(("--method", "lora", "--rank", "2", *SHORT), id="lora"),
         pytest.param(("--method", "full", *SHORT), id="full"),

@@ -112,6 +112,14 @@ def test_growing_and_sharding():
         assert torch.equal(bits, others)
 
 
+@pytest.mark.parametrize(("i", "o"), [(41, 97), (97, 41)])
+def test_the_two_factors_as_they_are(i, o):
+    bases = RandomBases(97, 41, 12, "hadamard")
+    layer = randomize(randlora.Linear(make_base(i, o, dtype=torch.float64), r=12, bases=bases))
+    first, second = layer.get_scaled_bases("default")
+    torch.testing.assert_close(layer.scaling["default"] * second @ first, reference_update(layer))
+
+
 # ---- bases that exist as tensors -------------------------------------------------------------------------------------
 
 

@@ -58,6 +58,22 @@ def test_forward_and_gradients(kind, shape, dtype, bias):
 
 
 @over_kinds
+@over_shapes
+@over("dtype", DTYPES)
+def test_hadamard_bases(kind, shape, dtype):
+    """Of them no dense copy is made, nor a matrix of the update."""
+    layer = make_layer(kind, *shape, dtype=dtype, bases=make_bases(*shape, 5, kind="hadamard"))
+    x = normal(2, 3, shape[0], seed=6, dtype=dtype).requires_grad_()
+    y = layer(x)
+    y.float().sum().backward()
+    assert layer.bases["default"].nbytes < 50
+    assert relative_error(y, exact_forward(layer, x.detach())) <= allowed(kind, dtype)
+    exact_x = (quantized.dequantize(layer.base_layer).double() + reference_update(layer)).sum(0).expand_as(x)
+    assert relative_error(x.grad, exact_x) <= {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    assert layer.randlora_lambda["default"].grad.dtype == torch.float32
+
+
+@over_kinds
 def test_gradients_of_the_parameters_equal_those_beside_a_float_weight(kind):
     """The update does not see the base, so the two agree to the last bit."""
     layer, plain = make_layer(kind), None

@@ -63,6 +63,20 @@ def test_merge_and_unmerge(kind, shape, safe):
 
 
 @over_kinds
+@over_shapes
+def test_merge_of_hadamard_bases(kind, shape):
+    layer = make_layer(kind, *shape, bases=make_bases(*shape, 5, kind="hadamard"))
+    before = parts(layer.base_layer)
+    exact = quantized.dequantize(layer.base_layer).double() + reference_update(layer)
+    layer.bases["default"] = make_bases(*shape, 5, kind="hadamard")
+    layer.merge()
+    assert (quantized.dequantize(layer.base_layer).double() - exact).abs().max() <= step(kind) * exact.abs().max()
+    assert layer.bases["default"].nbytes < 50, "dense bases were made"
+    layer.unmerge()
+    assert_same_weight(layer.base_layer, before)
+
+
+@over_kinds
 def test_several_merges_round_once(kind):
     layer = make_layer(kind)
     layer.update_layer("second", r=3, randlora_alpha=0.15, bases=make_bases(41, 24, 3))

@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 import torch
-from common import make_layer, normal, on_devices
+from common import make_bases, make_layer, normal, on_devices
 from torch import nn
 
 import randlora
@@ -72,21 +72,24 @@ def test_four_blocks_keep_four_inputs(dtype, expected, dropout, device):
 
 @on_devices
 @pytest.mark.parametrize("strategy", ["factored", "materialized", "merged"])
+@pytest.mark.parametrize("kind", ["dense", "hadamard"])
 @pytest.mark.parametrize("shape", [(64, 96), (96, 64)], ids=str)
-def test_every_strategy_keeps_the_input_alone(strategy, shape, device):
-    layer = make_layer(*shape, strategy=strategy, device=device)
+def test_every_strategy_keeps_the_input_alone(strategy, kind, shape, device):
+    layer = make_layer(*shape, strategy=strategy, device=device, bases=make_bases(*shape, 5, kind=kind))
     x = normal(50, shape[0], device=device).requires_grad_()
-    known = [*layer.parameters(), *layer.bases["default"].tensors(x.dtype, x.device)]
+    known = [*layer.parameters(), *(layer.pattern("default") or layer.bases["default"].tensors(x.dtype, x.device))]
     with SavedBytes(known) as saved:
         layer(x)
     assert [t.data_ptr() for _, t in saved.storages.values()] == [x.data_ptr()]
 
 
 @on_devices
-def test_autocast_keeps_no_cast_copy(device):
-    layer = make_layer(64, 96, device=device)
+@pytest.mark.parametrize("kind", ["dense", "hadamard"])
+def test_autocast_keeps_no_cast_copy(kind, device):
+    layer = make_layer(64, 96, device=device, bases=make_bases(64, 96, 5, kind=kind))
     x = normal(50, 64, device=device).requires_grad_()
-    known = [*layer.parameters(), *layer.bases["default"].tensors(torch.bfloat16, x.device)]
+    bases = layer.pattern("default") or layer.bases["default"].tensors(torch.bfloat16, x.device)
+    known = [*layer.parameters(), *bases]
     with SavedBytes(known) as saved, torch.autocast(device, torch.bfloat16):
         y = layer(x)
     assert y.dtype == torch.bfloat16
