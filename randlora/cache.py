@@ -41,6 +41,9 @@ def inference_cache(limit: int = _DEFAULT_LIMIT) -> AbstractContextManager[Infer
     ``.data`` or by fused optimizers between two calls under ``no_grad``, and none by another process or CUDA stream.
     Where that may happen, open shorter scopes or none.
 
+    Layers whose active adapters all have Hadamard bases keep nothing: a token takes them little more than the frozen
+    layer does.
+
     Args:
         limit: bytes that the kept tensors may take together, default 1 GiB. Layers that find no room compute as usual;
             0: nothing is kept, in ``generate`` neither.
