@@ -53,20 +53,6 @@ def cases(device: torch.device, d: int, tokens: int, r: int = 32) -> list[Case]:
     A, B = bases.draw(torch.int8, device)
     bits = list(patterns.Bits(A[:, 0], iter([B.flatten(1)]), d).of(d))
     found.append(("bits made dense", (d * n * r) * (2 + 0.25), lambda: ops.packed_expand(bits, n, d, d, bf16)))
-    bases = randlora.RandomBases(d, d, r, kind="very_sparse")
-    pattern = list(bases.pattern(d, device)[0])
-    columns, indices = pattern[0].numel(), pattern[4]
-    compact, read = columns * d, indices.nbytes
-    found.append(
-        ("very sparse update", 2 * compact + read, lambda: ops.sparse_update(pattern, lam, gamma, d, 1.0, None, bf16))
-    )
-    weight = torch.randn(d, d, dtype=bf16, device=device)
-    for title, w in (("rows", weight), ("columns", weight.t())):
-        found.append((f"very sparse update + weight by {title}", 2 * weight.nbytes + read,
-                      lambda w=w: ops.sparse_update(pattern, lam, gamma, d, 1.0, w, bf16)))  # fmt: skip
-    g = torch.randn(columns, d, device=device)
-    found.append(("very sparse gradient", g.nbytes + read,
-                  lambda: ops.sparse_update_backward(g, pattern, lam, gamma, 1.0, True, True)))  # fmt: skip
     return found
 
 

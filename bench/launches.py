@@ -39,7 +39,7 @@ CASES: dict[tuple[str, str, str], tuple[int, int]] = {
     ("sparse", "factored", "bfloat16"): (6, 11),
     ("sparse", "materialized", "bfloat16"): (6, 14),
     ("sign", "factored", "bfloat16"): (6, 11),
-    ("very_sparse", "materialized", "bfloat16"): (4, 10),
+    ("very_sparse", "factored", "bfloat16"): (6, 11),
 }
 WAITING = ("Synchronize", "cudaMemcpy2D", "cudaFree", "cudaMalloc")  # runtime calls in which the host waits
 ROUNDS = 20

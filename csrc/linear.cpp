@@ -225,8 +225,8 @@ class Layer {
 
   bool all_columns() const { return is_packed(a_.pattern) || a_.pattern[0].numel() == m_; }
 
-  // Whether products with the tokens that leave out what is zero beat a dense one for the gradient of D.
-  bool through_tokens() const { return a_.x.is_cpu() && !is_packed(a_.pattern); }
+  // Whether products with the tokens that leave out what is zero beat a dense one for the gradient of D: with lists.
+  bool through_tokens() const { return !is_packed(a_.pattern); }
 
   // The parameters' gradients, and, if `add_input_gradient`, dx += g @ dW.
   std::tuple<at::Tensor, at::Tensor> sparse_backward(at::Tensor& dx, const at::Tensor& g, const at::Tensor& x,

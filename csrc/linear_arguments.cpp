@@ -97,8 +97,6 @@ void check(const LayerArguments& a) {
     check_tensor(*a.A, "A", a.x);
     check_tensor(*a.B, "B", a.x);
   } else {
-    TORCH_CHECK_VALUE(a.strategy != Strategy::factored || is_packed(a.pattern) || a.x.is_cpu(),
-                      "very sparse bases have a factored strategy on the CPU only, got ", a.x.device());
     if (is_packed(a.pattern))
       check_packed(a.pattern, r, n, m, M, a.x);
     else

@@ -34,6 +34,7 @@ SparsePattern all_rows(const at::Tensor& lambda, const at::Tensor& gamma, int64_
 ListsExtent check_lists(at::TensorList pattern, at::Device device) {
   TORCH_CHECK_VALUE(pattern.size() == 5, "pattern must be columns, a_starts, a_entries, b_starts and b_indices, got ",
                     pattern.size(), " tensors");
+  TORCH_CHECK_VALUE(!device.is_cuda(), "lists are for the CPU; RandomBases.pattern gives bits for ", device);
   for (size_t i = 0; i < pattern.size(); ++i) {
     const at::Tensor& t = pattern[i];
     TORCH_CHECK_TYPE(t.scalar_type() == at::kInt || (i == 4 && t.scalar_type() == at::kShort),

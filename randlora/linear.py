@@ -16,7 +16,6 @@ from .bypassed import Noticed
 from .functional import compute_dtype, linear_of
 from .layer import BaseTensors, RandLoraLayer
 from .mixed import add_updates
-from .patterns import is_planes
 from .planner import STRATEGIES
 from .undo import all_or_nothing
 
@@ -190,8 +189,6 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
         dropout = self._modules["randlora_dropout"]._modules[adapter]
         strategy = "auto" if self.strategy == "merged" and weight is None else self.strategy
         found = self._pattern(adapter, x.device)
-        if found is not None and strategy == "factored" and not is_planes(found[0]) and not x.is_cpu:
-            found = None  # lists have a factored form on the CPU only
         A = B = pattern = None
         if found is None:
             A, B, factor = self._tensors(adapter, dtype, x.device)

@@ -1,11 +1,12 @@
 """Ternary bases in the forms that are stored and multiplied: index lists, or one or two bits per element.
 
 Lists (csrc/sparse_update.h): at density 1/z an entry of 16 bits per non-zero takes less room than two bits per element
-from z = 8 on, and from about 10 on the update is built faster by walking the lists: at z = 45 with some thousand times
-fewer additions than the dense product has. Planes (csrc/packed_update.h): below that, on the CPU, A as lists of its
-rows and B at two bits per element. Bits (there too): where dense products are faster still, below z = 2.5 on the CPU
-and below 10 on CUDA with its tensor cores, both at two bits per element or, where nothing is zero, one; they are made
-dense for every call. All are generated from the seed in blocks of int8, never through a dense float tensor.
+from z = 8 on, and on the CPU from about 10 on the update is built faster by walking the lists: at z = 45 with some
+thousand times fewer additions than the dense product has. Planes (csrc/packed_update.h): below that, on the CPU, A as
+lists of its rows and B at two bits per element. Bits (there too): where dense products are faster still, below z = 2.5
+on the CPU and everywhere on CUDA with its tensor cores (bench/NOTES-cuda.md), both at two bits per element or, where
+nothing is zero, one; they are made dense for every call. All are generated from the seed in blocks of int8, never
+through a dense float tensor.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .bases import RandomBases
 
-# By sparsity: below the first, dense products win; from the second on, lists are built from faster than planes.
+# By sparsity, on the CPU: below the first, dense products win; from the second on, lists are built from faster than
+# planes.
 PLANES_FROM, LISTS_FROM = 2.5, 10.0
 _BLOCK = 1 << 22  # elements of B generated at a time
 
@@ -79,9 +81,9 @@ def wanted(sparsity: float | None, device: torch.device) -> bool:
 
 def form_of(sparsity: float, device: torch.device) -> type[Form]:
     """The form that ternary bases of this sparsity have on `device`."""
-    if sparsity >= LISTS_FROM:
-        return Lists
-    return Planes if sparsity >= PLANES_FROM and device.type == "cpu" else Bits
+    if device.type != "cpu" or sparsity < PLANES_FROM:
+        return Bits
+    return Lists if sparsity >= LISTS_FROM else Planes
 
 
 def planes_of(sparsity: float) -> int:

@@ -181,48 +181,46 @@ def sparse_costs(
     lists: Lists,
     element_bytes: int = 4,
     *,
-    device_type: str = "cpu",
     dropout: bool = False,
     has_weight: bool = True,
     need_x: bool = True,
     need_parameters: bool = True,
 ) -> dict[str, tuple[Cost, Cost]]:
-    """As :func:`costs`, for very sparse bases. No ``factored`` but on the CPU."""
+    """As :func:`costs`, for very sparse bases, which are lists on the CPU."""
     m, M, e = min(in_features, out_features), max(in_features, out_features), element_bytes
     columns, wide = lists.columns, in_features <= out_features
     need_x, need_parameters, has_weight = int(need_x), int(need_parameters), int(has_weight)
     base, part = (T * M * m if has_weight else 0), T * M * columns
-    dense, compact, gradient = M * m * e, M * columns * e, need_parameters * M * columns * max(4, e)
+    dense, compact = M * m * e, M * columns * e
     # The features that take part are gathered, and a result that only some have a part in is added to.
     gathered = 2 * T * columns * e
     dx = base if need_x else 0
-    found = {}
-    through_dW = need_parameters * part, gradient, 2 * gradient + need_parameters * gathered
-    if device_type == "cpu":
-        q, accumulator = lists.density(m, M, r), max(4, e)
-        additions = q * n * r * m, q * n * r * M  # of a token: with C and with B2
-        # T may be symbolic under torch.compile: everything else is one integer.
-        up, down = (T * int(weight * sum(additions)) for weight in (ADDITION["up"], ADDITION["down"]))
-        forward, backward = (up, T * int(ADDITION["down"] * additions[0])) if wide else (down, up)
-        entries = int(q * r * m) * n * accumulator  # of C: the coefficients, and their gradients in up to 16 parts
-        through_dW = need_parameters * down, need_parameters * 17 * entries, 0
-        added = 2 * T * e * has_weight
-        found["factored"] = (
+    q, accumulator = lists.density(m, M, r), max(4, e)
+    additions = q * n * r * m, q * n * r * M  # of a token: with C and with B2
+    # T may be symbolic under torch.compile: everything else is one integer.
+    up, down = (T * int(weight * sum(additions)) for weight in (ADDITION["up"], ADDITION["down"]))
+    forward, backward = (up, T * int(ADDITION["down"] * additions[0])) if wide else (down, up)
+    entries = int(q * r * m) * n * accumulator  # of C: the coefficients, and their gradients in up to 16 parts
+    through_tokens = need_parameters * down, need_parameters * 17 * entries  # the parameters' gradients
+    added = 2 * T * e * has_weight
+    found = {
+        "factored": (
             Cost(base + forward, entries, added * out_features),
-            Cost(dx + need_x * backward + through_dW[0], entries + through_dW[1], need_x * added * in_features),
-        )
-    found["materialized"] = (
-        Cost(base + part, compact, 3 * compact + gathered + 2 * T * out_features * e),
-        Cost(
-            dx + need_x * part + through_dW[0],
-            need_x * compact + through_dW[1],
-            need_x * (3 * compact + 2 * T * in_features * e) + through_dW[2],
+            Cost(dx + need_x * backward + through_tokens[0], entries + through_tokens[1], need_x * added * in_features),
         ),
-    )
+        "materialized": (
+            Cost(base + part, compact, 3 * compact + gathered + 2 * T * out_features * e),
+            Cost(
+                dx + need_x * part + through_tokens[0],
+                need_x * compact + through_tokens[1],
+                need_x * (3 * compact + 2 * T * in_features * e),
+            ),
+        ),
+    }
     if has_weight and not dropout:
         found["merged"] = (
             Cost(base, dense, 4 * dense),
-            Cost(dx + through_dW[0], need_x * dense + through_dW[1], need_x * 4 * dense + through_dW[2]),
+            Cost(dx + through_tokens[0], need_x * dense + through_tokens[1], need_x * 4 * dense),
         )
     return found
 
@@ -325,10 +323,9 @@ def options_of(
     T, in_features, out_features, n, r, element_bytes, form, device_type, **needs
 ) -> dict[str, tuple[Cost, Cost]]:
     """Forward and backward cost of each strategy that can compute the call, whatever the `form` of the bases."""
-    needs["device_type"] = device_type
     if isinstance(form, Lists):
         return sparse_costs(T, in_features, out_features, n, r, form, element_bytes, **needs)
-    needs |= {"planes": form == "planes", "bits": form == "bits"}
+    needs |= {"device_type": device_type, "planes": form == "planes", "bits": form == "bits"}
     return costs(T, in_features, out_features, n, r, element_bytes, **needs)
 
 

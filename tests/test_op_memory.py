@@ -61,19 +61,30 @@ def test_a_layer_of_other_sizes_than_planes_or_bits(make, sizes):
         call(make(), *sizes)
 
 
-@on_devices
 @pytest.mark.parametrize("r, n, m", [(16, 16, 512), (31, 16, 512), (32, 17, 512), (32, 16, 100)])
-def test_raw_ops_look_at_the_sizes_of_plain_lists(r, n, m, device):
-    pattern = [t.to(device) for t in lists()]
-    lam, gamma, x = normal(r, n, device=device), normal(n, m, device=device), normal(3, m, device=device)
+def test_raw_ops_look_at_the_sizes_of_plain_lists(r, n, m):
+    pattern = list(lists())
+    lam, gamma, x = normal(r, n), normal(n, m), normal(3, m)
     with pytest.raises(ValueError, match=r"these bases have|b_starts must have"):
         ops.sparse_update(pattern, lam, gamma, 512, 1.0, None, torch.float32)
-    grad = normal(len(pattern[0]), 512, device=device)
+    grad = normal(len(pattern[0]), 512)
     with pytest.raises(ValueError, match=r"these bases have|b_starts must have"):
         ops.sparse_update_backward(grad, pattern, lam, gamma, 1.0, True, True)
     layer = (None, None, lam, gamma, 1.0, torch.float32, "materialized", 0.0, None, False, 0, pattern, True, True, True)
     with pytest.raises(ValueError, match=r"these bases have|b_starts must have"):
-        ops.linear_backward(normal(3, 512, device=device), x, None, *layer)
+        ops.linear_backward(normal(3, 512), x, None, *layer)
+
+
+@pytest.mark.cuda
+def test_lists_are_for_the_cpu():
+    pattern = [t.cuda() for t in lists()]
+    lam, gamma, x = normal(32, 16, device="cuda"), normal(16, 512, device="cuda"), normal(3, 512, device="cuda")
+    for act in (
+        lambda: ops.check_pattern(pattern),
+        lambda: linear(x, None, None, None, None, lam, gamma, 1.0, out_features=512, pattern=pattern),
+    ):
+        with pytest.raises(ValueError, match=r"lists are for the CPU; RandomBases\.pattern gives bits for cuda:0"):
+            act()
 
 
 # ---- contents --------------------------------------------------------------------------------------------------------
@@ -88,22 +99,20 @@ WRONG = {
 WRONG = [(i, name, key, *where) for i, (name, cases) in enumerate(WRONG.items()) for key, where in cases.items()]
 
 
-@on_devices
 @pytest.mark.parametrize("i, name, key, at, value", WRONG, ids=[f"{w[1]} {w[2]}" for w in WRONG])
 @pytest.mark.parametrize("index_dtype", [torch.int16, torch.int32])
-def test_lists_with_wrong_contents(i, name, key, at, value, index_dtype, device):
+def test_lists_with_wrong_contents(i, name, key, at, value, index_dtype):
     pattern = [t.clone() for t in lists(m=40, r=4)]
     if index_dtype == torch.int32:
         pattern[4] = (pattern[4].int() & 0xFFFF).contiguous()
     pattern[i][at] = pattern[i][at - 1] if value is None else value
-    pattern = [t.to(device) for t in pattern]
-    lam, gamma, x = normal(4, 10, device=device), normal(10, 40, device=device), normal(3, 40, device=device)
+    lam, gamma, x = normal(4, 10), normal(10, 40), normal(3, 40)
     layer = (None, None, lam, gamma, 1.0, torch.float32, "materialized", 0.0, None, False, 0, pattern, True, True, True)
     calls = (
         lambda: ops.check_pattern(pattern),
         lambda: ops.sparse_update(pattern, lam, gamma, 512, 1.0, None, torch.float32),
-        lambda: ops.sparse_update_backward(normal(len(pattern[0]), 512, device=device), pattern, lam, gamma, 1.0, 1, 1),
-        lambda: ops.linear_backward(normal(3, 512, device=device), x, None, *layer),
+        lambda: ops.sparse_update_backward(normal(len(pattern[0]), 512), pattern, lam, gamma, 1.0, 1, 1),
+        lambda: ops.linear_backward(normal(3, 512), x, None, *layer),
         lambda: linear(x, None, None, None, None, lam, gamma, 1.0, out_features=512, pattern=pattern),
     )
     for act in calls[key == "large" :]:  # these could be those of a larger layer
@@ -111,17 +120,16 @@ def test_lists_with_wrong_contents(i, name, key, at, value, index_dtype, device)
             act()
 
 
-@on_devices
 @pytest.mark.parametrize("start", [1, -1, 2**30, -(2**31)])
-def test_no_lists_have_no_elements(start, device):
+def test_no_lists_have_no_elements(start):
     """The gradient is counted by the last of the starts, which is the first one here."""
-    pattern = [t.to(device) for t in lists(12, 2)]
+    pattern = list(lists(12, 2))
     pattern[0], pattern[2] = pattern[0][:0], pattern[2][:0]
-    lam, gamma, grad = normal(2, 6, device=device), normal(6, 12, device=device), normal(0, 512, device=device)
-    pattern[1] = torch.zeros(1, dtype=torch.int32, device=device)
+    lam, gamma, grad = normal(2, 6), normal(6, 12), normal(0, 512)
+    pattern[1] = torch.zeros(1, dtype=torch.int32)
     for gradient in ops.sparse_update_backward(grad, pattern, lam, gamma, 1.0, True, True):
         assert not gradient.any()
-    pattern[1] = torch.tensor([start], dtype=torch.int32, device=device)
+    pattern[1] = torch.tensor([start], dtype=torch.int32)
     with pytest.raises(ValueError, match=r"the start of .* must lie in \[0, 0\]"):
         ops.sparse_update_backward(grad, pattern, lam, gamma, 1.0, True, True)
 

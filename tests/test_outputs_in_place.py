@@ -68,8 +68,6 @@ def test_dense(strategy, leading, shape, parts, device):
 def test_ternary(strategy, form, shape, device):
     given, weight, bias, lam, gamma, bases = draw(shape, form, device=device)
     pattern, scale = bases.pattern(24, given.device)
-    if strategy == "factored" and len(pattern) == 5 and device != "cpu":
-        pytest.skip("lists have a factored form on the CPU only")
     for x in (given[0, 0], given[0], given):
         x = x.detach().requires_grad_()
         for w, b in ((weight, bias), (None, None)):

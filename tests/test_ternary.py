@@ -21,7 +21,7 @@ import randlora
 from randlora.functional import linear
 from randlora.patterns import Bits, Lists, Planes, is_bits, is_planes
 
-# name -> arguments of RandomBases: lists from sparsity 10 on, planes from 2.5 on (CUDA: bits), bits below.
+# name -> arguments of RandomBases: lists from sparsity 10 on, planes from 2.5 on, bits below (CUDA: bits always).
 FORMS = {
     "lists": {"kind": "very_sparse", "sparsity": 10.0},
     "planes": {"kind": "sparse"},
@@ -64,8 +64,6 @@ def test_same_as_the_dense_expansion(form, shape, strategy, dropout, device):
         pytest.skip("merged takes no dropout")
     x, weight, bias, lam, gamma, bases = draw(shape, form, device=device)
     found = bases.pattern(min(shape[:2]), x.device)
-    if strategy == "factored" and not is_planes(found[0]) and device != "cpu":
-        pytest.skip("lists have a factored form on the CPU only")
     dense = bases.draw(torch.float64, x.device)
     seed = torch.tensor([3], device=device)
     for transposed in (False, True):
@@ -349,8 +347,9 @@ def test_which_form_is_taken(sparsity, form, planes):
     bases = randlora.RandomBases(64, 48, 4, "sparse", sparsity=sparsity)
     pattern, _ = bases.pattern(48)
     assert type(bases._lists[torch.device("cpu")][0]) is form and pattern[-1].shape == (48, planes, 4)
-    on_cuda = randlora.patterns.form_of(sparsity, torch.device("cuda"))
-    assert on_cuda is Bits and randlora.patterns.form_of(10.0, torch.device("cuda")) is Lists
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert randlora.patterns.form_of(sparsity, cuda) is Bits
+    assert [randlora.patterns.form_of(10.0, device) for device in (cpu, cuda)] == [Lists, Bits]
     assert randlora.RandomBases(64, 48, 4).pattern(48) is None
 
 
@@ -499,12 +498,10 @@ def test_pattern_takes_less_arithmetic_than_dense():
     dense = planner.costs(1024, 1024, 1024, 32, 32)
     planes = planner.costs(1024, 1024, 1024, 32, 32, planes=True)
     form = planner.form(randlora.RandomBases(1024, 1024, 32, kind="very_sparse").pattern(1024)[0])
-    for device_type in ("cpu", "cuda"):
-        lists = planner.sparse_costs(1024, 1024, 1024, 32, 32, form, device_type=device_type)
-        assert ("factored" in lists) == (device_type == "cpu")
-        for which, strategy in itertools.product((0, 1), ("materialized", "merged")):
-            costs = [found[strategy][which].multiply_adds for found in (dense, planes, lists)]
-            assert costs[0] > costs[1] > costs[2]
+    lists = planner.sparse_costs(1024, 1024, 1024, 32, 32, form)
+    for which, strategy in itertools.product((0, 1), ("materialized", "merged")):
+        costs = [found[strategy][which].multiply_adds for found in (dense, planes, lists)]
+        assert costs[0] > costs[1] > costs[2]
 
 
 @pytest.mark.parametrize("shape", [(512, 512), (128, 512), (512, 128)], ids=str)

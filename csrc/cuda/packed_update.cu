@@ -90,6 +90,10 @@ std::tuple<at::Tensor, at::Tensor> packed_expand(at::TensorList pattern, int64_t
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(randlora, CUDA, m) { m.impl("packed_expand", &packed_expand); }
+TORCH_LIBRARY_IMPL(randlora, CUDA, m) {
+  m.impl("packed_expand", &packed_expand);
+  m.impl("sparse_update", &unpacked_update);
+  m.impl("sparse_update_backward", &unpacked_update_backward);
+}
 
 }  // namespace randlora::cuda

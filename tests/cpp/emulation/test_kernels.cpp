@@ -211,97 +211,6 @@ at::Tensor from(const std::vector<int64_t>& values, at::ScalarType type) {
   return at::tensor(values, at::kLong).to(type);
 }
 
-// The lists of sparse_update.h for A [r, m] and B2 [M, columns], both int8.
-Tensors lists(const at::Tensor& A, const at::Tensor& B2, bool short_indices) {
-  std::vector<int64_t> columns, a_starts = {0}, a_entries, b_starts = {0}, b_indices;
-  const auto a = A.accessor<int8_t, 2>(), b = B2.accessor<int8_t, 2>();
-  for (int64_t j = 0; j < a.size(1); ++j) {
-    for (int64_t k = 0; k < a.size(0); ++k)
-      if (a[k][j] != 0) a_entries.push_back(2 * k + (a[k][j] < 0));
-    if (int64_t(a_entries.size()) == a_starts.back()) continue;
-    columns.push_back(j);
-    a_starts.push_back(int64_t(a_entries.size()));
-  }
-  for (int64_t p = 0; p < b.size(1); ++p)
-    for (const int sign : {1, -1}) {
-      for (int64_t o = 0; o < b.size(0); ++o)
-        if (b[o][p] == sign) b_indices.push_back(o);
-      b_starts.push_back(int64_t(b_indices.size()));
-    }
-  return {from(columns, at::kInt), from(a_starts, at::kInt), from(a_entries, at::kInt), from(b_starts, at::kInt),
-          from(b_indices, short_indices ? at::kShort : at::kInt)};
-}
-
-struct SparseCase {
-  int64_t r, n, m, M;
-  int z;
-  int64_t more_rows = 0;  // of the store, beyond the layer's M
-};
-
-// weights: none; [m, M] contiguous; its rows apart; its transpose contiguous; that one's rows apart.
-enum Weight { none, rows, rows_apart, columns, columns_apart };
-
-void compare_sparse(const SparseCase& c, at::ScalarType type, at::ScalarType parameters, bool short_indices) {
-  using OptionalTensor = std::optional<at::Tensor>;
-  static const Op<at::Tensor(at::TensorList, const at::Tensor&, const at::Tensor&, int64_t, double,
-                             const OptionalTensor&, at::ScalarType)>
-      forward("randlora::sparse_update");
-  static const Op<Pair(const at::Tensor&, at::TensorList, const at::Tensor&, const at::Tensor&, double, bool, bool)>
-      backward("randlora::sparse_update_backward");
-  const double scale = 0.7;
-  const at::Tensor A = random_ternary({c.r, c.m}, c.z), B2 = random_ternary({c.M + c.more_rows, c.n * c.r}, c.z);
-  const Tensors pattern = lists(A, B2, short_indices);
-  const at::Tensor lambda = at::randn({c.r, c.n}, parameters), gamma = at::randn({c.n, c.m}, parameters);
-  const std::string where = check::text("r ", c.r, " n ", c.n, " m ", c.m, " M ", c.M, " ", type, " lambda ",
-                                        parameters, short_indices ? " int16" : " int32");
-
-  const at::Tensor a = A.to(at::kDouble), b = B2.narrow(0, 0, c.M).to(at::kDouble);
-  const at::Tensor l = lambda.to(at::kDouble), g = gamma.to(at::kDouble);
-  const at::Tensor S2 = (scale * l.unsqueeze(2) * a.unsqueeze(1) * g).reshape({c.r * c.n, c.m});
-  const at::Tensor D = S2.t().mm(b.t()), size = S2.abs().t().mm(b.abs().t());  // [m, M]
-  const int64_t terms = c.r * c.n;
-  const at::ScalarType acc = type == at::kDouble ? at::kDouble : at::kFloat;
-  for (const Weight w : {none, rows, rows_apart, columns, columns_apart}) {
-    OptionalTensor weight;
-    if (w == rows) weight = at::randn({c.m, c.M}, type);
-    if (w == rows_apart) weight = at::randn({c.m, c.M + 3}, type).narrow(1, 1, c.M);
-    if (w == columns) weight = at::randn({c.M, c.m}, type).t();
-    if (w == columns_apart) weight = at::randn({c.M, c.m + 3}, type).narrow(1, 1, c.m).t();
-    const at::Tensor got = forward.emulated(pattern, lambda, gamma, c.M, scale, weight, type);
-    const at::Tensor exact = w == none ? D.index_select(0, pattern[0]) : weight->to(at::kDouble) + D;
-    const at::Tensor sum = w == none ? size.index_select(0, pattern[0]) : weight->to(at::kDouble).abs() + size;
-    CHECK_THAT(got.scalar_type() == type && rounding_only(got, exact, sum, terms, acc), where, " weight ", int(w));
-  }
-
-  const at::Tensor grad = at::randn({c.M, pattern[0].numel()}, acc).t();
-  const auto [dlambda, dgamma] = backward.emulated(grad, pattern, lambda, gamma, scale, true, true);
-  const at::Tensor G = at::zeros({c.m, c.M}, at::kDouble).index_copy(0, pattern[0].to(at::kLong), grad.to(at::kDouble));
-  const auto gradients = [&](const at::Tensor& G, const at::Tensor& b, const at::Tensor& a, const at::Tensor& l,
-                             const at::Tensor& g) {
-    const at::Tensor t = scale * G.mm(b).t().reshape({c.r, c.n, c.m}) * a.unsqueeze(1);
-    return std::tuple((t * g).sum(2), (t * l.unsqueeze(2)).sum(0));
-  };
-  const auto [dl, dg] = gradients(G, b, a, l, g);
-  const auto [dl_size, dg_size] = gradients(G.abs(), b.abs(), a.abs(), l.abs(), g.abs());
-  CHECK_THAT(rounding_only(dlambda, dl, dl_size, c.m * c.M, acc), where, " dlambda");
-  CHECK_THAT(rounding_only(dgamma, dg, dg_size, c.r * c.M, acc), where, " dgamma");
-}
-
-void sparse_update() {
-  // More than 32 bases, more than 16 rows, more than 512 columns: several of everything that a block has one of.
-  const SparseCase cases[] = {{1, 1, 1, 1, 1},         {5, 9, 41, 64, 3, 20}, {3, 1, 3, 1000, 2, 7},
-                              {7, 35, 41, 530, 12, 9}, {32, 11, 70, 341, 18}, {4, 3, 17, 1030, 300},
-                              {2, 2, 5, 9, 1000000}};
-  for (const SparseCase& c : cases) {
-    for (const at::ScalarType type : kFloats)
-      compare_sparse(c, type, type == at::kDouble ? at::kDouble : at::kFloat, true);
-    compare_sparse(c, at::kFloat, at::kFloat, false);
-    compare_sparse(c, at::kDouble, at::kDouble, false);
-    compare_sparse(c, at::kBFloat16, at::kBFloat16, false);
-  }
-  compare_sparse({2, 2, 3, 40000, 500}, at::kFloat, at::kFloat, true);  // int16 indices with their highest bit set
-}
-
 at::Tensor random_bits(int64_t rows, int64_t planes, int64_t words) {
   const at::Tensor one = at::randint(-32768, 32768, {rows, 1, words}, at::kShort);
   if (planes == 1) return one;
@@ -352,7 +261,6 @@ int main() {
   check::run("bases have the bits of the CPU", bases);
   check::run("dropout has the bits of the CPU", dropout_masks);
   check::run("unique_base", unique_base);
-  check::run("sparse_update", sparse_update);
   check::run("packed_expand", packed_expand);
   return check::finish();
 }
