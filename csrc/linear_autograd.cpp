@@ -1,7 +1,7 @@
 // The layer op under autograd: a node in C++, as one in Python costs the host more than all kernels of a small layer.
 // What it keeps is the input as it came, references to the weight, the bases and the parameters, and the seed of the
-// dropout mask. Its backward is the op linear_backward, which has a backward of its own (randlora/linear_op.py) for
-// those who ask for a graph of it.
+// dropout mask. Its backward is the op linear_backward, below autograd; for those who want a graph of it, too, that op
+// has a backward of its own (randlora/linear_op.py).
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -55,7 +55,7 @@ at::Tensor below_autograd(const at::Tensor& x, const at::Tensor& lambda, const a
 
 std::optional<at::Tensor> optional(const at::Tensor& t) { return t.defined() ? std::optional(t) : std::nullopt; }
 
-struct Node : torch::autograd::Function<Node> {
+struct RandLoraLinear : torch::autograd::Function<RandLoraLinear> {
   static constexpr bool is_traceable = true;
 
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& lambda,
@@ -138,7 +138,7 @@ at::Tensor linear(const at::Tensor& x, const std::optional<at::Tensor>& weight, 
   if (!graph) return below_autograd(x, lambda, gamma, bias, fixed);
   TORCH_CHECK_VALUE(!(weight.has_value() && weight->requires_grad()),
                     "the base weight is trainable: only the ordinary path can compute its gradient");
-  return Node::apply(x, lambda, gamma, bias, fixed);
+  return RandLoraLinear::apply(x, lambda, gamma, bias, fixed);
 }
 
 }  // namespace
