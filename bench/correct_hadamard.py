@@ -64,12 +64,11 @@ def hadamard_tokens(
     ops.hadamard_down_(down, wide, *options)
     found = [(up, after_wide), (down, after_narrow)]
     if products:
-        for into in (None, before_narrow, before_wide):
-            into = None if into is None else into.to(device, copy=True)
-            given_into = (into, None) if into is not None and into.shape == down.shape else (None, into)
-            found += zip(ops.hadamard_gradients(narrow, wide, *given_into, *options), gradients, strict=True)
-            if into is not None:
-                found.append((into, after_narrow if given_into[1] is None else after_wide))
+        for into_narrow, into_wide in ((None, None), (before_narrow, None), (None, before_wide)):
+            into = [None if t is None else t.to(device, copy=True) for t in (into_narrow, into_wide)]
+            found += zip(ops.hadamard_gradients(narrow, wide, *into, *options), gradients, strict=True)
+            pairs = zip(into, (after_narrow, after_wide), strict=True)
+            found += [(got, after) for got, after in pairs if got is not None]
     return found
 
 

@@ -87,11 +87,11 @@ class Steps:
                 Step("right", self.bench("correct", "", "--few"), 20, 60),
                 Step("tests", tests, 35, 75, in_checkout=False),
             ],
-            [Step("launches", self.bench("launches", "", "--sizes 64x96"), 25, 60)],
-            [Step("layer-4096", self.layer(4096, 8192), 40, 75)],
-            [Step("layer-3072", self.layer(3072, 840), 35, 65)],
-            [Step("llama", self.llama("model", "", "", METHODS), 85, 115)],
-            [Step("decoding", self.llama("generate", "--batch 1 --new 8", "--new 2", DECODING), 75, 110)],
+            [Step("launches", self.bench("launches", "", "--sizes 64x96"), 27, 60)],
+            [Step("layer-4096", self.layer(4096, 8192), 45, 80)],
+            [Step("layer-3072", self.layer(3072, 840), 38, 70)],
+            [Step("llama", self.llama("model", "", "", METHODS), 95, 125)],
+            [Step("decoding", self.llama("generate", "--batch 1 --new 8", "--new 2", DECODING), 85, 120)],
         ]
 
     # ---- the second call ----
@@ -124,8 +124,8 @@ class Steps:
             ],
             [Step("kernels", self.bench("kernels", "", "--features 256"), 12, 30)],
             [Step("all-linear", self.llama("model", "--targets all-linear --batch 8 --tokens 1024",
-                                           "--targets all-linear", LARGE_BATCH), 75, 100)],
-            [Step("vit", self.vision("ViT-B/32", 128, VISION), 40, 60)],
+                                           "--targets all-linear", LARGE_BATCH), 88, 115)],
+            [Step("vit", self.vision("ViT-B/32", 128, VISION), 45, 65)],
             [self.ncu()],
             # 64 images of CLIP and their twins fill 80 GB.
             [Step("clip", self.vision("CLIP ViT-L/14", 32, "frozen; PEFT LoRA; randlora; randlora hadamard"), 45, 65)],

@@ -159,6 +159,7 @@ def compare(
     baseline: str,
     check: Callable[[Any], float | None],
     options: argparse.Namespace,
+    clock: Any = None,
 ) -> Comparison:
     """Time providers side by side for about ``options.seconds``.
 
@@ -167,12 +168,13 @@ def compare(
             with an ``AssertionError``, is reported as failed and left out.
         baseline: the provider that ratios refer to.
         check: gets what a provider's ``run`` returns, and returns the error to be recorded.
+        clock: what takes the time, as :func:`timer` gives it (default).
     """
     timings = {name: Timing(name) for name in factories}
     providers: dict[str, Provider] = {}
     interrupted = False
     load = os.getloadavg()[0]
-    clock = timer(options.device)
+    clock = clock or timer(options.device)
     bar = tqdm(desc=title, total=len(factories), unit="provider", leave=False, disable=None)
     try:
         turns = {}

@@ -28,6 +28,7 @@ class Setup:
         dtype: of the product that is the ceiling.
         work: provider -> its floor; one for all of them; or what tells it once the providers have run.
         extra: further columns, and whether Ctrl-C came while they were measured; may print.
+        clock: see :func:`bench.measure.compare`.
     """
 
     factories: Mapping[str, Callable[[], Provider]]
@@ -36,6 +37,7 @@ class Setup:
     dtype: torch.dtype = torch.float32
     work: Mapping[str, Work] | Work | Callable[[], Mapping[str, Work] | Work] | None = None
     extra: Callable[[Comparison], tuple[Columns, bool]] | None = None
+    clock: Any = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,9 @@ def _measure(book: Book, case: Case, options: argparse.Namespace) -> bool:
         book.put(case.columns, {EVERYTHING: {"median_ms": "", "failed": measure.reason(problem)}})
         tqdm.write(f"{case.title}: cannot be set up: {measure.reason(problem)}")
         return True
-    result = measure.compare(case.title, setup.factories, baseline=setup.baseline, check=setup.check, options=options)
+    result = measure.compare(
+        case.title, setup.factories, baseline=setup.baseline, check=setup.check, options=options, clock=setup.clock
+    )
     columns: Columns = {}
     stopped = result.interrupted
     try:

@@ -32,8 +32,8 @@ errors and loads are in the CSV files. A quick run is a look, not a measurement.
 # CSV -> the script that writes it, in the report's order
 FILES = {
     "model": "model", "linear": "linear", "linear-grid": "linear", "kinds": "kinds", "density": "kinds",
-    "generate": "generate", "generate-layer": "generate", "bases": "bases", "unique_base": "unique_base",
-    "memory": "memory", "fit": "fit",
+    "generate": "generate", "generate-layer": "generate", "host": "host", "bases": "bases",
+    "unique_base": "unique_base", "memory": "memory", "fit": "fit",
 }  # fmt: skip
 
 

@@ -39,6 +39,11 @@ namespace {
 
 at::Tensor cast(const at::Tensor& t, at::ScalarType dtype) { return t.scalar_type() == dtype ? t : t.to(dtype); }
 
+// narrow(), which costs a new tensor even where it cuts nothing off.
+at::Tensor cut(const at::Tensor& t, int64_t axis, int64_t begin, int64_t length) {
+  return t.size(axis) == length ? t : t.narrow(axis, begin, length);
+}
+
 // a @ b with an fp32 (fp64) result: what is reduced further must not be rounded to 16 bits first.
 at::Tensor mm_accumulated(const at::Tensor& a, const at::Tensor& b) {
   if (a.scalar_type() == at::kFloat || a.scalar_type() == at::kDouble) return at::mm(a, b);
@@ -54,11 +59,10 @@ class Layer {
     n_ = a.lambda.size(1);
     tokens_ = tokens_of(a.x);
     if (a.pattern.empty()) {
-      A_ = a.A->narrow(2, 0, m_);
-      B2_ = cast(a.B->narrow(0, 0, std::max(in_, out_)).narrow(1, 0, n_), a.dtype)
-                .reshape({std::max(in_, out_), n_ * r_});
+      A_ = cut(*a.A, 2, 0, m_);
+      B2_ = cast(cut(cut(*a.B, 0, 0, std::max(in_, out_)), 1, 0, n_), a.dtype).flatten(1);
     }
-    x_ = cast(a.x, a.dtype).reshape({tokens_, in_});
+    x_ = matrix(cast(a.x, a.dtype), in_);
     if (a.weight.has_value()) {
       const at::Tensor w = cast(*a.weight, a.dtype);
       weight_ = a.weight_is_transposed ? w.t() : w;
@@ -91,6 +95,7 @@ class Layer {
         });
       }
     }
+    if (a_.x.dim() == 2) return y;
     std::vector<int64_t> shape = a_.x.sizes().vec();
     shape.back() = out_;
     return y.view(shape);
@@ -99,7 +104,7 @@ class Layer {
   // Gradients of x (in its dtype), lambda and gamma (in theirs); an empty tensor for what is not needed.
   std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad, bool need_x, bool need_lambda,
                                                           bool need_gamma) const {
-    const at::Tensor g = cast(grad, a_.dtype).reshape({tokens_, out_});
+    const at::Tensor g = matrix(cast(grad, a_.dtype), out_);
     const bool need_parameters = need_lambda || need_gamma;
     const at::Tensor x = need_parameters ? dropped(x_) : x_;
     const bool factored = a_.strategy == Strategy::factored;
@@ -126,7 +131,7 @@ class Layer {
                                                            a_.gamma, a_.scale, need_lambda, need_gamma);
     } else if (factored || need_parameters) {
       const at::Tensor G = factored ? at::Tensor() : weight_gradient(g, x);
-      dlambda = at::empty_like(a_.lambda);
+      if (rows_ < r_) dlambda = at::empty_like(a_.lambda);
       for_chunks(
           [&](const Chunk& chunk, const at::Tensor& S2, const at::Tensor& B2) {
             at::Tensor dS2;
@@ -140,7 +145,8 @@ class Layer {
             if (!need_parameters) return;
             const auto [dl, dg] = unique_base_backward(dS2.view({chunk.rows, n_, m_}), chunk.A, chunk.of(a_.lambda),
                                                        a_.gamma, a_.scale, need_lambda, need_gamma);
-            if (need_lambda) chunk.of(dlambda).copy_(dl);
+            if (need_lambda && rows_ < r_) chunk.of(dlambda).copy_(dl);
+            if (need_lambda && rows_ == r_) dlambda = dl;
             if (need_gamma) dgamma = dgamma.defined() ? dgamma.add_(dg) : dg;
           },
           factored);
@@ -149,11 +155,19 @@ class Layer {
     const auto none = [](const at::Tensor& like) {
       return at::empty({0}, like.options());
     };
-    return {need_x ? cast(dx, a_.x.scalar_type()).view(a_.x.sizes()) : none(a_.x),
+    if (need_x) dx = cast(dx, a_.x.scalar_type());
+    return {!need_x           ? none(a_.x)
+            : a_.x.dim() == 2 ? dx
+                              : dx.view(a_.x.sizes()),
             need_lambda ? dlambda : none(a_.lambda), need_gamma ? dgamma : none(a_.gamma)};
   }
 
  private:
+  // [..., features] as [tokens, features].
+  at::Tensor matrix(const at::Tensor& t, int64_t features) const {
+    return t.dim() == 2 ? t : t.reshape({tokens_, features});
+  }
+
   // y += a @ b, or y = a @ b where there is no y yet.
   static void accumulate(at::Tensor& y, const at::Tensor& a, const at::Tensor& b) {
     if (y.defined())
@@ -169,7 +183,7 @@ class Layer {
     int64_t row, rows;
     at::Tensor A;
 
-    at::Tensor of(const at::Tensor& lambda) const { return lambda.narrow(0, row, rows); }
+    at::Tensor of(const at::Tensor& lambda) const { return cut(lambda, 0, row, rows); }
   };
 
   // function(chunk, its rows of S2, its columns of B2) for one group of rows k of A after the other. Rows k of A are
@@ -181,7 +195,7 @@ class Layer {
       at::Tensor S2, B2;
       if (a_.pattern.empty()) {
         chunk.A = chunk.of(A_);
-        B2 = B2_.narrow(1, row * n_, chunk.rows * n_);
+        B2 = cut(B2_, 1, row * n_, chunk.rows * n_);
       } else {
         std::tie(chunk.A, B2) = packed_expand(a_.pattern, n_, m_, std::max(in_, out_), a_.dtype, row, chunk.rows);
         B2 = B2.t();
@@ -333,7 +347,8 @@ at::Tensor linear(const at::Tensor& x, const std::optional<at::Tensor>& weight, 
                   const std::optional<at::Tensor>& A, const std::optional<at::Tensor>& B, const at::Tensor& lambda,
                   const at::Tensor& gamma, int64_t out_features, double scale, at::ScalarType dtype,
                   c10::string_view strategy, double dropout, const std::optional<at::Tensor>& seed,
-                  bool weight_is_transposed, int64_t workspace, at::TensorList pattern) {
+                  bool weight_is_transposed, int64_t workspace, at::TensorList pattern,
+                  std::optional<c10::string_view> /*backward_strategy*/) {
   const PlainKernels guard;
   LayerArguments a{x,
                    weight,

@@ -58,7 +58,8 @@ TORCH_LIBRARY(randlora, m) {
   m.def(
       "linear(Tensor x, Tensor? weight, Tensor? bias, Tensor? A, Tensor? B, Tensor randlora_lambda,"
       " Tensor randlora_gamma, int out_features, float scale, ScalarType dtype, str strategy, float dropout,"
-      " Tensor? seed, bool weight_is_transposed, int workspace, Tensor[] pattern) -> Tensor");
+      " Tensor? seed, bool weight_is_transposed, int workspace, Tensor[] pattern, str? backward_strategy=None)"
+      " -> Tensor");
   m.def(
       "linear_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? A, Tensor? B, Tensor randlora_lambda,"
       " Tensor randlora_gamma, float scale, ScalarType dtype, str strategy, float dropout, Tensor? seed,"

@@ -60,6 +60,12 @@ def name_of(base_layer: nn.Module) -> str:
     return cls.__name__ if cls is nn.Linear else f"{cls.__module__}.{cls.__qualname__}"
 
 
+def own(module: nn.Module, name: str) -> Any:
+    """``getattr(module, name)`` of what is a parameter in nearly all cases, which a module looks for last and long."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
+
+
 def tensor_weight(base_layer: nn.Module) -> Tensor | None:
     """The weight, unless it is no tensor: that of PyTorch's own quantised layers is a method."""
     weight = getattr(base_layer, "weight", None)
@@ -136,9 +142,8 @@ def require_numbers(base_layer: nn.Module, x: Tensor) -> None:
                     offload.require_numbers(parameter, f"the base layer's {name}", "to compute with")
 
 
-def require_weight(base_layer: nn.Module, x: Tensor, shape: tuple[int, int]) -> None:
-    """Raises ``ValueError`` unless an ordinary layer has numbers for `x` and the size that was adapted."""
-    weight, bias = base_layer.weight, base_layer.bias
+def require_weight(weight: Tensor, bias: Tensor | None, x: Tensor, shape: tuple[int, int]) -> None:
+    """Raises ``ValueError`` unless those of an ordinary layer have numbers for `x` and the size that was adapted."""
     if weight.shape != shape:
         raise ValueError(
             f"the base layer's weight must have the shape that was adapted, {list(shape)}, got {list(weight.shape)}: "

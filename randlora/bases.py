@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import fingerprint, hadamard, patterns, peft_prng
 from .checks import require_dtype, require_float, require_int, require_size
-from .held import Ready, canonical, make_sure, make_sure_pattern, register, renew_in_children
+from .held import Ready, are_wanted_fake, canonical, make_sure, make_sure_pattern, register, renew_in_children
 from .patterns import Pattern
 
 KINDS = ("dense", "hadamard", "sparse", "very_sparse", "sign")
@@ -160,6 +160,8 @@ class RandomBases:
         """The stored A and B (see :attr:`scale`), one shared copy per dtype and device. Not to be written to."""
         self._drop_outdated()
         key = dtype or self.dtype, canonical(device or self.device)
+        if (kept := self._kept(*key)) is not None:
+            return kept
         name = make_sure(self._handle, *key)
         if name is None:
             return self.draw(*key)
@@ -173,8 +175,12 @@ class RandomBases:
         :meth:`tensors` is called. Given bases are recognised where that makes them faster: the ternary ones that PEFT
         stores dense. Raises ValueError where `min_dim` is larger than the store's, which :meth:`require` lets grow.
         """
+        if self.kind == "dense" and self.prng == "philox":
+            return None
         self._drop_outdated()
         device = canonical(device or self.device)
+        if (kept := self._kept("pattern", min_dim, device)) is not None:
+            return kept
         if self.prng == "philox" and patterns.form_for(self.kind, self.sparsity, device) is None:
             return None
         if device.type == "meta" or (self.given is not None and self.given[0].is_meta):  # no values to look at
@@ -184,6 +190,12 @@ class RandomBases:
             return None
         found = getattr(self._ready, name, None)
         return self.pattern(min_dim, device) if found is None else found  # as in tensors()
+
+    def _kept(self, *key):
+        """What is ready under this key: the usual case, but for what is traced, in a few steps."""
+        if torch.compiler.is_compiling() or are_wanted_fake():
+            return None
+        return getattr(self._ready, Ready.name(*key), None)
 
     @property
     def nbytes(self) -> int:
@@ -291,14 +303,16 @@ class RandomBases:
 
     def version(self) -> tuple:
         """Equal as long as the values are, as far as version counters tell: given tensors may be written to."""
-        return self._handle, *(None if t.is_inference() else t._version for t in self.given or ())
+        if self.given is None:
+            return (self._handle,)
+        return self._handle, *(None if t.is_inference() else t._version for t in self.given)
 
     def _drop_outdated(self) -> None:
         """Drops copies of given tensors that have been written to since."""
-        if torch.compiler.is_compiling() or self.given is None:
+        if self.given is None or not self.watched or torch.compiler.is_compiling():
             return
         version = self.version()
-        if version != self._version and self.watched:
+        if version != self._version:
             with self._lock:
                 self._ready, self._hashes = Ready(), {}
                 self._held, self._lists, self._without_lists = self._own_copy(), {}, set()

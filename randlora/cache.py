@@ -121,7 +121,7 @@ class InferenceCache:
         self._layers.pop(layer, None)
 
     def get(
-        self, layer: nn.Module, key: tuple, sources: tuple[Tensor, ...], settings: tuple, nbytes: int,
+        self, layer: nn.Module, key: tuple, sources: list[Tensor], settings: list, nbytes: int,
         price: Callable[[], tuple[float, float]], build: Callable[[], Tensor],
     ) -> Tensor | None:  # fmt: skip
         """The tensor that is kept for `layer` under `key`, or None if the call is to compute as usual.
@@ -131,11 +131,15 @@ class InferenceCache:
             nbytes: its size. price: what this call would spend without it, and what building it costs.
             build: makes it.
         """
+        entries = self._layers.get(layer)
+        entry = None if entries is None else entries.get(key)
+        current = entry is not None and entry.is_current(sources, settings)
+        if current and entry.tensor is not None:
+            return entry.tensor
         if not all(_can_be_watched(t) for t in sources):
             return None
-        entries = self._layers.setdefault(layer, {})
-        entry = entries.get(key)
-        if entry is None or not entry.is_current(sources, settings):
+        if not current:
+            entries = self._layers.setdefault(layer, {})
             entries.pop(key, None)  # freed before the next one is built
             entry = entries[key] = _Entry(sources, settings)
         if entry.tensor is None:
@@ -155,20 +159,20 @@ class _Entry:
     ``torch.utils.swap_tensors`` refuses tensors with weak ones.
     """
 
-    def __init__(self, sources: tuple[Tensor, ...], settings: tuple) -> None:
+    def __init__(self, sources: list[Tensor], settings: list) -> None:
         self.tensor: Tensor | None = None
         self.spent = 0.0
         self._versions = _versions(sources)  # before it is built: a write meanwhile makes it out of date
         self._sources, self._settings = sources, settings
-        self._memory = tuple(t.untyped_storage() for t in sources)
+        self._memory = [t.untyped_storage() for t in sources]
 
-    def is_current(self, sources: tuple[Tensor, ...], settings: tuple) -> bool:
+    def is_current(self, sources: list[Tensor], settings: list) -> bool:
         same = self._settings == settings and len(self._sources) == len(sources)
         return same and all(map(operator.is_, self._sources, sources)) and self._versions == _versions(sources)
 
 
-def _versions(sources: tuple[Tensor, ...]) -> tuple:
-    return tuple((t.data_ptr(), t._version) for t in sources)
+def _versions(sources: list[Tensor]) -> list[tuple[int, int]]:
+    return [(t.data_ptr(), t._version) for t in sources]
 
 
 def _can_be_watched(tensor: Tensor) -> bool:

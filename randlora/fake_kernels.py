@@ -62,7 +62,7 @@ def _(x, seed, p):
 
 @torch.library.register_fake("randlora::linear")
 def _(x, weight, bias, A, B, randlora_lambda, randlora_gamma, out_features, scale, dtype, strategy, dropout, seed,
-      transposed, workspace, pattern):  # fmt: skip
+      transposed, workspace, pattern, backward_strategy=None):  # fmt: skip
     require_one_device(
         x=x, weight=weight, bias=bias, A=A, B=B, randlora_lambda=randlora_lambda, randlora_gamma=randlora_gamma,
         seed=seed, pattern=pattern,

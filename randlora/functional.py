@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import fake_kernels, linear_op, planner  # noqa: F401
 from .fake_kernels import require_one_device
-from .ops import UniqueBaseGrad, takes_functions
+from .ops import UniqueBaseGrad, in_transform
 from .patterns import Pattern, is_hadamard, is_lists
 
 
@@ -38,7 +38,7 @@ def unique_base(
         ValueError: shapes or devices that do not fit, empty tensors. TypeError: other dtypes.
     """
     # Both are the same op. The function runs under torch.func too; the op's own autograd costs half its overhead.
-    if takes_functions():
+    if torch.compiler.is_compiling() or in_transform():
         return UniqueBaseGrad.apply(A, randlora_lambda, randlora_gamma, scale, dtype)
     return torch.ops.randlora.unique_base(A, randlora_lambda, randlora_gamma, scale, dtype)
 
@@ -131,7 +131,7 @@ def sparse_delta_weight(
             f"{list(randlora_gamma.shape)}"
         )
     dtype = torch.promote_types(randlora_lambda.dtype, randlora_gamma.dtype)
-    if takes_functions() and not torch.compiler.is_compiling():  # torch.func and forward mode know the layer op alone
+    if in_transform():  # torch.func and forward mode know the layer op alone
         x = torch.eye(in_features, dtype=dtype, device=randlora_gamma.device)
         with torch.autocast(x.device.type, enabled=False):
             return linear(
@@ -199,57 +199,64 @@ def linear(
     _require_numbers(scaling, strategy, out_features, workspace, seed)
     if pattern is not None:
         _require_pattern(pattern)
-    if x.dim() == 0:
-        raise ValueError("x must have shape [..., in], got a tensor without dimensions")
     if weight is not None:
         out_features = weight.shape[1 if weight_is_transposed else 0] if weight.dim() == 2 else -1
     elif out_features is None:
         raise ValueError("without a weight, out_features must be given")
-    dtype = compute_dtype(x)
-    if weight is not None and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(f"x and weight must have the same dtype, got {x.dtype} and {weight.dtype}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
-    in_features, sizes = x.shape[-1], randlora_lambda.shape
+    return linear_of(
+        x, weight, bias, A, B, randlora_lambda, randlora_gamma, scaling, dropout if training else 0.0, compute_dtype(x),
+        strategy, out_features, weight_is_transposed, workspace, seed, pattern,
+    )  # fmt: skip
+
+
+def linear_of(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor | None, B: Tensor | None, randlora_lambda: Tensor,
+    randlora_gamma: Tensor, scaling: float, p: float, dtype: torch.dtype, strategy: str, out_features: int,
+    weight_is_transposed: bool, workspace: int, seed: Tensor | None, pattern: Sequence[Tensor] | None,
+) -> Tensor:  # fmt: skip
+    """:func:`linear` of arguments whose types are right, as a layer has them; `p` of the dropout that takes place,
+    `dtype` by :func:`compute_dtype`.
+    """
+    shape, sizes = x.shape, randlora_lambda.shape
+    if not shape:
+        raise ValueError("x must have shape [..., in], got a tensor without dimensions")
+    if weight is not None and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"x and weight must have the same dtype, got {x.dtype} and {weight.dtype}")
+    in_features = shape[-1]
     if out_features < 1 or in_features < 1 or len(sizes) != 2 or not (sizes[0] and sizes[1]):
         raise ValueError(
             f"x must have shape [..., in], weight two dimensions and randlora_lambda [r, n], none of them 0, got "
-            f"{list(x.shape)}, {out_features if weight is None else list(weight.shape)} and {list(sizes)}"
+            f"{list(shape)}, {out_features if weight is None else list(weight.shape)} and {list(sizes)}"
         )
     if isinstance(pattern, Pattern):
         pattern.require(sizes, in_features, out_features)
-    p = dropout if training else 0.0
-    if p > 0 and seed is None:
+    if p == 0:
+        seed = None
+    elif seed is None:
         seed = torch.randint(0, 2**63 - 1, (1,), device=x.device)
-    ordinary = None
+    ordinary, grad = None, torch.is_grad_enabled()
     if weight is not None and weight.requires_grad:
-        if torch.is_grad_enabled():
+        if grad:
             ordinary = F.linear(x, weight.t() if weight_is_transposed else weight, bias)
             weight = bias = None
         else:
             weight = weight.detach()
-    strategies = strategy, strategy
+    backward_strategy = strategy
     if strategy == "auto":
-        grad = torch.is_grad_enabled()
-        shape = (
-            int(in_features), out_features, int(sizes[1]), int(sizes[0]),
-            dtype, None if weight is None else weight.dtype, x.device.type,
+        traced = torch.compiler.is_compiling() or isinstance(out_features, torch.SymInt)
+        plan = planner.plan if traced else planner.remembered_plan
+        strategy, backward_strategy = plan(
+            int(in_features), out_features, int(sizes[1]), int(sizes[0]), dtype,
+            None if weight is None else weight.dtype, x.device.type,
+            dropout=p > 0, need_x=grad and x.requires_grad,
+            need_parameters=grad and (randlora_lambda.requires_grad or randlora_gamma.requires_grad),
+            form=planner.form(pattern),
         )  # fmt: skip
-        needs = {
-            "dropout": p > 0,
-            "need_x": grad and x.requires_grad,
-            "need_parameters": grad and (randlora_lambda.requires_grad or randlora_gamma.requires_grad),
-            "form": planner.form(pattern),
-        }
-        tokens = x.numel() // in_features
-        if torch.compiler.is_compiling() or isinstance(tokens, torch.SymInt):
-            strategies = planner.plan(*shape, **needs)
-        else:
-            strategies = planner.choose(tokens, *shape, **needs)
     y = linear_op.apply(
-        x, weight, bias, A, B, randlora_lambda, randlora_gamma, out_features, scaling, dtype, *strategies, p,
-        seed if p > 0 else None, weight_is_transposed, workspace,
-        *[*(pattern or ()), *[None] * 5][:5],
+        x, weight, bias, A, B, randlora_lambda, randlora_gamma, out_features, scaling, dtype, strategy, p, seed,
+        weight_is_transposed, workspace, [*pattern] if pattern else [], backward_strategy,
     )  # fmt: skip
     return y if ordinary is None else ordinary + y
 

@@ -150,7 +150,8 @@ def _refuse_capture(device: torch.device) -> None:
 
 def canonical(device: torch.device | str) -> torch.device:
     """With an index, so that ``cuda`` and ``cuda:0`` are one key."""
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
+    if not isinstance(device, torch.device):
+        device = torch.device(device)
+    if device.index is None and device.type == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return device

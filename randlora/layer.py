@@ -292,11 +292,17 @@ class RandLoraLayer(Mergeable):
         """Where the adapter's numbers are, or would be in a call if they are offloaded."""
         return offload.device_of(self.randlora_lambda, self.randlora_lambda[adapter])
 
+    def _held(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """lambda and gamma as they are between calls."""
+        parts = self._modules
+        return offload.held(parts["randlora_lambda"], adapter), offload.held(parts["randlora_gamma"], adapter)
+
     def _trained(self, adapter: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """lambda and gamma for a call on `device`: see :func:`randlora.offload.trained`."""
+        parts = self._modules
         return (
-            offload.trained(self.randlora_lambda, adapter, "randlora_lambda", device),
-            offload.trained(self.randlora_gamma, adapter, "randlora_gamma", device),
+            offload.trained(parts["randlora_lambda"], adapter, "randlora_lambda", device),
+            offload.trained(parts["randlora_gamma"], adapter, "randlora_gamma", device),
         )
 
     # ---- small things ----

@@ -13,7 +13,7 @@ from . import base_layer as base_layers
 from . import cache, offload, planner, quantized
 from .bases import RandomBases
 from .bypassed import Noticed
-from .functional import compute_dtype, linear
+from .functional import compute_dtype, linear_of
 from .layer import BaseTensors, RandLoraLayer
 from .mixed import add_updates
 from .patterns import is_hadamard
@@ -150,21 +150,21 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
         if self.disable_adapters or not adapters:
             base_layers.require_numbers(self.base_layer, x)
             return quantized.product(self.base_layer, x, *args, **kwargs)
-        plain = not (args or kwargs) and self._base_is_plain()
-        if not plain:
+        weight = None if args or kwargs else self._plain_weight()
+        if weight is None:
             x = self._moved(x)
         dtype = compute_dtype(x)
         if kept is not None and not (args or kwargs or x.is_meta or _stand_for_others(x)):
-            result = self._forward_with(kept, x, dtype, adapters)
+            result = self._forward_with(kept, x, dtype, adapters, weight)
             if result is not None:
                 return result
-        if plain:
-            base_layers.require_weight(self.base_layer, x, self._weight_shape)
-            base = self.base_layer  # not self.weight, which would note that somebody reads it
-            result, adapters = self._update(x, dtype, adapters[0], base.weight, base.bias), adapters[1:]
+        if weight is None:
+            result, others = self._product(x, *args, **kwargs), adapters
         else:
-            result = self._product(x, *args, **kwargs)
-        for adapter in adapters:
+            bias = base_layers.own(self._modules["base_layer"], "bias")
+            base_layers.require_weight(weight, bias, x, self._weight_shape)
+            result, others = self._update(x, dtype, adapters[0], weight, bias), adapters[1:]
+        for adapter in others:
             result = result + self._update(x, dtype, adapter, None, None).to(result.dtype)
         return result
 
@@ -187,7 +187,7 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
     def _update(
         self, x: Tensor, dtype: torch.dtype, adapter: str, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        dropout = self.randlora_dropout[adapter]
+        dropout = self._modules["randlora_dropout"]._modules[adapter]
         strategy = "auto" if self.strategy == "merged" and weight is None else self.strategy
         found = self._pattern(adapter, x.device)
         A = B = pattern = None
@@ -195,60 +195,73 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
             A, B, factor = self._tensors(adapter, dtype, x.device)
         else:
             pattern, factor = found
-        return linear(
-            x, weight, bias, A, B, *self._trained(adapter, x.device),
-            self.scaling[adapter] * factor, dropout.p if isinstance(dropout, nn.Dropout) else 0.0, self.training,
-            strategy=strategy, out_features=self.out_features, weight_is_transposed=self.fan_in_fan_out,
-            workspace=self.workspace, pattern=pattern,
+        p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+        return linear_of(
+            x, weight, bias, A, B, *self._trained(adapter, x.device), self.scaling[adapter] * factor, p, dtype,
+            strategy, self.out_features, self.fan_in_fan_out, self.workspace, None, pattern,
         )  # fmt: skip
 
     def _base_is_plain(self) -> bool:
         """Whether the base layer does nothing but its product with a frozen weight, so that the op may do it."""
-        return is_plain(self.base_layer) and not self.base_layer.weight.requires_grad
+        return self._plain_weight() is not None
+
+    def _plain_weight(self) -> Tensor | None:
+        """The weight of such a base layer, not read by way of ``self.weight``, which would note that."""
+        weight = plain_weight(self._modules["base_layer"])
+        return None if weight is None or weight.requires_grad else weight
 
     def _forward_with(
-        self, kept: cache.InferenceCache, x: Tensor, dtype: torch.dtype, adapters: list[str]
+        self, kept: cache.InferenceCache, x: Tensor, dtype: torch.dtype, adapters: list[str], weight: Tensor | None
     ) -> Tensor | None:
-        """The output by a matrix that `kept` holds, or None."""
-        for name in adapters:
-            self._trained(name, x.device)  # raises for those that have no numbers
-        exact = dtype in (torch.float32, torch.float64) or self.strategy == "merged"
-        weight = self.base_layer.weight if self._base_is_plain() else None
-        merged = exact and weight is not None and weight.dtype == dtype
+        """The output by a matrix that `kept` holds, or None. `weight`: by :meth:`_plain_weight`."""
+        device, bias = x.device, None
+        sources = [part for name in adapters for part in self._held(name)]
         if weight is not None:
-            base_layers.require_weight(self.base_layer, x, self._weight_shape)
-        sources = [p[name] for name in adapters for p in (self.randlora_lambda, self.randlora_gamma)]
+            bias = base_layers.own(self._modules["base_layer"], "bias")
+            base_layers.require_weight(weight, bias, x, self._weight_shape)
+        merged = weight is not None and weight.dtype == dtype
+        if merged and dtype not in (torch.float32, torch.float64):
+            merged = self.strategy == "merged"
         if merged:  # the update alone does not depend on the weight, which need not be an ordinary tensor
             sources.append(weight)
-        if any(t.device != x.device for t in sources):
-            return None
-        patterns = (self._pattern(name, x.device) for name in adapters)
+        for source in sources:
+            if source.device != device:
+                for name in adapters:
+                    self._trained(name, device)  # raises for those that have no numbers
+                return None
+        patterns = (self._pattern(name, device) for name in adapters)
         if all(found is not None and is_hadamard(found[0]) for found in patterns):
             return None  # one token costs little more than the base layer alone
-        stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None  # others would have to wait
-        key = merged, dtype, x.device, stream, *adapters
-        settings = tuple((self.scaling[name], self._bases(name).version()) for name in adapters)
+        stream = torch._C._cuda_getCurrentRawStream(device.index) if x.is_cuda else None  # others would have to wait
+        key = merged, dtype, device, stream, *adapters
+        settings = [(self.scaling[name], self._bases(name).version()) for name in adapters]
 
         def price() -> tuple[float, float]:
             return self._price_of_update(x, dtype, adapters)
 
         def build() -> Tensor:
             update = sum(self.get_delta_weight(name) for name in adapters)
-            return (weight + update if merged else update).to(dtype)
+            built = (weight + update if merged else update).to(dtype)
+            # [out, in] in the place of a weight, otherwise [in, out], as it is multiplied.
+            return built.t() if self.fan_in_fan_out == merged else built
 
         nbytes = self.in_features * self.out_features * dtype.itemsize  # a 4-bit weight has fewer elements
-        cached = kept.get(self, key, tuple(sources), settings, nbytes, price, build)
+        cached = kept.get(self, key, sources, settings, nbytes, price, build)
         if cached is None:
             return None
-        if self.fan_in_fan_out:
-            cached = cached.t()
         if merged:
-            return F.linear(x, cached, self.bias)
-        result = self._product(x)
+            return F.linear(x, cached, bias)
+        own = weight is not None
+        result = F.linear(x, weight.t() if self.fan_in_fan_out else weight, bias) if own else self._product(x)
         if result.dtype != dtype:  # under autocast some quantised layers give the input's dtype
-            return result + F.linear(x, cached).to(result.dtype)
+            return result + F.linear(x, cached.t()).to(result.dtype)
         # One accumulating product: the sum is rounded once, and no pass over the output is spent on adding.
-        flat = torch.addmm(result.reshape(-1, self.out_features), x.reshape(-1, self.in_features).to(dtype), cached.t())
+        rows = x.reshape(-1, self.in_features)
+        rows = rows if rows.dtype == dtype else rows.to(dtype)
+        if own and result.is_contiguous():
+            result.view(-1, self.out_features).addmm_(rows, cached)
+            return result
+        flat = torch.addmm(result.reshape(-1, self.out_features), rows, cached)
         return torch.ops.aten._unsafe_view(flat, result.shape)  # as torch.nn.functional.linear does: not a view
 
     def _price_of_update(self, x: Tensor, dtype: torch.dtype, adapters: list[str]) -> tuple[float, float]:
@@ -290,13 +303,19 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
 
 def is_plain(base: nn.Module) -> bool:
     """Whether a layer does nothing but its product with an ordinary weight."""
-    return (
-        type(base) in (nn.Linear, *conv1d_types())
-        # torchao's quantised weights are subclasses; torch.export puts fake tensors in the place of all parameters.
-        and type(base.weight) in (Tensor, nn.Parameter, FakeTensor)
-        and not (base._forward_hooks or base._forward_pre_hooks)
-        and not base_layers.forward_is_replaced(base)
-    )
+    return plain_weight(base) is not None
+
+
+def plain_weight(base: nn.Module) -> Tensor | None:
+    """The weight of such a layer, None of any other."""
+    cls = type(base)
+    if not (cls is nn.Linear or cls in conv1d_types()):
+        return None
+    if base._forward_hooks or base._forward_pre_hooks or base_layers.forward_is_replaced(base):
+        return None
+    weight = base_layers.own(base, "weight")
+    # torchao's quantised weights are subclasses; torch.export puts fake tensors in the place of all parameters.
+    return weight if type(weight) in (nn.Parameter, Tensor, FakeTensor) else None
 
 
 def conv1d_types() -> tuple[type, ...]:

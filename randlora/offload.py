@@ -84,14 +84,20 @@ def forget(module: nn.Module, name: str) -> None:
         hook.original_devices.pop(name, None)
 
 
+def held(parameters: nn.ParameterDict, adapter: str) -> Tensor:
+    """``parameters[adapter]``, in a tenth of the time."""
+    parameter = parameters._parameters.get(adapter)
+    return parameters[adapter] if parameter is None else parameter
+
+
 def trained(parameters: nn.ParameterDict, adapter: str, what: str, device: torch.device) -> Tensor:
     """lambda or gamma of an adapter (`what`), as a call on `device` takes it.
 
     Raises:
         ValueError: it is on the meta device, has not been offloaded, and the call is not on meta.
     """
-    parameter = parameters[adapter]
-    if parameter.is_meta == (device.type == "meta"):
+    parameter = held(parameters, adapter)
+    if parameter.device == device or parameter.is_meta == (device.type == "meta"):
         return parameter
     if not parameter.is_meta:
         return parameter.to(device)  # shapes are asked for, no numbers

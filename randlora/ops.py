@@ -69,13 +69,12 @@ def once_per_sample(op):
     return rule
 
 
-def takes_functions() -> bool:
-    """Whether something is at work that knows functions only, and of an op with registered autograd nothing or less."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+def in_transform() -> bool:
+    """Whether torch.func or forward-mode AD is at work: they know functions, and of an op's own autograd little.
+
+    torch.compile, which knows ops, leaves functions with a rule for forward mode to eager execution.
+    """
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def refuse_forward_over_forward() -> None:
@@ -105,6 +104,8 @@ torch.library.register_vmap("randlora::unique_base_backward", once_per_sample(_o
 class _UniqueBase(torch.autograd.Function):
     @staticmethod
     def forward(randlora_A, randlora_lambda, randlora_gamma, scale=1.0, dtype=None):
+        if torch.compiler.is_compiling() and in_transform():
+            torch._dynamo.graph_break()  # torch.compile would take this for all of the function, and drop tangents
         return _ops.unique_base(randlora_A, randlora_lambda, randlora_gamma, scale, dtype)
 
     @staticmethod

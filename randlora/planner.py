@@ -46,6 +46,7 @@ all sizes, and takes for each what an eager call would.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -251,6 +252,9 @@ def plan(*shape, **needs) -> tuple[str, str]:
         _envelope({name: (start[which], at_1[name][which] - start[which]) for name, start in at_0.items()})
         for which in (0, 1)
     )
+
+
+remembered_plan = functools.lru_cache(maxsize=4096)(plan)  # of its arguments, which are all it depends on
 
 
 def _envelope(lines: dict[str, tuple[int, int]]) -> str:

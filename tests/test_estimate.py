@@ -187,13 +187,19 @@ def test_strategies_are_those_that_a_step_takes(kind, tokens, dropout, monkeypat
     x = torch.randn(tokens, 150)
     told = estimate(make(), settings, tokens, inputs=x)["methods"][kind]["shapes"]
     model, _ = adapted(make(), settings)
-    taken, choose = [], planner.choose
+    taken, plan = [], planner.plan
+
+    def for_tokens(parts):
+        """Of a plan such as "factored<340,merged"."""
+        named = (part.partition("<") for part in parts.split(","))
+        return next(name for name, _, limit in named if not limit or tokens < int(limit))
 
     def spy(*args, **kwargs):
-        taken.append((*args[1:4], *choose(*args, **kwargs)))
-        return taken[-1][-2:]
+        found = plan(*args, **kwargs)
+        taken.append((*args[:3], *map(for_tokens, found)))
+        return found
 
-    monkeypatch.setattr(planner, "choose", spy)
+    monkeypatch.setattr(planner, "remembered_plan", spy)
     model(x)
     assert [(r["in_features"], r["out_features"], r["num_bases"], r["forward"], r["backward"]) for r in told] == taken
 

@@ -138,7 +138,7 @@ def test_low_precision_is_no_worse_than_plain(shape, strategy, dtype, device):
 
 
 @on_devices
-@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 15, 16, 17, 33, 64, 131, 700])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 8, 9, 15, 16, 17, 33, 64, 131, 700])
 @pytest.mark.parametrize("shape", [(41, 96, 12, 0, 2), (96, 41, 12, 0, 1), (384, 384, 32, 0, 8)], ids=shape_id)
 @over("dtype", (torch.float64, torch.float32))
 def test_every_number_of_tokens(tokens, shape, dtype, device):

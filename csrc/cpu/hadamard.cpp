@@ -238,7 +238,7 @@ std::tuple<at::Tensor, at::Tensor> gradients(const at::Tensor& narrow, const at:
       T* const wide_to = into_wide.has_value() ? into_wide->mutable_data_ptr<T>() : nullptr;
       // Groups of tiles, each with sums of its own, that do not depend on the number of threads.
       const int64_t tile = tile_of(layer, tokens, 4), tiles = divide_up(tokens, tile);
-      const HadamardSums<Acc> sums(layer, tiles);
+      const HadamardSums<Acc> sums(layer, tokens, tiles);
       at::parallel_for(0, sums.groups, 1, [&](int64_t begin, int64_t end) {
         const Scratch<Acc> scratch(layer, tile);
         for (int64_t group = begin; group < end; ++group) {

@@ -26,11 +26,13 @@ template <class Acc>
 class Buffer {
  public:
   explicit Buffer(int64_t size)
-      : memory_(at::empty({size}, at::TensorOptions().dtype(c10::CppTypeToScalarType<Acc>::value))) {}
-  Acc* data() const { return memory_.mutable_data_ptr<Acc>(); }
+      : memory_(at::empty({size}, at::TensorOptions().dtype(c10::CppTypeToScalarType<Acc>::value))),
+        data_(memory_.mutable_data_ptr<Acc>()) {}
+  Acc* data() const { return data_; }
 
  private:
   at::Tensor memory_;
+  Acc* data_;
 };
 
 // +1 or -1 for each bit.
@@ -39,8 +41,10 @@ struct Signs {
   static RANDLORA_INLINE void run(Acc* to, const int32_t* words, int64_t count) {
     for (int64_t x = 0; x < count; x += 32) {
       const uint32_t word = uint32_t(words[x / 32]);
-      for (int64_t bit = 0; bit < std::min<int64_t>(32, count - x); ++bit)
-        to[x + bit] = Acc(1) - Acc(2) * Acc(int32_t(word >> bit & 1));
+      if (x + 32 <= count)
+        for (int bit = 0; bit < 32; ++bit) to[x + bit] = Acc(1) - Acc(2) * Acc(int32_t(word >> bit & 1));
+      else
+        for (int bit = 0; bit < count - x; ++bit) to[x + bit] = Acc(1) - Acc(2) * Acc(int32_t(word >> bit & 1));
     }
   }
 };

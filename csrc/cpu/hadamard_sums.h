@@ -58,19 +58,19 @@ void write_lambda(Acc* to, const Acc* sums, int64_t groups, const HadamardLayer<
 
 template <class Acc>
 struct HadamardSums {
-  // Memory for them, at most; and two groups are always there.
-  static constexpr int64_t kBytes = int64_t{8} << 20;
+  // Bytes that they may take where two groups take less, and the tokens do.
+  static constexpr int64_t kBytes = int64_t{4} << 20;
 
   const HadamardLayer<Acc>& layer;
   const int64_t dlambda_size, dgamma_size, groups;
   const Buffer<Acc> dlambda, dgamma;  // [groups, r, bases], [groups, R, columns, bases]
 
-  HadamardSums(const HadamardLayer<Acc>& layer, int64_t tiles)
+  HadamardSums(const HadamardLayer<Acc>& layer, int64_t tokens, int64_t tiles)
       : layer(layer),
         dlambda_size(layer.s.r * layer.bases),
         dgamma_size(layer.s.R * layer.s.columns * layer.bases),
-        groups(std::min({tiles, std::max<int64_t>(2, tiles / 2),
-                         std::clamp<int64_t>(kBytes / (dgamma_size * int64_t(sizeof(Acc))), 2, 16)})),
+        groups(std::min(tiles, std::clamp<int64_t>(
+                                   std::max(kBytes / int64_t(sizeof(Acc)), tokens * layer.s.m) / dgamma_size, 2, 16))),
         dlambda(groups * dlambda_size),
         dgamma(groups * dgamma_size) {}
 

@@ -107,9 +107,11 @@ void forward(const at::Tensor& out, const at::Tensor& A, const at::Tensor& lambd
 template <class T, int Count>
 RANDLORA_INLINE void reduce_rows(const T* grad, int64_t grad_stride, Rows<acc_t<T>> a, const acc_t<T>* lambda,
                                  int64_t lambda_stride, const acc_t<T>* gamma, acc_t<T>* dgamma, acc_t<T>* dlambda,
-                                 int64_t dlambda_stride, int64_t width) {
+                                 int64_t dlambda_stride, acc_t<T> scale, int64_t width) {
   using Acc = acc_t<T>;
   constexpr int L = kLanes<Acc>;
+  Acc scaled[Count];
+  for (int u = 0; u < Count; ++u) scaled[u] = lambda[u * lambda_stride] * scale;
   Vec<Acc> sums[Count] = {};
   int64_t j = 0;
   for (; j + L <= width; j += L) {
@@ -118,7 +120,7 @@ RANDLORA_INLINE void reduce_rows(const T* grad, int64_t grad_stride, Rows<acc_t<
     for (int u = 0; u < Count; ++u) {
       const Vec<Acc> t = load(grad + u * grad_stride + j) * load(a.data + u * a.stride + j);
       sums[u] += t * g;
-      d += t * lambda[u * lambda_stride];
+      d += t * scaled[u];
     }
     store(dgamma + j, d);
   }
@@ -129,7 +131,7 @@ RANDLORA_INLINE void reduce_rows(const T* grad, int64_t grad_stride, Rows<acc_t<
     for (int u = 0; u < Count; ++u) {
       const Vec<Acc> t = load_some(grad + u * grad_stride + j, rest) * load_some(a.data + u * a.stride + j, rest);
       sums[u] += t * g;
-      d += t * lambda[u * lambda_stride];
+      d += t * scaled[u];
     }
     store_some(dgamma + j, d, rest);
   }
@@ -140,27 +142,31 @@ template <class T>
 struct ReduceRows {
   using Acc = acc_t<T>;
   static RANDLORA_INLINE void run(const T* grad, int64_t grad_stride, const Rows<Acc>& a, const Acc* lambda,
-                                  const Acc* gamma, Acc* dgamma, Acc* dlambda, int64_t n, int64_t rows, int64_t width) {
+                                  const Acc* gamma, Acc* dgamma, Acc* dlambda, Acc scale, int64_t n, int64_t rows,
+                                  int64_t width) {
     int64_t k = 0;
     for (; k + kUnroll <= rows; k += kUnroll)
       reduce_rows<T, kUnroll>(grad + k * grad_stride, grad_stride, {a.data + k * a.stride, a.stride}, lambda + k * n, n,
-                              gamma, dgamma, dlambda + k * n, n, width);
+                              gamma, dgamma, dlambda + k * n, n, scale, width);
     for (; k < rows; ++k)
       reduce_rows<T, 1>(grad + k * grad_stride, 0, {a.data + k * a.stride, 0}, lambda + k * n, 0, gamma, dgamma,
-                        dlambda + k * n, 0, width);
+                        dlambda + k * n, 0, scale, width);
   }
 };
 
-// partial: [tiles, r, n], a sum per tile of columns, so that the order of additions does not depend on the threads.
+// partial: [tiles, r, n], a sum per tile of columns, so that the order of additions does not depend on the threads; may
+// be dlambda where there is one tile.
 template <class T>
 void backward(const at::Tensor& grad, const at::Tensor& A, const at::Tensor& lambda, const at::Tensor& gamma,
-              const at::Tensor& partial, const at::Tensor& dgamma, UniqueBaseShape s) {
+              const at::Tensor& partial, const at::Tensor& dlambda, const at::Tensor& dgamma, double scale,
+              UniqueBaseShape s) {
   using Acc = acc_t<T>;
   const T* grad_data = grad.const_data_ptr<T>();          // [r, n, m], any strides
   const Acc* lambda_data = lambda.const_data_ptr<Acc>();  // [r, n]
   const Acc* gamma_data = gamma.const_data_ptr<Acc>();    // [n, m]
   Acc* const partial_data = partial.mutable_data_ptr<Acc>();
-  Acc* const dgamma_data = dgamma.mutable_data_ptr<Acc>();  // [n, m]
+  Acc* const dlambda_data = dlambda.mutable_data_ptr<Acc>();  // [r, n]
+  Acc* const dgamma_data = dgamma.mutable_data_ptr<Acc>();    // [n, m]
   const int64_t tiles = divide_up(s.m, kTile), chunks = divide_up(s.n, kBaseChunk);
   const int64_t tile_width = std::min(kTile, s.m), block_rows = std::min(kRowBlock, s.r);
   const bool grad_in_place = grad.stride(2) == 1;
@@ -187,11 +193,17 @@ void backward(const at::Tensor& grad, const at::Tensor& A, const at::Tensor& lam
             g_stride = width;
           }
           run<ReduceRows<T>>(g, g_stride, a, lambda_data + k * s.n + i, gamma_data + i * s.m + j,
-                             dgamma_data + i * s.m + j, partial_data + (tile * s.r + k) * s.n + i, s.n, rows, width);
+                             dgamma_data + i * s.m + j, partial_data + (tile * s.r + k) * s.n + i, Acc(scale), s.n,
+                             rows, width);
         }
       }
     }
   });
+  for (int64_t e = 0; e < s.r * s.n; ++e) {
+    Acc sum = partial_data[e];
+    for (int64_t tile = 1; tile < tiles; ++tile) sum += partial_data[tile * s.r * s.n + e];
+    dlambda_data[e] = sum * Acc(scale);
+  }
 }
 
 template <class Function>
@@ -224,18 +236,19 @@ std::tuple<at::Tensor, at::Tensor> unique_base_backward(const at::Tensor& grad, 
   const UniqueBaseShape s = check_unique_base(A, lambda, gamma);
   check_unique_base_grad(grad, A, s);
   const at::ScalarType acc = accumulate_type(A, lambda, gamma, grad.scalar_type());
-  const at::Tensor lambda_acc = lambda.to(acc).mul(scale).contiguous(), gamma_acc = gamma.to(acc).contiguous();
+  const at::Tensor lambda_acc = lambda.to(acc).contiguous(), gamma_acc = gamma.to(acc).contiguous();
   const at::Tensor grad_acc = acc == at::kDouble ? grad.to(acc) : grad;
   const auto options = A.options().dtype(acc);
-  const at::Tensor partial = at::empty({divide_up(s.m, kTile), s.r, s.n}, options);
-  const at::Tensor dgamma = at::empty({s.n, s.m}, options);
+  const at::Tensor dlambda = at::empty({s.r, s.n}, options), dgamma = at::empty({s.n, s.m}, options);
+  const int64_t tiles = divide_up(s.m, kTile);
+  const at::Tensor partial = tiles == 1 ? dlambda : at::empty({tiles, s.r, s.n}, options);
   with_storage_type(grad_acc.scalar_type(), [&](auto t) {
-    backward<decltype(t)>(grad_acc, A, lambda_acc, gamma_acc, partial, dgamma, s);
+    backward<decltype(t)>(grad_acc, A, lambda_acc, gamma_acc, partial, dlambda, dgamma, scale, s);
   });
   const auto none = [&](const at::Tensor& like) {
     return at::empty({0}, like.options());
   };
-  return {need_lambda ? partial.sum(0).mul_(scale).to(lambda.scalar_type()) : none(lambda),
+  return {need_lambda ? dlambda.to(lambda.scalar_type()) : none(lambda),
           need_gamma ? dgamma.to(gamma.scalar_type()) : none(gamma)};
 }
 
