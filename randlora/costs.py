@@ -41,13 +41,14 @@ def hadamard_costs(
     """As :func:`randlora.planner.costs`, for Hadamard bases: transforms of tokens, or of the columns of dW."""
     m, M, P, e = min(in_features, out_features), max(in_features, out_features), n * r, element_bytes
     wide = in_features <= out_features
-    R, N = 1 << (r - 1).bit_length(), 1 << (max(M, P) - 1).bit_length()
+    group_steps, steps = _log2(r), _log2(max(M, P))
+    R, N = 2**group_steps, 2**steps
     base = T * M * m if has_weight else 0
     dx = base if need_x else 0
     # Of a token: one of R small products together, the transform of its groups, that of its hidden numbers. T may be
     # symbolic under torch.compile: everything else is one integer.
     weight = TRANSFORM.get(device_type, TRANSFORM["cuda"])
-    product, groups, hidden = m * n, R * n * (R.bit_length() - 1), N * (N.bit_length() - 1)
+    product, groups, hidden = m * n, R * n * group_steps, N * steps
     pass_ = product + int(weight * (groups + hidden))
     # Backward: z by one transform, dx and dgamma of it, and v for dlambda once more from x; a tall layer's dx is up().
     gradients = need_parameters * (pass_ + product + int(weight * groups))
@@ -63,7 +64,7 @@ def hadamard_costs(
             Cost(dx + T * (gradients + to_x), work, need_x * moved * in_features),
         )
     }
-    build = int(weight * m * (N.bit_length() - 1) * N)
+    build = int(weight * m * hidden)
     dense, gradient = M * m * e, need_parameters * M * m * acc
     dropped = T * in_features * e if dropout else 0
     through_dW = need_parameters * (T * M * m + 2 * build)
@@ -82,3 +83,11 @@ def hadamard_costs(
             Cost(dx + need_x * build + through_dW, need_x * dense + gradient, 2 * (need_x * 2 * dense + gradient)),
         )
     return found
+
+
+def _log2(size: int) -> int:
+    """Rounded up. A loop, as sizes may be symbols, which have no bit_length()."""
+    steps, power = 0, 1
+    while power < size:
+        steps, power = steps + 1, 2 * power
+    return steps

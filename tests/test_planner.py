@@ -5,6 +5,7 @@ import torch
 from common import make_base, make_layer, normal
 
 import randlora
+from randlora import costs as hadamard
 from randlora.planner import Lists, choose, costs, plan
 
 D = 64
@@ -93,7 +94,9 @@ def test_explain_counts_inference_without_backward():
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
-@pytest.mark.parametrize("form", [None, "bits", "planes", Lists(10, 3.0)], ids=["dense", "bits", "planes", "lists"])
+@pytest.mark.parametrize(
+    "form", [None, "bits", "planes", "signs", Lists(10, 3.0)], ids=["dense", "bits", "planes", "signs", "lists"]
+)
 def test_sizes_may_be_symbolic(form, device_type):
     """As they are under torch.compile(dynamic=True), whatever is needed; PyTorch 2.11 is the strictest."""
 
@@ -112,3 +115,28 @@ def test_sizes_may_be_symbolic(form, device_type):
 def test_unknown_strategy_is_named():
     with pytest.raises(ValueError, match="strategy must be one of auto, factored, materialized, merged, got 'quick'"):
         make_layer(strategy="quick")
+
+
+@pytest.mark.parametrize(("i", "o"), [(1024, 1024), (1024, 4096), (4096, 1024)])
+def test_hadamard_bases_multiply_with_gamma_alone(i, o):
+    """One product with gamma forward and three backward, whatever the rank; transforms beside them."""
+    m, M, n, T, free = min(i, o), max(i, o), 32, 100, {"cpu": 0.0, "cuda": 0.0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hadamard, "TRANSFORM", free)
+        found = hadamard.hadamard_costs(T, i, o, n, 32)
+        forward, backward = found["factored"]
+        assert forward.multiply_adds == T * (M * m + m * n)
+        # A tall layer's dx needs no product, as v is there for dlambda.
+        assert backward.multiply_adds == T * (M * m + (3 if i <= o else 2) * m * n)
+    for strategy, passes in hadamard.hadamard_costs(T, i, o, n, 32).items():
+        assert passes[0].multiply_adds > found[strategy][0].multiply_adds, "transforms cost nothing"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 64, 1024, 16384])
+def test_backward_of_hadamard_bases_builds_no_matrix(tokens, dtype):
+    for d in (256, 1024, 4096):
+        n = -(-d // 32)
+        forward, backward = choose(tokens, d, d, n, 32, dtype, dtype, "cpu", form="signs")
+        assert backward == "factored"
+        assert forward == "factored" or (forward == "merged" and dtype == torch.float32 and tokens > d)

@@ -24,7 +24,8 @@ def read(plan, T):
     st.tuples(st.sampled_from(FLOATS), st.sampled_from((None, *FLOATS)), st.sampled_from(("cpu", "cuda"))),
     st.tuples(*[st.booleans()] * 3),
     st.one_of(
-        st.sampled_from((None, "planes", "bits")), st.builds(Lists, st.integers(1, 5000), st.floats(0.1, 5000.0))
+        st.sampled_from((None, "planes", "bits", "signs")),
+        st.builds(Lists, st.integers(1, 5000), st.floats(0.1, 5000.0)),
     ),
 )
 def test_a_plan_is_the_choice_for_every_number_of_tokens(shape, types, needs, form):
