@@ -27,7 +27,7 @@ PANEL_CHARACTERS = 72  # of a title over one panel
 
 def draw(path: Path) -> list[Path]:
     """Pictures of one CSV, one per thread count and page size; none of memory, which needs more than a CSV has."""
-    rows = [row for row in usable(path) if row.get("median_ms")]
+    rows = [row for row in usable(path) if row.get("median_ms") or row.get("energy_left")]
     groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
         groups[row["threads"], row["pages"]].append(row)
@@ -182,13 +182,37 @@ def grid(path: Path, rows: list[Row], title: str) -> Path:
     return _save(figure, path)
 
 
+def fit(path: Path, rows: list[Row], title: str) -> Path:
+    """What each kind of bases leaves of a target's energy; a panel per spectrum, a dot per seed (bench/fit.py)."""
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        found[row["spectrum"]][row["provider"]].append(float(row["energy_left"]))
+    figure, axes = plt.subplots(1, len(found), figsize=(4.2 * len(found), 3.2), squeeze=False, layout="constrained")
+    row = rows[-1]
+    for axis, (spectrum, kinds) in zip(axes.flat, found.items(), strict=True):
+        names = list(kinds)[::-1]  # the first one on top
+        means = [sum(kinds[name]) / len(kinds[name]) for name in names]
+        axis.barh(names, means, color=[OTHERS if name == "LoRA" else COLORS["randlora"] for name in names], alpha=0.6)
+        for y, name in enumerate(names):
+            axis.plot(kinds[name], [y] * len(kinds[name]), "k.", markersize=4)
+            axis.annotate(f"{means[y]:.3f}", (0, y), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        alone = 1 - 1 / int(row["r"])
+        axis.axvline(alone, color="black", lw=1, linestyle=":")
+        axis.set(xlim=(0, 1), xlabel="energy left")
+        axis.set_title(f"spectrum {spectrum}", fontsize=9, loc="left")
+        axis.tick_params(labelsize=8)
+    heading = f"{title}: {row['d']} x {row['d']}, r = {row['r']}; line: what gamma alone leaves, 1 - 1/r; dots: seeds"
+    figure.suptitle(f"{heading}\n{subtitle(rows)}", fontsize=9)
+    return _save(figure, path)
+
+
 def _save(figure, path: Path) -> Path:
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
 
 
-DRAWN_AS = {"density": density, "linear-grid": grid}
+DRAWN_AS = {"density": density, "fit": fit, "linear-grid": grid}
 
 
 def main(argv: list[str] | None = None) -> int:

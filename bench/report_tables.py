@@ -55,6 +55,11 @@ METRICS: tuple[tuple[str, tuple[str, ...], Callable[[Row], str]], ...] = (
         ("result_bytes", "peak_above_result_bytes"),
         lambda row: f"{mebibytes(row, 'result_bytes')} / {mebibytes(row, 'peak_above_result_bytes')}",
     ),
+    (
+        "Part of the target's energy that is left (least that its rank allows)",
+        ("energy_left",),
+        lambda row: row["energy_left"] + (f" ({row['lowest']})" if row.get("lowest") else ""),
+    ),
     ("Trainable parameters", ("trainable_parameters",), lambda row: f"{int(row['trainable_parameters']):,}"),
 )
 
