@@ -30,6 +30,10 @@ LIKE_PYTORCH = {  # every way to write it, where "PyTorch" of METHODS is the che
     "PyTorch merged, autograd": functools.partial(methods.plain_pytorch, function="autograd", strategy="merged"),
     "PyTorch, compiled": METHODS["PyTorch, compiled"],
 }
+TRANSFORMS = {  # of Hadamard bases
+    "PyTorch transforms": methods.plain_transforms,
+    "PyTorch transforms, compiled": functools.partial(methods.plain_transforms, fast=True),
+}
 FORCED = {f"randlora {s}": functools.partial(methods.own, strategy=s) for s in STRATEGIES}
 
 
@@ -65,12 +69,14 @@ def names(spec: Spec) -> list[str]:
     found += ["PEFT RandLoRA, accelerated", *LIKE_PYTORCH, "randlora", *FORCED]
     if spec.kind == "dense":
         found += [f"randlora {kind}" for kind in KINDS]
+    if spec.kind == "hadamard":
+        found += TRANSFORMS
     # In 16 bits the merged form rounds small updates away: it is no way to compute the same thing.
     return [name for name in found if spec.dtype == "float32" or "merged" not in name]
 
 
 def known() -> dict[str, Callable[[nn.Module, Setting], nn.Module]]:
-    return METHODS | LIKE_PYTORCH | FORCED
+    return METHODS | LIKE_PYTORCH | FORCED | TRANSFORMS
 
 
 class Layer:
@@ -120,6 +126,8 @@ class Layer:
         own = name.removeprefix("randlora ")
         if own in KINDS:
             return own
+        if name in TRANSFORMS:
+            return "hadamard"
         return self.spec.kind if name.startswith(("randlora", "PyTorch", "PEFT RandLoRA")) else ""
 
     def make(self, name: str) -> nn.Module:
@@ -130,7 +138,7 @@ class Layer:
             adapted = methods.own(model, self.setting, self.kind_of(name), strategy, sparsity)
         else:
             adapted = known()[name](model, self.setting)
-        if name.startswith(("PyTorch", "PEFT RandLoRA")):
+        if name.startswith(("PyTorch", "PEFT RandLoRA")) and name not in TRANSFORMS:
             A, B = self.drawn(self.spec.kind)
             if name.startswith("PEFT"):
                 for key, values in (("randlora_A", A), ("randlora_B", B)):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import plain
+from bench import plain_transforms as transforms
 
 FROZEN, FULL = "frozen", "full fine-tuning"
 # The same bases and the same parameters give the same numbers here.
@@ -124,6 +125,21 @@ def plain_pytorch(
             flat[m, M] = B[:M, : -(-m // setting.rank)].flatten(1)
         adapted = plain.Linear(layer, A, flat[m, M], setting.alpha / setting.rank, function, strategy)
         model.set_submodule(name, adapted)
+    return model
+
+
+def plain_transforms(model: nn.Module, setting: Setting, fast: bool = False) -> nn.Module:
+    """Hadamard bases: see :class:`bench.plain_transforms.Linear`. `fast`: compiled."""
+    import randlora
+
+    found = layers(model.requires_grad_(False), setting)
+    sizes = [sorted(layer.weight.shape) for layer in found.values()]
+    bases = randlora.RandomBases(max(M for _, M in sizes), max(m for m, _ in sizes), setting.rank, "hadamard")
+    for name, layer in found.items():
+        A, B = bases.tensors(setting.dtype, layer.weight.device)
+        m, M = sorted(layer.weight.shape)
+        own = A[:, :, :m], B[:M, : -(-m // setting.rank)], bases.group_width
+        model.set_submodule(name, transforms.Linear(layer, *own, setting.alpha / setting.rank, fast))
     return model
 
 

@@ -11,7 +11,7 @@
 // (sparse_products.h): that is the factored strategy there, and what every strategy's backward gets the parameters'
 // gradients from.
 // Hadamard bases (hadamard.h) never need S2 or B2 either: "factored" transforms the tokens, the others build dW by
-// transforms.
+// transforms. On the CPU every strategy gets the parameters' gradients from the tokens, which take less than G alone.
 // Packed bases (packed_update.h) that dense products are faster with, or that "factored" needs, are made dense in
 // groups of rows k of A.
 // Nothing of this is kept between forward and backward: the backward gets the same arguments and rebuilds what it
@@ -239,7 +239,7 @@ class Layer {
                                                        bool add_input_gradient, bool need_lambda,
                                                        bool need_gamma) const {
     const bool need_parameters = need_lambda || need_gamma;
-    if (a_.strategy != Strategy::factored) {
+    if (a_.strategy != Strategy::factored && a_.x.is_cuda()) {
       if (!need_parameters) return {};
       const at::Tensor D = wide_ ? mm_accumulated(x.t(), g) : mm_accumulated(g.t(), x);
       return hadamard_update_backward(D, a_.pattern, a_.lambda, a_.gamma, a_.scale, need_lambda, need_gamma);

@@ -67,7 +67,10 @@ def hadamard_costs(
     build = int(weight * m * hidden)
     dense, gradient = M * m * e, need_parameters * M * m * acc
     dropped = T * in_features * e if dropout else 0
+    # On the CPU the parameters' gradients come from the tokens all the same (csrc/linear.cpp): no gradient of dW.
     through_dW = need_parameters * (T * M * m + 2 * build)
+    if device_type == "cpu":
+        through_dW, gradient = T * gradients, 0
     passes = 2 * T * out_features * e, need_x * 2 * T * in_features * e  # over the results, to add to them
     found["materialized"] = (
         Cost(base + T * M * m + build, dense, 2 * dense + dropped + passes[0]),

@@ -214,6 +214,56 @@ def test_update(shape, dtype, device):
 
 
 @on_devices
+@shapes
+@over("dtype", (torch.float64, torch.float32))
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)], ids=str)
+def test_gradients_of_the_update(shape, needs, dtype, device):
+    layer = Layer(shape, dtype, device=device)
+    m, M = sorted(shape[:2])
+    lam, gamma = (t.detach().double().requires_grad_() for t in (layer.lam, layer.gamma))
+    dW = layer.dW(lam, gamma)
+    grad = normal(M, m, seed=8, dtype=dtype, device=device).t()
+    expected = torch.autograd.grad(dW.T if layer.i <= layer.o else dW, (lam, gamma), grad.double())
+    got = torch.ops.randlora.hadamard_update_backward(grad, layer.pattern, layer.lam, layer.gamma, 0.7, *needs)
+    for result, true, need in zip(got, expected, needs, strict=True):
+        assert result.dtype == dtype and result.shape == (true.shape if need else (0,))
+        if need:
+            assert_close(result.double(), true, 1e-10 if dtype == torch.float64 else 2e-5)
+
+
+@pytest.mark.parametrize("strategy", ["materialized", "merged"])
+def test_the_cpu_takes_gradients_from_the_tokens(strategy):
+    """They cost less than the gradient of dW alone, whatever the strategy."""
+    layer = Layer((24, 41, 8, 0, 1))
+    y = layer(strategy)
+    with torch.profiler.profile() as profile:
+        y.sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert "randlora::hadamard_gradients" in names and "randlora::hadamard_update_backward" not in names
+
+
+@on_devices
+@pytest.mark.parametrize("shape", [(37, 90, 5, 0, 2), (90, 37, 5, 0, 2), (384, 384, 32, 0, 8)], ids=shape_id)
+@pytest.mark.parametrize("tokens", [4, 30])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_a_bad_token_stays_alone(value, tokens, shape, device):
+    """Room that tokens share holds nothing of the one before."""
+
+    def run(value):
+        layer = Layer(shape, torch.float32, device=device, tokens=(tokens,))
+        with torch.no_grad():
+            layer.x[1] = value
+        g = normal(tokens, layer.o, seed=9, device=device)
+        g[2] = value
+        y = layer("factored")
+        dx = torch.autograd.grad(y, layer.x, g)[0]
+        return torch.cat((y[:1], y[2:])), torch.cat((dx[:2], dx[3:]))
+
+    for good, beside_bad in zip(run(0.5), run(value), strict=True):
+        assert torch.equal(good, beside_bad)
+
+
+@on_devices
 @strategies
 @over("dtype", (torch.float32, torch.bfloat16))
 def test_repeats_bit_for_bit(strategy, dtype, device):
