@@ -61,7 +61,7 @@ ctest: $(VENV)/.installed
 
 # The sanitizers' runtime must come first in a process, before Python. What PyTorch keeps until its end is no leak of ours,
 # and a size that cannot be had is an error, not the end.
-ASAN_TESTS ?= op_fuzz op_memory unique_base bases dropout linear ternary hadamard update_alone pattern_sizes
+ASAN_TESTS ?= op_fuzz op_memory unique_base bases dropout linear ternary hadamard hadamard_ops update_alone pattern_sizes
 asan: $(VENV)/.installed
 	@echo "== Compiling with sanitizers into build/asan"
 	RANDLORA_SANITIZE=1 RANDLORA_CUDA=0 $(BIN)/python setup.py -q build --build-lib build/asan
