@@ -147,9 +147,10 @@ def test_a_device_map_of_transformers(tmp_path):
     torch.testing.assert_close(logits(again), logits(expected))
 
 
-def test_loading_onto_a_device_map_of_transformers(tmp_path):
+def test_loading_onto_a_device_map_of_transformers(tmp_path, monkeypatch):
     """PEFT takes the hooks off, loads the adapter, writes the files anew, and offloads all of it once more."""
     transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)  # PEFT writes to the model's path without its leading slash
     folder = tmp_path / "models--of--someone" / "model"
     llama().save_pretrained(folder)
     expected = adapt(llama(), config("q_proj", "down_proj"))
