@@ -84,14 +84,14 @@ class Steps:
         tests = self.pytest(str(ROOT / "tests/test_cuda.py"), "-k", "bits or synchronises")
         return [
             [
-                Step("right", self.bench("correct", "", "--few"), 20, 60),
-                Step("tests", tests, 35, 75, in_checkout=False),
+                Step("right", self.bench("correct", "", "--few"), 16, 60),
+                Step("tests", tests, 20, 75, in_checkout=False),
             ],
-            [Step("launches", self.bench("launches", "", "--sizes 64x96"), 27, 60)],
-            [Step("layer-4096", self.layer(4096, 8192), 45, 80)],
-            [Step("layer-3072", self.layer(3072, 840), 38, 70)],
-            [Step("llama", self.llama("model", "", "", METHODS), 95, 125)],
-            [Step("decoding", self.llama("generate", "--batch 1 --new 8", "--new 2", DECODING), 85, 120)],
+            [Step("launches", self.bench("launches", "", "--sizes 64x96"), 22, 60)],
+            [Step("layer-4096", self.layer(4096, 8192), 36, 80)],
+            [Step("layer-3072", self.layer(3072, 840), 36, 70)],
+            [Step("llama", self.llama("model", "", "", METHODS), 80, 125)],
+            [Step("decoding", self.llama("generate", "--batch 1 --new 8", "--new 2", DECODING), 65, 120)],
         ]
 
     # ---- the second call ----
@@ -110,7 +110,7 @@ class Steps:
             "--kernel-name-base", "demangled", "-k", "regex:randlora", "--metrics", ",".join(KERNEL_METRICS),
             "--log-file", str(self.results / "ncu.csv"),
         )  # fmt: skip
-        return Step("ncu", self.bench("kernels", "--ncu", "--ncu --features 256"), 30, 50, command)
+        return Step("ncu", self.bench("kernels", "--ncu", "--ncu --features 256"), 22, 50, command)
 
     def deep(self) -> list[list[Step]]:
         together = ("-n", str(max(1, min(6, (os.cpu_count() or 1) // 2)))) if importlib.util.find_spec("xdist") else ()
@@ -120,19 +120,19 @@ class Steps:
                 self.sanitizer("memcheck", PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
                 # cuBLAS's kernels for clusters of blocks end in an illegal access under racecheck.
                 self.sanitizer("racecheck", "--no-layers"),
-                Step("tests", tests, 70, 110, in_checkout=False),
+                Step("tests", tests, 80, 110, in_checkout=False),
             ],
-            [Step("kernels", self.bench("kernels", "", "--features 256"), 12, 30)],
+            [Step("kernels", self.bench("kernels", "", "--features 256"), 9, 30)],
             [Step("all-linear", self.llama("model", "--targets all-linear --batch 8 --tokens 1024",
-                                           "--targets all-linear", LARGE_BATCH), 88, 115)],
-            [Step("vit", self.vision("ViT-B/32", 128, VISION), 45, 65)],
+                                           "--targets all-linear", LARGE_BATCH), 75, 115)],
+            [Step("vit", self.vision("ViT-B/32", 128, VISION), 42, 65)],
             [self.ncu()],
             # 64 images of CLIP and their twins fill 80 GB.
-            [Step("clip", self.vision("CLIP ViT-L/14", 32, "frozen; PEFT LoRA; randlora; randlora hadamard"), 45, 65)],
+            [Step("clip", self.vision("CLIP ViT-L/14", 32, "frozen; PEFT LoRA; randlora; randlora hadamard"), 35, 65)],
             [Step("bases", self.bench("bases", "--seconds 1 --no-picture", "--quick --seconds 0 --no-picture",
-                                      only="dense float32" if self.tiny else "bases"), 20, 40)],
+                                      only="dense float32" if self.tiny else "bases"), 29, 45)],
             [Step("unique-base", self.bench("unique_base", "--quick --seconds 1 --no-picture",
-                                            "--quick --seconds 0 --no-picture", only=self.unique_base_sizes), 15, 30)],
+                                            "--quick --seconds 0 --no-picture", only=self.unique_base_sizes), 28, 45)],
         ]  # fmt: skip
 
     @property
