@@ -10,7 +10,7 @@
 //              spread     transforms over g and p in registers and shared memory, wide += b h
 //   down       collect    transforms wide over o and k to du [t, R, n]
 //              at::bmm    [t, R, K] = du gamma, and narrow += it, back in the order of columns (ungroup)
-//   gradients  group, u, then collect, which puts du in the place of u and adds up v z in registers; dgamma = du^T x
+//   gradients  group, u, then collect, which puts du in the place of u and adds up v z over tokens; dgamma = du^T x
 //
 // The sides of a product are padded with zeros to multiples of 16 bytes. Intermediates have the tokens' type, sums that
 // of acc_t. A few tokens, as in decoding, take kernels of their own for the products, which read gamma once and as it
@@ -247,7 +247,7 @@ void spread(const HadamardLayout& l, T* wide, const T* u, const acc_t<T>* table,
 
 // The most blocks that collect has, as many as an H100 runs at a time; no fewer tokens to the one than to the other but
 // by one. Each has a row per slot in `partial` [rows, P].
-constexpr int64_t kCollectBlocks = 4 * 132;
+constexpr int64_t kCollectBlocks = 6 * 132;
 inline int64_t collect_rows(const HadamardLayout& l, int64_t tokens) {
   const int64_t items = divide_up(tokens, int64_t{1} << l.log_slots);
   return divide_up(items, divide_up(items, kCollectBlocks)) << l.log_slots;

@@ -1,11 +1,17 @@
 // Hadamard bases on CUDA: from the wide side to u, as hadamard_spread.cu but the other way round. The blocks of the
-// gradients take several tokens each, and lambda's gradients stay in registers over all of them.
+// gradients take several tokens each; over all of them lambda's gradients stay in shared memory, which has more room
+// for them than registers if as many blocks are to run at a time.
 #include "cuda/hadamard.cuh"
 
 #include <algorithm>
 
 namespace randlora::cuda {
 namespace {
+
+// Promised to the compiler, and for 4-byte sums more than there are: so that it takes at most 80 registers a thread,
+// and the blocks of 128 threads that tokens of length 4096 have are six to a multiprocessor.
+template <class Acc>
+inline constexpr int kCollectThreads = sizeof(Acc) == 8 ? kTokenThreads : 768;
 
 // The first pass of the transform: array [o mod L] = the sum of b_o wide [o].
 template <class T>
@@ -37,11 +43,39 @@ __device__ __forceinline__ void collect_elements(const HadamardLayout& l, acc_t<
   __syncthreads();
 }
 
-// One column of u from z in `array`; sum(k, p, v z) for lambda's gradient, from the u that was there.
+// Sums of a thread in shared memory, 1 << kLogGroups: element e, four side by side and between them those of the
+// others.
+template <class Acc>
+__device__ __forceinline__ Acc* sum_at(Acc* sums, int e) {
+  return sums + (e / 4 * int(blockDim.x) + int(threadIdx.x)) * 4 + e % 4;
+}
+
+template <class Acc>
+int64_t bytes_of_sums(const HadamardLayout& l) {
+  return (int64_t{l.threads} << kLogGroups<Acc>)*int64_t(sizeof(Acc));
+}
+
+// The thread's sums from e on += values.
+template <int kCount, class Acc>
+__device__ __forceinline__ void add_to_sums(Acc* sums, int e, const Acc (&values)[kCount]) {
+  constexpr int N = kCount < 4 ? kCount : 4;
+#pragma unroll
+  for (int first = 0; first < kCount; first += N) {
+    auto* const at = reinterpret_cast<Pack<Acc, N>*>(sum_at(sums, e + first));
+    Pack<Acc, N> pack = *at;
+#pragma unroll
+    for (int k = 0; k < N; ++k) pack.v[k] += values[first + k];
+    *at = pack;
+  }
+}
+
+// One column of u from z in `array`; sum(k, p, values) for lambda's gradients of rows from k on, the first of which is
+// element p, from the u that was there. Of rows that lambda does not have, values are whatever they are.
 template <int kLog, bool kGradient, class T, class Sum>
 __device__ __forceinline__ void collect_column(const HadamardLayout& l, const acc_t<T>* array, T* u,
                                                const acc_t<T>* table, const Column& c, const Sum& sum) {
   using Acc = acc_t<T>;
+  constexpr int kCount = std::min(kBatch, 1 << kLog);
   T* const to = of_column(l, u, c);
   Acc v[1 << kLog] = {};
   if (c.i < l.n) {
@@ -52,20 +86,21 @@ __device__ __forceinline__ void collect_column(const HadamardLayout& l, const ac
     const int slot = c.slot << l.log_length, within = (1 << l.log_length) - 1;
     int p = c.group * l.n + c.i;
 #pragma unroll
-    for (int first = 0; first < 1 << kLog; first += kBatch) {
-      Acc row[kBatch], z[kBatch];
+    for (int first = 0; first < 1 << kLog; first += kCount) {
+      Acc row[kCount], z[kCount];
 #pragma unroll
-      for (int k = 0; k < kBatch && first + k < 1 << kLog; ++k) {
+      for (int k = 0; k < kCount; ++k) {
         row[k] = table[p + k * l.n];
         z[k] = array[place(slot | ((p + k * l.n) & within))];
       }
+      if constexpr (kGradient) {
+        Acc values[kCount];
 #pragma unroll
-      for (int k = 0; k < kBatch && first + k < 1 << kLog; ++k, p += l.n) {
-        const bool real = c.group + first + k < l.r;
-        if constexpr (kGradient)
-          if (real) sum(first + k, p, v[first + k] * z[k]);
-        v[first + k] = real ? row[k] * z[k] : Acc(0);
+        for (int k = 0; k < kCount; ++k) values[k] = v[first + k] * z[k];
+        sum(first, p, values);
       }
+#pragma unroll
+      for (int k = 0; k < kCount; ++k, p += l.n) v[first + k] = c.group + first + k < l.r ? row[k] * z[k] : Acc(0);
     }
     transform<kLog>(v);
   }
@@ -84,12 +119,12 @@ __device__ __forceinline__ void for_rows(const HadamardLayout& l, const Column& 
   }
 }
 
-// Columns of a thread whose lambda has its gradients in registers; what is beyond adds to memory, where each element
-// has one thread as well.
+// Columns of a thread whose lambda has its gradients in shared memory; what is beyond adds to memory, where each
+// element has one thread as well.
 template <int kLog, bool kGradient, class Acc>
 inline constexpr int kHeld = kGradient ? (1 << kLogGroups<Acc>) >> kLog : 0;
 
-// function(its place among the thread's columns, the column) for those that have registers.
+// function(its place among the thread's columns, the column) for those that have their sums in shared memory.
 template <int kHeldColumns, class Function>
 __device__ __forceinline__ void for_held_columns(const HadamardLayout& l, int64_t first_token,
                                                  const Function& function) {
@@ -111,18 +146,20 @@ __device__ __forceinline__ void for_other_columns(const HadamardLayout& l, int64
 }
 
 template <int kLog, bool kGradient, class T>
-__global__ void __launch_bounds__(kTokenThreads)
+__global__ void __launch_bounds__(kCollectThreads<acc_t<T>>)
     collect_kernel(HadamardLayout l, const T* __restrict__ wide, T* u, const acc_t<T>* __restrict__ table,
                    acc_t<T>* partial, bool first, int64_t tokens, bool vector) {
   using Acc = acc_t<T>;
   constexpr int kColumns = kHeld<kLog, kGradient, Acc>;
   Acc* const array = launched_shared<Acc>();
-  Acc sums[kGradient ? kColumns << kLog : 1] = {};
+  Acc* const sums = array + (1 << (l.log_length + l.log_slots));
   const auto row_of = [&](const Column& c) {
     return partial + ((int64_t(blockIdx.x) << l.log_slots) + c.slot) * l.P;
   };
   if constexpr (kGradient) {
     if (first) {
+#pragma unroll
+      for (int e = 0; e < kColumns << kLog; ++e) *sum_at(sums, e) = Acc(0);
       for_other_columns<kColumns>(l, 0, [&](const Column& c) {
         if (c.i < l.n)
           for_rows<kLog>(l, c, [&](int, int p) {
@@ -133,7 +170,7 @@ __global__ void __launch_bounds__(kTokenThreads)
       for_held_columns<kColumns>(l, 0, [&](int held, const Column& c) {
         if (c.i < l.n)
           for_rows<kLog>(l, c, [&](int k, int p) {
-            sums[(held << kLog) + k] = row_of(c)[p];
+            *sum_at(sums, (held << kLog) + k) = row_of(c)[p];
           });
       });
     }
@@ -149,14 +186,17 @@ __global__ void __launch_bounds__(kTokenThreads)
     transform_bits<12>(array, l, length);
     for_held_columns<kColumns>(l, token, [&](int held, const Column& c) {
       if (c.token < tokens)
-        collect_column<kLog, kGradient>(l, array, u, table, c, [&](int k, int, Acc value) {
-          sums[(held << kLog) + k] += value;
+        collect_column<kLog, kGradient>(l, array, u, table, c, [&](int k, int, const auto& values) {
+          add_to_sums(sums, (held << kLog) + k, values);
         });
     });
     for_other_columns<kColumns>(l, token, [&](const Column& c) {
       if (c.token < tokens)
-        collect_column<kLog, kGradient>(l, array, u, table, c, [&](int, int p, Acc value) {
-          row_of(c)[p] += value;
+        collect_column<kLog, kGradient>(l, array, u, table, c, [&](int k, int p, const auto& values) {
+          for (const Acc value : values) {
+            if (c.group + k++ < l.r) row_of(c)[p] += value;
+            p += l.n;
+          }
         });
     });
     __syncthreads();  // the next token overwrites the array
@@ -166,7 +206,7 @@ __global__ void __launch_bounds__(kTokenThreads)
     for_held_columns<kColumns>(l, 0, [&](int held, const Column& c) {
       if (c.i < l.n)
         for_rows<kLog>(l, c, [&](int k, int p) {
-          row_of(c)[p] = sums[(held << kLog) + k];
+          row_of(c)[p] = *sum_at(sums, (held << kLog) + k);
         });
     });
 }
@@ -181,7 +221,8 @@ void collect(const HadamardLayout& l, const T* wide, T* u, const acc_t<T>* table
   with_log_groups<acc_t<T>>(l, [&](auto log) {
     constexpr int kLog = decltype(log)::value;
     launch(partial != nullptr ? collect_kernel<kLog, true, T> : collect_kernel<kLog, false, T>, grid,
-           {l.threads, l.shared}, l, wide, u, table, partial, first, tokens, vector);
+           {l.threads, l.shared + (partial != nullptr ? bytes_of_sums<acc_t<T>>(l) : 0)}, l, wide, u, table, partial,
+           first, tokens, vector);
   });
 }
 
