@@ -47,7 +47,7 @@ class Call {
         gamma_(gamma.to(sums_.dtype()).contiguous()),
         R_(s.R) {
     options_ = options_.dtype(c10::CppTypeToScalarType<T>::value);
-    table_ = at::empty({l_.P}, sums_);
+    table_ = at::empty({R_ * l_.n}, sums_);
     p_ = {lambda_.const_data_ptr<Acc>(), gamma_.const_data_ptr<Acc>(), Acc(scale), table_.mutable_data_ptr<Acc>(),
           nullptr};
   }

@@ -10,7 +10,7 @@
 //              spread     transforms over g and p in registers and shared memory, wide += b h
 //   down       collect    transforms wide over o and k to du [t, R, n]
 //              at::bmm    [t, R, K] = du gamma, and narrow += it, back in the order of columns (ungroup)
-//   gradients  group, u, then collect, which puts du in the place of u and adds up v z in registers; dgamma = du^T x
+//   gradients  group, u, then collect, which puts du in the place of u and adds up v z over tokens; dgamma = du^T x
 //
 // The sides of a product are padded with zeros to multiples of 16 bytes. Intermediates have the tokens' type, sums that
 // of acc_t. A few tokens, as in decoding, take kernels of their own for the products, which read gamma once and as it
@@ -28,6 +28,8 @@ namespace randlora::cuda {
 constexpr int64_t kChunkBytes = int64_t{32} << 20;
 constexpr int64_t kFewTokens = 8;
 constexpr int kTokenThreads = 512;  // at most, of spread and collect
+constexpr int kPass = 16;           // elements of a thread that are neighbours in memory
+constexpr int kBatch = 8;           // groups of a thread that are loaded before the first of them is used
 
 // Groups whose transform a thread holds in registers; where R is larger, transform_groups does the rest.
 template <class Acc>
@@ -144,7 +146,7 @@ __device__ __forceinline__ void transform_bits(Acc* array, const HadamardLayout&
 
 // function(constant) with the number of bits of g that a thread transforms.
 template <class Acc, class Function>
-__device__ __forceinline__ void with_log_groups(const HadamardLayout& l, const Function& function) {
+__host__ __device__ __forceinline__ void with_log_groups(const HadamardLayout& l, const Function& function) {
   switch (l.log_R - l.log_high) {
     case 0: return function(std::integral_constant<int, 0>{});
     case 1: return function(std::integral_constant<int, 1>{});
@@ -156,6 +158,50 @@ __device__ __forceinline__ void with_log_groups(const HadamardLayout& l, const F
   }
 }
 
+// Asks for `bytes` of memory from `begin` on, so that they are in the L2 cache when the block loads them.
+__device__ __forceinline__ void prefetch([[maybe_unused]] const void* begin, [[maybe_unused]] int64_t bytes) {
+#if defined(__CUDACC__)
+  constexpr int kLine = 128;
+  for (int64_t at = int64_t(threadIdx.x) * kLine; at < bytes; at += int64_t(blockDim.x) * kLine)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(begin) + at));
+#endif
+}
+
+// Rows of `wide` [tokens, M] that a block transforms at a time, from first_token on.
+template <class T>
+__device__ __forceinline__ void prefetch_rows(const HadamardLayout& l, const T* wide, int64_t first_token,
+                                              int64_t tokens) {
+  const int64_t count = min(int64_t{1} << l.log_slots, tokens - first_token);
+  prefetch(wide + first_token * l.M, count * l.M * int64_t(sizeof(T)));
+}
+
+// Bases i of u [tokens, R, n_padded], with the groups of one thread: 2^log_groups from `group` on.
+struct Column {
+  int slot, group, i;
+  int64_t token;
+};
+
+__device__ __forceinline__ Column column_of(const HadamardLayout& l, int index, int bases, int64_t first_token) {
+  Column c;
+  c.i = index % bases;
+  const int rest = index / bases;
+  c.slot = rest >> l.log_high;
+  c.group = (rest & ((1 << l.log_high) - 1)) << (l.log_R - l.log_high);
+  c.token = first_token + c.slot;
+  return c;
+}
+
+template <class T>
+__device__ __forceinline__ T* of_column(const HadamardLayout& l, T* u, const Column& c) {
+  return u + ((c.token << l.log_R) + c.group) * l.n_padded + c.i;
+}
+
+template <int kLog, class T>
+__device__ __forceinline__ void load_groups(acc_t<T> (&v)[1 << kLog], const HadamardLayout& l, const T* from) {
+#pragma unroll
+  for (int g = 0; g < 1 << kLog; ++g) v[g] = static_cast<acc_t<T>>(from[g * l.n_padded]);
+}
+
 // ---- kernels, as functions of the host ----
 
 // What a call makes of the parameters.
@@ -164,7 +210,7 @@ struct HadamardParameters {
   const acc_t<T>* lambda;  // [r, n]
   const acc_t<T>* gamma;   // [n, m]
   acc_t<T> scale;
-  acc_t<T>* table;  // [P]: scale c lambda
+  acc_t<T>* table;  // [R n]: scale c lambda, zeros behind it, so that no load has to ask whether there is a row
   T* grouped;       // [R, n_padded, K]: a gamma; null where it is not needed
 };
 
@@ -199,10 +245,12 @@ void transform_groups(const HadamardLayout& l, T* u, int64_t tokens);
 template <class T>
 void spread(const HadamardLayout& l, T* wide, const T* u, const acc_t<T>* table, int64_t tokens);
 
-// The most blocks that collect has, as many as an H100 runs at a time; each has a row per slot in `partial` [rows, P].
-constexpr int64_t kCollectBlocks = 5 * 132;
+// The most blocks that collect has, as many as an H100 runs at a time; no fewer tokens to the one than to the other but
+// by one. Each has a row per slot in `partial` [rows, P].
+constexpr int64_t kCollectBlocks = 6 * 132;
 inline int64_t collect_rows(const HadamardLayout& l, int64_t tokens) {
-  return std::min(kCollectBlocks, divide_up(tokens, int64_t{1} << l.log_slots)) << l.log_slots;
+  const int64_t items = divide_up(tokens, int64_t{1} << l.log_slots);
+  return divide_up(items, divide_up(items, kCollectBlocks)) << l.log_slots;
 }
 
 // u [tokens, R, n_padded] to du of wide [tokens, M]. With `partial` (of `rows` rows) u holds u before, and the rows get

@@ -39,10 +39,15 @@ __device__ __forceinline__ void group_row(const HadamardLayout& l, T* to, int64_
   }
 }
 
+int table_blocks(const HadamardLayout& l) { return int(divide_up(l.n << l.log_R, kThreads)); }
+
 template <class T>
 __device__ __forceinline__ void make_table(const HadamardLayout& l, const HadamardParameters<T>& p, int block) {
   const int index = block * kThreads + int(threadIdx.x);
-  if (index < l.P) p.table[index] = with_sign(p.scale * p.lambda[index], minus(l.c, index));
+  if (index < l.P)
+    p.table[index] = with_sign(p.scale * p.lambda[index], minus(l.c, index));
+  else if (index < l.n << l.log_R)
+    p.table[index] = acc_t<T>(0);
 }
 
 // Blocks: the rows of gamma (padding included), `tables` of the table, a token each.
@@ -219,7 +224,7 @@ template <class T>
 void group(const HadamardLayout& l, const HadamardParameters<T>& p, bool parameters, const T* x, T* grouped,
            int64_t tokens) {
   const int rows = parameters && p.grouped != nullptr ? l.n_padded : 0;
-  const int tables = parameters ? int(divide_up(l.P, kThreads)) : 0;
+  const int tables = parameters ? table_blocks(l) : 0;
   if (rows + tables + tokens == 0) return;
   with_width(l, [&](auto w) {
     constexpr int W = decltype(w)::value;
@@ -252,7 +257,7 @@ template <class T>
 void few_products_up(const HadamardLayout& l, const HadamardParameters<T>& p, T* u, const T* x, int64_t tokens) {
   with_width(l, [&](auto w) {
     constexpr int W = decltype(w)::value;
-    launch(few_up_kernel<T, W>, {l.n + divide_up(l.P, kThreads)}, kThreads, l, p, u, x, int(tokens),
+    launch(few_up_kernel<T, W>, {l.n + table_blocks(l)}, kThreads, l, p, u, x, int(tokens),
            can_pack<acc_t<T>, W>(p.gamma, {l.m}), can_pack<T, W>(x, {l.m}));
   });
 }

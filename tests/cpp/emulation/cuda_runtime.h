@@ -13,6 +13,7 @@
 #include <functional>
 
 #define __global__
+#define __host__
 #define __device__
 #define __shared__ static
 #define __forceinline__ inline

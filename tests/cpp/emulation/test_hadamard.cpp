@@ -187,7 +187,7 @@ void shapes() {
 // Several tokens for each block of collect; several chunks; a block's longest transform.
 void long_ones() {
   for (const at::ScalarType type : {at::kFloat, at::kBFloat16})
-    compare_tokens(Layer({32, 128, 40, 70, 1, 700}, type, at::kFloat));
+    compare_tokens(Layer({32, 128, 40, 70, 1, 900}, type, at::kFloat));
   compare_tokens(Layer({32, 1000, 40, 70, 1, 270}, at::kFloat, at::kFloat));
   compare_tokens(Layer({4, 3000, 40, 70, 8, 9}, at::kDouble, at::kDouble));
   compare_update(Layer({33, 500, 40, 70, 1, 1}, at::kFloat, at::kFloat), at::kFloat);
