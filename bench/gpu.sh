@@ -14,7 +14,7 @@
 # are on PATH. randlora comes from .gpu/ (bench/gpu_build.sh makes it beforehand, on a machine without a GPU), or is the
 # installed one, or is built here, which takes minutes of the call. PYTHON (default python3) chooses the interpreter.
 # Nothing is installed into it, and the GPU's settings are left alone. BENCH_COMMIT is the commit that results are said to
-# be of where the checkout is a copy without git (default: that of .gpu/).
+# be of (default: that of .gpu/).
 set -uo pipefail
 began=$(date +%s)
 call=${1:?"usage: bench/gpu.sh correct|deep RESULTS [--device cpu]"}

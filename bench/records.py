@@ -213,12 +213,16 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """Of the checkout; "+" where what is compiled or imported has changed since. BENCH_COMMIT: of one without git."""
+    """BENCH_COMMIT, as a copy of a checkout may have the git of another time; or of the checkout, with a "+" where what
+    is compiled or imported has changed since.
+    """
+    if "BENCH_COMMIT" in os.environ:
+        return os.environ["BENCH_COMMIT"]
     try:
         head = _output("git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD")
         return head + ("+" if _output("git", "-C", str(ROOT), "status", "--porcelain", "csrc", "randlora") else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("BENCH_COMMIT", "unknown")
+        return "unknown"
 
 
 def _nvidia_smi(field: str) -> str:

@@ -290,10 +290,17 @@ def price_of_update(
     T: int, in_features: int, out_features: int, n: int, r: int, dtype: torch.dtype, device_type: str, pattern
 ) -> tuple[float, float]:
     """What T tokens under ``no_grad`` spend on the update at the least, and what building ``dW`` costs, in one unit."""
+    return _price_of_update(T, in_features, out_features, n, r, dtype, device_type, form(pattern))
+
+
+@functools.lru_cache(maxsize=4096)  # until an update has paid for itself, every word asks
+def _price_of_update(
+    T: int, in_features: int, out_features: int, n: int, r: int, dtype: torch.dtype, device_type: str, bases_form
+) -> tuple[float, float]:
     balance = BALANCE.get((device_type, dtype.itemsize), 10.0)
     call, build = (
         options_of(
-            tokens, in_features, out_features, n, r, dtype.itemsize, form(pattern), device_type,
+            tokens, in_features, out_features, n, r, dtype.itemsize, bases_form, device_type,
             has_weight=False, need_x=False, need_parameters=False,
         )
         for tokens in (T, 0)
