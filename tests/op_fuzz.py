@@ -28,7 +28,9 @@ def wrong_contents(d, t):
     """Integers of another order or size, or numbers that are not finite, in some places."""
     t = t.clone(memory_format=torch.contiguous_format)
     flat = t.view(-1)
-    if t.dtype.is_floating_point:
+    if t.dtype == torch.bool:
+        return ~t
+    if t.dtype.is_floating_point or t.dtype.is_complex:
         flat[d.int(0, len(flat) - 1)] = d.of((float("nan"), float("inf"), -1e30))
         return t
     if d.chance(0.3):
