@@ -10,8 +10,6 @@
 namespace randlora {
 namespace {
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 int64_t power_of_two(int64_t at_least) {
   int64_t power = 1;
   while (power < at_least) power *= 2;
@@ -67,7 +65,6 @@ HadamardShape check_hadamard(at::TensorList pattern, const at::Tensor& lambda, c
   check_words(pattern[1], "b", s.M);
   check_words(pattern[2], "c", s.P);
   s.R = power_of_two(s.r);
-  s.N = power_of_two(std::max(s.M, s.P));
   s.width = pattern[3].size(0);
   s.columns = s.width * divide_up(s.m, s.width * s.R);
   s.a = pattern[0].const_data_ptr<int32_t>();
@@ -101,10 +98,12 @@ HadamardShape check_hadamard_gradients(const at::Tensor& narrow, const at::Tenso
   return s;
 }
 
-at::Tensor make_hadamard_update(at::TensorList pattern, const at::Tensor& lambda, const at::Tensor& gamma, int64_t M,
-                                const std::optional<at::Tensor>& weight, at::ScalarType dtype) {
-  check_hadamard(pattern, lambda, gamma, M);
-  return make_sparse_result(all_rows(lambda, gamma, M), weight, gamma, dtype);
+at::Tensor make_hadamard_update(const HadamardShape& s, const std::optional<at::Tensor>& weight,
+                                const at::Tensor& gamma, at::ScalarType dtype) {
+  SparsePattern rows{};
+  rows.count = rows.m = s.m;
+  rows.M = s.M;
+  return make_sparse_result(rows, weight, gamma, dtype);
 }
 
 HadamardShape check_hadamard_grad(const at::Tensor& grad, at::TensorList pattern, const at::Tensor& lambda,

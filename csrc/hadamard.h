@@ -1,5 +1,5 @@
 // The update of Hadamard bases, by fast transforms. With W(x, y) = (-1)^popcount(x & y), P = n r, R = 2^ceil(log2 r),
-// N = 2^ceil(log2 max(M, P)), column j in group g = (j / w) mod R, and signs a, b, c:
+// column j in group g = (j / w) mod R, and signs a, b, c:
 //
 //   A[k, 0, j] = a_j W(k, g)        B2[o, p] = b_o c_p W(o, p)
 //
@@ -44,7 +44,7 @@ namespace randlora {
 struct HadamardShape {
   const int32_t *a, *b, *c;  // sign bits
   int64_t r, n, m, M;
-  int64_t P, R, N;
+  int64_t P, R;
   int64_t width;    // w
   int64_t columns;  // of the largest group: w * ceil(m / (w R))
 };
@@ -65,9 +65,9 @@ HadamardShape check_hadamard_gradients(const at::Tensor& narrow, const at::Tenso
                                        const std::optional<at::Tensor>& into_wide, at::TensorList pattern,
                                        const at::Tensor& lambda, const at::Tensor& gamma);
 
-// Checks `weight`; the result of hadamard_update, not filled yet.
-at::Tensor make_hadamard_update(at::TensorList pattern, const at::Tensor& lambda, const at::Tensor& gamma, int64_t M,
-                                const std::optional<at::Tensor>& weight, at::ScalarType dtype);
+// Checks `weight`; the result of hadamard_update on gamma's device, not filled yet.
+at::Tensor make_hadamard_update(const HadamardShape& s, const std::optional<at::Tensor>& weight,
+                                const at::Tensor& gamma, at::ScalarType dtype);
 
 // Of hadamard_update_backward.
 HadamardShape check_hadamard_grad(const at::Tensor& grad, at::TensorList pattern, const at::Tensor& lambda,

@@ -127,8 +127,8 @@ class Layer {
       if (need_gamma) dgamma = cast(dgamma, a_.gamma.scalar_type());
     } else if (sparse()) {
       if (need_parameters)
-        std::tie(dlambda, dgamma) = sparse_update_backward(sparse_weight_gradient(g, x), a_.pattern, a_.lambda,
-                                                           a_.gamma, a_.scale, need_lambda, need_gamma);
+        std::tie(dlambda, dgamma) = sparse_update_backward(row_gradient(g, x), a_.pattern, a_.lambda, a_.gamma,
+                                                           a_.scale, need_lambda, need_gamma);
     } else if (factored || need_parameters) {
       const at::Tensor G = factored ? at::Tensor() : weight_gradient(g, x);
       if (rows_ < r_) dlambda = at::empty_like(a_.lambda);
@@ -241,8 +241,8 @@ class Layer {
     const bool need_parameters = need_lambda || need_gamma;
     if (a_.strategy != Strategy::factored && a_.x.is_cuda()) {
       if (!need_parameters) return {};
-      const at::Tensor D = wide_ ? mm_accumulated(x.t(), g) : mm_accumulated(g.t(), x);
-      return hadamard_update_backward(D, a_.pattern, a_.lambda, a_.gamma, a_.scale, need_lambda, need_gamma);
+      return hadamard_update_backward(row_gradient(g, x), a_.pattern, a_.lambda, a_.gamma, a_.scale, need_lambda,
+                                      need_gamma);
     }
     std::optional<at::Tensor> into;
     if (add_input_gradient) {
@@ -320,14 +320,15 @@ class Layer {
     y.index_add_(1, a_.pattern[0], at::mm(a, b));
   }
 
-  at::Tensor sparse_weight_gradient(const at::Tensor& g, const at::Tensor& x) const {
-    return wide_ ? mm_accumulated(columns_of(x).t(), g) : mm_accumulated(columns_of(g).t(), x);
-  }
-
   // The base layer's part of x's gradient (merged: all of it).
   at::Tensor input_gradient(const at::Tensor& g) const {
     if (a_.strategy == Strategy::merged) return g.mm(dense_update(weight_));
     return weight_.defined() ? g.mm(weight_) : at::Tensor();
+  }
+
+  // The gradient of D [m, M], of which no row is left out.
+  at::Tensor row_gradient(const at::Tensor& g, const at::Tensor& x) const {
+    return wide_ ? mm_accumulated(x.t(), g) : mm_accumulated(g.t(), x);
   }
 
   // G = g^T x [out, in], the gradient of dW.

@@ -7,6 +7,7 @@
 #include "contents.h"
 #include "hadamard.h"
 #include "ops.h"
+#include "parameter_gradients.h"
 #include "sizes.h"
 #include "sparse_update.h"
 
@@ -134,11 +135,7 @@ std::tuple<at::Tensor, at::Tensor> unpacked_update_backward(const at::Tensor& gr
     if (need_lambda) dlambda.narrow(0, first, rows).copy_(dl);
     if (need_gamma) dgamma = dgamma.defined() ? dgamma.add_(dg) : dg;
   });
-  const auto none = [](const at::Tensor& like) {
-    return at::empty({0}, like.options());
-  };
-  return {need_lambda ? dlambda.to(lambda.scalar_type()) : none(lambda),
-          need_gamma ? dgamma.to(gamma.scalar_type()) : none(gamma)};
+  return parameter_gradients(dlambda, dgamma, lambda, gamma, need_lambda, need_gamma);
 }
 
 namespace {

@@ -56,12 +56,9 @@ at::Tensor dropout(const at::Tensor& x, const at::Tensor& seed, double p) {
   const DropoutMask mask{dropout_threshold(p), uint32_t(key), uint32_t(key >> 32)};
   const at::Tensor from = x.contiguous(), out = at::empty_like(from);
   if (out.numel() == 0) return out;
-  switch (x.scalar_type()) {
-    case at::kDouble: drop<double>(out, from, mask, p); break;
-    case at::kFloat: drop<float>(out, from, mask, p); break;
-    case at::kBFloat16: drop<c10::BFloat16>(out, from, mask, p); break;
-    default: drop<c10::Half>(out, from, mask, p); break;
-  }
+  with_float_type(x.scalar_type(), [&](auto type) {
+    drop<decltype(type)>(out, from, mask, p);
+  });
   return out;
 }
 

@@ -144,27 +144,6 @@ int64_t tile_of(const HadamardLayer<Acc>& layer, int64_t tokens, int64_t parts) 
                   std::max<int64_t>(8, round_up(divide_up(tokens, parts), 8)));
 }
 
-// function(T{}) with the tokens' type
-template <class Function>
-void with_tokens(at::ScalarType type, const Function& function) {
-  switch (type) {
-    case at::kDouble: return function(double{});
-    case at::kFloat: return function(float{});
-    case at::kBFloat16: return function(c10::BFloat16{});
-    default: return function(c10::Half{});
-  }
-}
-
-// function(layer) with the parameters in the type that sums have.
-template <class T, class Function>
-void with_layer(const HadamardShape& s, const at::Tensor& lambda, const at::Tensor& gamma, double scale,
-                const Function& function) {
-  using Acc = acc_t<T>;
-  const at::ScalarType type = c10::CppTypeToScalarType<Acc>::value;
-  const at::Tensor l = lambda.to(type).contiguous(), g = gamma.to(type).contiguous();
-  function(HadamardLayer<Acc>(s, l.const_data_ptr<Acc>(), g.const_data_ptr<Acc>(), Acc(scale)));
-}
-
 // function(first, count, scratch) for all tiles of tokens, by all threads.
 template <class Acc, class Function>
 void for_tiles(const HadamardLayer<Acc>& layer, int64_t tokens, const Function& function) {
@@ -180,19 +159,18 @@ void up(const at::Tensor& out, const at::Tensor& x, at::TensorList pattern, cons
         const at::Tensor& gamma, double scale) {
   const PlainKernels guard;
   const HadamardShape s = check_hadamard_tokens(x, out, pattern, lambda, gamma);
-  if (x.size(0) == 0) return;
-  with_tokens(x.scalar_type(), [&](auto type) {
+  const int64_t tokens = x.size(0);
+  if (tokens == 0) return;
+  with_layer(x.scalar_type(), s, lambda, gamma, scale, [&](auto type, const auto& layer) {
     using T = decltype(type);
-    with_layer<T>(s, lambda, gamma, scale, [&](const auto& layer) {
-      const T* const from = x.const_data_ptr<T>();
-      T* const to = out.mutable_data_ptr<T>();
-      if (x.size(0) <= kFew) return up_few(layer, to, from, x.size(0));
-      const auto packed = layer.pack_up();
-      for_tiles(layer, x.size(0), [&](int64_t first, int64_t count, const auto& scratch) {
-        const Tile<T> tile(layer, scratch, first, count);
-        tile.narrow_to_hidden(from, packed.data());
-        tile.hidden_to_wide(to);
-      });
+    const T* const from = x.const_data_ptr<T>();
+    T* const to = out.mutable_data_ptr<T>();
+    if (tokens <= kFew) return up_few(layer, to, from, tokens);
+    const auto packed = layer.pack_up();
+    for_tiles(layer, tokens, [&](int64_t first, int64_t count, const auto& scratch) {
+      const Tile<T> tile(layer, scratch, first, count);
+      tile.narrow_to_hidden(from, packed.data());
+      tile.hidden_to_wide(to);
     });
   });
 }
@@ -201,19 +179,18 @@ void down(const at::Tensor& out, const at::Tensor& x, at::TensorList pattern, co
           const at::Tensor& gamma, double scale) {
   const PlainKernels guard;
   const HadamardShape s = check_hadamard_tokens(out, x, pattern, lambda, gamma);
-  if (x.size(0) == 0) return;
-  with_tokens(x.scalar_type(), [&](auto type) {
+  const int64_t tokens = x.size(0);
+  if (tokens == 0) return;
+  with_layer(x.scalar_type(), s, lambda, gamma, scale, [&](auto type, const auto& layer) {
     using T = decltype(type);
-    with_layer<T>(s, lambda, gamma, scale, [&](const auto& layer) {
-      const T* const from = x.const_data_ptr<T>();
-      T* const to = out.mutable_data_ptr<T>();
-      if (x.size(0) <= kFew) return down_few(layer, to, from, x.size(0));
-      const auto packed = layer.pack_down();
-      for_tiles(layer, x.size(0), [&](int64_t first, int64_t count, const auto& scratch) {
-        const Tile<T> tile(layer, scratch, first, count);
-        tile.wide_to_hidden(from);
-        tile.hidden_to_narrow(to, packed.data());
-      });
+    const T* const from = x.const_data_ptr<T>();
+    T* const to = out.mutable_data_ptr<T>();
+    if (tokens <= kFew) return down_few(layer, to, from, tokens);
+    const auto packed = layer.pack_down();
+    for_tiles(layer, tokens, [&](int64_t first, int64_t count, const auto& scratch) {
+      const Tile<T> tile(layer, scratch, first, count);
+      tile.wide_to_hidden(from);
+      tile.hidden_to_narrow(to, packed.data());
     });
   });
 }
@@ -228,35 +205,33 @@ std::tuple<at::Tensor, at::Tensor> gradients(const at::Tensor& narrow, const at:
   const at::Tensor dlambda = at::empty({s.r, s.n}, options), dgamma = at::empty({s.n, s.m}, options);
   const int64_t tokens = narrow.size(0);
   if (tokens == 0) return {dlambda.zero_(), dgamma.zero_()};
-  with_tokens(narrow.scalar_type(), [&](auto type) {
+  with_layer(narrow.scalar_type(), s, lambda, gamma, scale, [&](auto type, const auto& layer) {
     using T = decltype(type);
-    with_layer<T>(s, lambda, gamma, scale, [&](const auto& layer) {
-      using Acc = acc_t<T>;
-      const auto packed = layer.pack_up();
-      const auto packed_down = into_narrow.has_value() ? std::optional(layer.pack_down()) : std::nullopt;
-      T* const narrow_to = into_narrow.has_value() ? into_narrow->mutable_data_ptr<T>() : nullptr;
-      T* const wide_to = into_wide.has_value() ? into_wide->mutable_data_ptr<T>() : nullptr;
-      // Groups of tiles, each with sums of its own, that do not depend on the number of threads.
-      const int64_t tile = tile_of(layer, tokens, 4), tiles = divide_up(tokens, tile);
-      const HadamardSums<Acc> sums(layer, tokens, tiles);
-      at::parallel_for(0, sums.groups, 1, [&](int64_t begin, int64_t end) {
-        const Scratch<Acc> scratch(layer, tile);
-        for (int64_t group = begin; group < end; ++group) {
-          Acc* const dl = sums.dlambda_of(group);
-          std::fill_n(dl, s.r * layer.bases, Acc(0));
-          const int64_t start = group * tiles / sums.groups * tile;
-          const int64_t stop = std::min(tokens, (group + 1) * tiles / sums.groups * tile);
-          for (int64_t t = start; t < stop; t += tile) {
-            const Tile<T> work(layer, scratch, t, std::min(tile, stop - t));
-            work.narrow_to_hidden(narrow.const_data_ptr<T>(), packed.data());
-            work.gradients_of_hidden(wide.const_data_ptr<T>(), dl, wide_to);
-            work.gradients_of_gamma(sums.dgamma_of(group), t != start);
-            if (narrow_to) work.hidden_to_narrow(narrow_to, packed_down->data());
-          }
+    using Acc = acc_t<T>;
+    const auto packed = layer.pack_up();
+    const auto packed_down = into_narrow.has_value() ? std::optional(layer.pack_down()) : std::nullopt;
+    T* const narrow_to = into_narrow.has_value() ? into_narrow->mutable_data_ptr<T>() : nullptr;
+    T* const wide_to = into_wide.has_value() ? into_wide->mutable_data_ptr<T>() : nullptr;
+    // Groups of tiles, each with sums of its own, that do not depend on the number of threads.
+    const int64_t tile = tile_of(layer, tokens, 4), tiles = divide_up(tokens, tile);
+    const HadamardSums<Acc> sums(layer, tokens, tiles);
+    at::parallel_for(0, sums.groups, 1, [&](int64_t begin, int64_t end) {
+      const Scratch<Acc> scratch(layer, tile);
+      for (int64_t group = begin; group < end; ++group) {
+        Acc* const dl = sums.dlambda_of(group);
+        std::fill_n(dl, s.r * layer.bases, Acc(0));
+        const int64_t start = group * tiles / sums.groups * tile;
+        const int64_t stop = std::min(tokens, (group + 1) * tiles / sums.groups * tile);
+        for (int64_t t = start; t < stop; t += tile) {
+          const Tile<T> work(layer, scratch, t, std::min(tile, stop - t));
+          work.narrow_to_hidden(narrow.const_data_ptr<T>(), packed.data());
+          work.gradients_of_hidden(wide.const_data_ptr<T>(), dl, wide_to);
+          work.gradients_of_gamma(sums.dgamma_of(group), t != start);
+          if (narrow_to) work.hidden_to_narrow(narrow_to, packed_down->data());
         }
-      });
-      sums.write(dlambda.mutable_data_ptr<Acc>(), dgamma.mutable_data_ptr<Acc>(), Acc(scale));
+      }
     });
+    sums.write(dlambda.mutable_data_ptr<Acc>(), dgamma.mutable_data_ptr<Acc>());
   });
   return {dlambda, dgamma};
 }

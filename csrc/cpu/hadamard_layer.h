@@ -15,10 +15,10 @@
 #include "cpu/hadamard_products.h"
 #include "cpu/vec.h"
 #include "hadamard.h"
+#include "sizes.h"
 
 namespace randlora::cpu {
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t to) { return divide_up(a, to) * to; }
 
 // Memory for a thread or a call, not filled, aligned for vectors.
@@ -100,7 +100,8 @@ struct HadamardLayer {
   const int64_t hidden;          // room for P numbers, for `length`, and for the padding of the last row
   const Acc* gamma;              // [n, m], as it came
   const Buffer<Acc> lambda;      // [r, bases], with scale and c, zeros in the padding
-  const Buffer<Acc> a, b;        // [m], [M]
+  const Acc scale;
+  const Buffer<Acc> a, b, c;  // [m], [M], [P]
 
   // Contiguous parameters.
   HadamardLayer(const HadamardShape& s, const Acc* lambda_data, const Acc* gamma, Acc scale)
@@ -111,11 +112,12 @@ struct HadamardLayer {
         hidden(std::max(length, round_up(s.P + bases, kLine))),
         gamma(gamma),
         lambda(s.r * bases),
+        scale(scale),
         a(s.m),
-        b(s.M) {
+        b(s.M),
+        c(s.P) {
     cpu::run<Signs<Acc>>(a.data(), s.a, s.m);
     cpu::run<Signs<Acc>>(b.data(), s.b, s.M);
-    const Buffer<Acc> c(s.P);
     cpu::run<Signs<Acc>>(c.data(), s.c, s.P);
     for (int64_t k = 0; k < s.r; ++k) {
       Acc* const to = lambda.data() + k * bases;
@@ -157,5 +159,16 @@ struct HadamardLayer {
     return power;
   }
 };
+
+// function(T{}, layer) for numbers of this type, with the parameters in the type that sums have.
+template <class Function>
+void with_layer(at::ScalarType type, const HadamardShape& s, const at::Tensor& lambda, const at::Tensor& gamma,
+                double scale, const Function& function) {
+  const at::Tensor l = lambda.to(hadamard_sums(type)).contiguous(), g = gamma.to(hadamard_sums(type)).contiguous();
+  with_float_type(type, [&](auto t) {
+    using Acc = acc_t<decltype(t)>;
+    function(t, HadamardLayer<Acc>(s, l.const_data_ptr<Acc>(), g.const_data_ptr<Acc>(), Acc(scale)));
+  });
+}
 
 }  // namespace randlora::cpu

@@ -44,15 +44,13 @@ struct WriteGamma {
 
 // to [r, n] = scale * c * the sum of `groups` times [r, bases].
 template <class Acc>
-void write_lambda(Acc* to, const Acc* sums, int64_t groups, const HadamardLayer<Acc>& layer, Acc scale) {
+void write_lambda(Acc* to, const Acc* sums, int64_t groups, const HadamardLayer<Acc>& layer) {
   const HadamardShape& s = layer.s;
-  const Buffer<Acc> c(s.P);
-  cpu::run<Signs<Acc>>(c.data(), s.c, s.P);
   for (int64_t k = 0; k < s.r; ++k)
     for (int64_t i = 0; i < s.n; ++i) {
       Acc sum = 0;
       for (int64_t group = 0; group < groups; ++group) sum += sums[(group * s.r + k) * layer.bases + i];
-      to[k * s.n + i] = scale * c.data()[k * s.n + i] * sum;
+      to[k * s.n + i] = layer.scale * layer.c.data()[k * s.n + i] * sum;
     }
 }
 
@@ -78,8 +76,8 @@ struct HadamardSums {
   Acc* dgamma_of(int64_t group) const { return dgamma.data() + group * dgamma_size; }
 
   // dlambda [r, n] with scale and c, dgamma [n, m] with a.
-  void write(Acc* dlambda_to, Acc* dgamma_to, Acc scale) const {
-    write_lambda(dlambda_to, static_cast<const Acc*>(dlambda.data()), groups, layer, scale);
+  void write(Acc* dlambda_to, Acc* dgamma_to) const {
+    write_lambda(dlambda_to, static_cast<const Acc*>(dlambda.data()), groups, layer);
     const HadamardShape& s = layer.s;
     constexpr int64_t L = kLanes<Acc>;
     at::parallel_for(0, divide_up(s.n, L), divide_up(1 << 15, s.m * L), [&](int64_t begin, int64_t end) {

@@ -15,6 +15,7 @@
 #include "cpu/large.h"
 #include "hadamard.h"
 #include "ops.h"
+#include "parameter_gradients.h"
 
 namespace randlora::cpu {
 namespace {
@@ -147,34 +148,20 @@ void build(const at::Tensor& out, const std::optional<at::Tensor>& weight, const
   });
 }
 
-template <class Acc>
-HadamardLayer<Acc> layer_of(const HadamardShape& s, const at::Tensor& lambda, const at::Tensor& gamma, double scale) {
-  return HadamardLayer<Acc>(s, lambda.const_data_ptr<Acc>(), gamma.const_data_ptr<Acc>(), Acc(scale));
-}
-
 at::Tensor update(at::TensorList pattern, const at::Tensor& lambda, const at::Tensor& gamma, int64_t max_dim,
                   double scale, const std::optional<at::Tensor>& weight, at::ScalarType dtype) {
   const PlainKernels guard;
   const HadamardShape s = check_hadamard(pattern, lambda, gamma, max_dim);
-  const at::Tensor out = make_hadamard_update(pattern, lambda, gamma, max_dim, weight, dtype);
-  const at::ScalarType type = hadamard_sums(dtype);
-  const at::Tensor l = lambda.to(type).contiguous(), g = gamma.to(type).contiguous();
-  if (dtype == at::kDouble) {
-    build<double>(out, weight, layer_of<double>(s, l, g, scale));
-    return out;
-  }
-  const HadamardLayer<float> layer = layer_of<float>(s, l, g, scale);
-  switch (dtype) {
-    case at::kFloat: build<float>(out, weight, layer); break;
-    case at::kBFloat16: build<c10::BFloat16>(out, weight, layer); break;
-    default: build<c10::Half>(out, weight, layer); break;
-  }
+  const at::Tensor out = make_hadamard_update(s, weight, gamma, dtype);
+  with_layer(dtype, s, lambda, gamma, scale, [&](auto type, const auto& layer) {
+    build<decltype(type)>(out, weight, layer);
+  });
   return out;
 }
 
 template <class Acc>
 void gather(const at::Tensor& dlambda, const at::Tensor& dgamma, const at::Tensor& grad,
-            const HadamardLayer<Acc>& layer, Acc scale) {
+            const HadamardLayer<Acc>& layer) {
   constexpr int64_t L = kLanes<Acc>;
   const HadamardShape& s = layer.s;
   const Acc *const from = grad.const_data_ptr<Acc>(), *const lambda = layer.lambda.data(), *const a = layer.a.data(),
@@ -203,7 +190,7 @@ void gather(const at::Tensor& dlambda, const at::Tensor& dgamma, const at::Tenso
       }
     }
   });
-  write_lambda(dlambda.mutable_data_ptr<Acc>(), static_cast<const Acc*>(sums.data()), groups, layer, scale);
+  write_lambda(dlambda.mutable_data_ptr<Acc>(), static_cast<const Acc*>(sums.data()), groups, layer);
 }
 
 std::tuple<at::Tensor, at::Tensor> update_backward(const at::Tensor& grad, at::TensorList pattern,
@@ -211,18 +198,12 @@ std::tuple<at::Tensor, at::Tensor> update_backward(const at::Tensor& grad, at::T
                                                    bool need_lambda, bool need_gamma) {
   const PlainKernels guard;
   const HadamardShape s = check_hadamard_grad(grad, pattern, lambda, gamma);
-  const at::ScalarType type = grad.scalar_type();
-  const at::Tensor l = lambda.to(type).contiguous(), g = gamma.to(type).contiguous(), rows = grad.contiguous();
+  const at::Tensor rows = grad.contiguous();
   const at::Tensor dlambda = at::empty({s.r, s.n}, grad.options()), dgamma = at::empty({s.n, s.m}, grad.options());
-  if (type == at::kDouble)
-    gather<double>(dlambda, dgamma, rows, layer_of<double>(s, l, g, scale), scale);
-  else
-    gather<float>(dlambda, dgamma, rows, layer_of<float>(s, l, g, scale), float(scale));
-  const auto none = [](const at::Tensor& like) {
-    return at::empty({0}, like.options());
-  };
-  return {need_lambda ? dlambda.to(lambda.scalar_type()) : none(lambda),
-          need_gamma ? dgamma.to(gamma.scalar_type()) : none(gamma)};
+  with_layer(grad.scalar_type(), s, lambda, gamma, scale, [&](auto, const auto& layer) {
+    gather(dlambda, dgamma, rows, layer);
+  });
+  return parameter_gradients(dlambda, dgamma, lambda, gamma, need_lambda, need_gamma);
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include "cpu/large.h"
 #include "cpu/unpack.h"
 #include "packed_update.h"
+#include "sizes.h"
 
 namespace randlora::cpu {
 namespace {
@@ -64,12 +65,9 @@ void expand(const Expansion& e) {
 std::tuple<at::Tensor, at::Tensor> packed_expand(at::TensorList pattern, int64_t n, int64_t m, int64_t M,
                                                  at::ScalarType dtype, int64_t first, std::optional<int64_t> rows) {
   const Expansion e = make_expansion(pattern, n, m, M, dtype, first, rows);
-  switch (dtype) {
-    case at::kDouble: expand<double>(e); break;
-    case at::kFloat: expand<float>(e); break;
-    case at::kBFloat16: expand<c10::BFloat16>(e); break;
-    default: expand<c10::Half>(e); break;
-  }
+  with_float_type(dtype, [&](auto type) {
+    expand<decltype(type)>(e);
+  });
   return {e.A, e.B2t};
 }
 

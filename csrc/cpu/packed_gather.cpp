@@ -11,14 +11,13 @@
 #include "cpu/packed_tile.h"
 #include "cpu/vec.h"
 #include "packed_update.h"
+#include "sizes.h"
 
 namespace randlora::cpu {
 namespace {
 
 // Rows j of a task, and columns o that are worked on at a time.
 constexpr int64_t kGatherBlock = 64, kGatherTile = 512;
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // t[u][w] += the product of g[u] and b[w] over a tile.
 template <class Acc, int Bytes, int J, int I>

@@ -9,14 +9,13 @@
 #include "cpu/packed_tile.h"
 #include "cpu/vec.h"
 #include "packed_update.h"
+#include "sizes.h"
 
 namespace randlora::cpu {
 namespace {
 
 // Rows j of a task, at most, and columns o that are worked on at a time: 256 KB of the update and n KB of B, in L2.
 constexpr int64_t kBuildBlock = 256, kBuildTile = 256;
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // rows[u][0 .. V vectors) += sum_i coefficient[u][i] * b[i][0 .. V vectors), u < J.
 template <class Acc, int J, int V, int Bytes>
@@ -160,12 +159,9 @@ void build(const at::Tensor& out, const std::optional<at::Tensor>& weight, const
 
 void build_packed(const at::Tensor& out, const std::optional<at::Tensor>& weight, const PackedPattern& s,
                   const at::Tensor& lambda, const at::Tensor& gamma, double scale) {
-  switch (out.scalar_type()) {
-    case at::kDouble: return build<double>(out, weight, s, lambda, gamma, scale);
-    case at::kFloat: return build<float>(out, weight, s, lambda, gamma, scale);
-    case at::kBFloat16: return build<c10::BFloat16>(out, weight, s, lambda, gamma, scale);
-    default: return build<c10::Half>(out, weight, s, lambda, gamma, scale);
-  }
+  with_float_type(out.scalar_type(), [&](auto type) {
+    build<decltype(type)>(out, weight, s, lambda, gamma, scale);
+  });
 }
 
 }  // namespace randlora::cpu

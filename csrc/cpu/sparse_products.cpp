@@ -12,11 +12,10 @@
 
 #include "cpu/sparse_tile.h"
 #include "cpu/vec.h"
+#include "sizes.h"
 
 namespace randlora::cpu {
 namespace {
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class T, class Index>
 void up(Scratch<acc_t<T>>* scratch, const Scaled<acc_t<T>>& c, const Tokens<T>& large, const Tokens<T>& small) {
@@ -51,12 +50,7 @@ void with_types(at::ScalarType type, bool short_indices, const Function& functio
   const auto with_index = [&](auto t) {
     short_indices ? function(t, uint16_t{}) : function(t, int32_t{});
   };
-  switch (type) {
-    case at::kDouble: return with_index(double{});
-    case at::kFloat: return with_index(float{});
-    case at::kBFloat16: return with_index(c10::BFloat16{});
-    default: return with_index(c10::Half{});
-  }
+  with_float_type(type, with_index);
 }
 
 // lambda [r, n] and gamma transposed, [m, n], in the type that sums have.

@@ -16,6 +16,8 @@
 #include "cpu/large.h"
 #include "cpu/sparse_column.h"
 #include "cpu/vec.h"
+#include "parameter_gradients.h"
+#include "sizes.h"
 
 namespace randlora::cpu {
 namespace {
@@ -109,16 +111,6 @@ void build(const at::Tensor& out, const std::optional<at::Tensor>& weight, const
   });
 }
 
-template <class Function>
-void with_type(at::ScalarType type, const Function& function) {
-  switch (type) {
-    case at::kDouble: return function(double{});
-    case at::kFloat: return function(float{});
-    case at::kBFloat16: return function(c10::BFloat16{});
-    default: return function(c10::Half{});
-  }
-}
-
 at::Tensor as(const at::Tensor& t, at::ScalarType type) { return t.to(type).contiguous(); }
 
 at::Tensor sparse_update(at::TensorList pattern, const at::Tensor& lambda, const at::Tensor& gamma, int64_t M,
@@ -135,7 +127,7 @@ at::Tensor sparse_update(at::TensorList pattern, const at::Tensor& lambda, const
     build_packed(out, weight, check_packed(pattern, s.r, s.n, s.m, M, gamma), l, g, scale);
     return out;
   }
-  with_type(dtype, [&](auto t) {
+  with_float_type(dtype, [&](auto t) {
     using T = decltype(t);
     if (s.short_indices)
       build<T, uint16_t>(out, weight, s, l, g, scale);
@@ -211,7 +203,7 @@ std::tuple<at::Tensor, at::Tensor> sparse_update_backward(const at::Tensor& grad
   if (packed) {
     std::tie(dlambda, dgamma) = gather_packed(g, check_packed(pattern, s.r, s.n, s.m, s.M, gamma), l, gam, scale);
   } else {
-    const int64_t groups = (s.count + kColumnsPerSum - 1) / kColumnsPerSum;
+    const int64_t groups = divide_up(s.count, kColumnsPerSum);
     const at::Tensor partial = at::zeros({groups, s.r, s.n}, g.options());
     dgamma = at::zeros({s.n, s.m}, g.options());
     if (acc == at::kDouble)
@@ -220,11 +212,7 @@ std::tuple<at::Tensor, at::Tensor> sparse_update_backward(const at::Tensor& grad
       backward<float>(g, s, l, gam, scale, partial, dgamma);
     dlambda = partial.sum(0);
   }
-  const auto none = [](const at::Tensor& like) {
-    return at::empty({0}, like.options());
-  };
-  return {need_lambda ? dlambda.to(lambda.scalar_type()) : none(lambda),
-          need_gamma ? dgamma.to(gamma.scalar_type()) : none(gamma)};
+  return parameter_gradients(dlambda, dgamma, lambda, gamma, need_lambda, need_gamma);
 }
 
 }  // namespace

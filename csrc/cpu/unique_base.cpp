@@ -12,6 +12,8 @@
 
 #include "cpu/large.h"
 #include "cpu/vec.h"
+#include "parameter_gradients.h"
+#include "sizes.h"
 
 namespace randlora::cpu {
 namespace {
@@ -61,8 +63,6 @@ Rows<Acc> rows_of(const at::Tensor& t, int64_t offset, int64_t rows, int64_t col
   }
   return {buffer, cols};
 }
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // S[k, i, 0:width] = (lambda[k, i] * A[k, 0:width]) * gamma[i, 0:width] for `count` bases i.
 template <class T>
@@ -206,16 +206,6 @@ void backward(const at::Tensor& grad, const at::Tensor& A, const at::Tensor& lam
   }
 }
 
-template <class Function>
-void with_storage_type(at::ScalarType type, const Function& function) {
-  switch (type) {
-    case at::kDouble: return function(double{});
-    case at::kFloat: return function(float{});
-    case at::kBFloat16: return function(c10::BFloat16{});
-    default: return function(c10::Half{});
-  }
-}
-
 at::Tensor unique_base(const at::Tensor& A, const at::Tensor& lambda, const at::Tensor& gamma, double scale,
                        std::optional<at::ScalarType> dtype) {
   const UniqueBaseShape s = check_unique_base(A, lambda, gamma);
@@ -224,7 +214,7 @@ at::Tensor unique_base(const at::Tensor& A, const at::Tensor& lambda, const at::
   // Kernels write fp64 for fp64 arithmetic; a narrower result of fp64 inputs is rounded afterwards.
   const at::Tensor out = advise_large(at::empty({s.r, s.n, s.m}, A.options().dtype(acc == at::kDouble ? acc : result)));
   const at::Tensor lambda_acc = lambda.to(acc).contiguous(), gamma_acc = gamma.to(acc).contiguous();
-  with_storage_type(out.scalar_type(), [&](auto t) {
+  with_float_type(out.scalar_type(), [&](auto t) {
     forward<decltype(t)>(out, A, lambda_acc, gamma_acc, scale, s);
   });
   return out.to(result);
@@ -242,14 +232,10 @@ std::tuple<at::Tensor, at::Tensor> unique_base_backward(const at::Tensor& grad, 
   const at::Tensor dlambda = at::empty({s.r, s.n}, options), dgamma = at::empty({s.n, s.m}, options);
   const int64_t tiles = divide_up(s.m, kTile);
   const at::Tensor partial = tiles == 1 ? dlambda : at::empty({tiles, s.r, s.n}, options);
-  with_storage_type(grad_acc.scalar_type(), [&](auto t) {
+  with_float_type(grad_acc.scalar_type(), [&](auto t) {
     backward<decltype(t)>(grad_acc, A, lambda_acc, gamma_acc, partial, dlambda, dgamma, scale, s);
   });
-  const auto none = [&](const at::Tensor& like) {
-    return at::empty({0}, like.options());
-  };
-  return {need_lambda ? dlambda.to(lambda.scalar_type()) : none(lambda),
-          need_gamma ? dgamma.to(gamma.scalar_type()) : none(gamma)};
+  return parameter_gradients(dlambda, dgamma, lambda, gamma, need_lambda, need_gamma);
 }
 
 }  // namespace

@@ -49,12 +49,9 @@ at::Tensor dropout(const at::Tensor& x, const at::Tensor& seed, double p) {
   const c10::cuda::CUDAGuard guard(x.device());
   const at::Tensor from = x.contiguous(), out = at::empty_like(from);
   if (out.numel() == 0) return out;
-  switch (x.scalar_type()) {
-    case at::kDouble: drop<double>(out, from, seed, p); break;
-    case at::kFloat: drop<float>(out, from, seed, p); break;
-    case at::kBFloat16: drop<c10::BFloat16>(out, from, seed, p); break;
-    default: drop<c10::Half>(out, from, seed, p); break;
-  }
+  with_float_type(x.scalar_type(), [&](auto type) {
+    drop<decltype(type)>(out, from, seed, p);
+  });
   return out;
 }
 

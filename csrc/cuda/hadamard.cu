@@ -12,21 +12,12 @@
 #include <torch/library.h>
 
 #include "ops.h"
+#include "parameter_gradients.h"
 
 namespace randlora::cuda {
 namespace {
 
 using Gradients = std::tuple<at::Tensor, at::Tensor>;
-
-template <class Function>
-void with_type(at::ScalarType type, const Function& function) {
-  switch (type) {
-    case at::kDouble: return function(double{});
-    case at::kFloat: return function(float{});
-    case at::kBFloat16: return function(c10::BFloat16{});
-    default: return function(c10::Half{});
-  }
-}
 
 template <class Function>
 void with_sums(at::ScalarType type, const Function& function) {
@@ -208,7 +199,7 @@ void up(const at::Tensor& out, const at::Tensor& x, at::TensorList pattern, cons
   const HadamardShape s = check_hadamard_tokens(x, out, pattern, lambda, gamma);
   const c10::cuda::CUDAGuard guard(gamma.device());
   if (x.size(0) == 0) return;
-  with_type(x.scalar_type(), [&](auto t) {
+  with_float_type(x.scalar_type(), [&](auto t) {
     Call<decltype(t)>(s, lambda, gamma, scale).up(out, x);
   });
 }
@@ -219,7 +210,7 @@ void down(const at::Tensor& out, const at::Tensor& x, at::TensorList pattern, co
   const HadamardShape s = check_hadamard_tokens(out, x, pattern, lambda, gamma);
   const c10::cuda::CUDAGuard guard(gamma.device());
   if (x.size(0) == 0) return;
-  with_type(x.scalar_type(), [&](auto t) {
+  with_float_type(x.scalar_type(), [&](auto t) {
     Call<decltype(t)>(s, lambda, gamma, scale).down(out, x);
   });
 }
@@ -231,7 +222,7 @@ Gradients gradients(const at::Tensor& narrow, const at::Tensor& wide, const std:
   const HadamardShape s = check_hadamard_gradients(narrow, wide, into_narrow, into_wide, pattern, lambda, gamma);
   const c10::cuda::CUDAGuard guard(gamma.device());
   Gradients found;
-  with_type(narrow.scalar_type(), [&](auto t) {
+  with_float_type(narrow.scalar_type(), [&](auto t) {
     found = Call<decltype(t)>(s, lambda, gamma, scale).gradients(narrow, wide, into_narrow, into_wide);
   });
   return found;
@@ -240,8 +231,8 @@ Gradients gradients(const at::Tensor& narrow, const at::Tensor& wide, const std:
 at::Tensor update(at::TensorList pattern, const at::Tensor& lambda, const at::Tensor& gamma, int64_t max_dim,
                   double scale, const std::optional<at::Tensor>& weight, at::ScalarType dtype) {
   const PlainKernels plain;
-  const at::Tensor out = make_hadamard_update(pattern, lambda, gamma, max_dim, weight, dtype);
   const HadamardShape s = check_hadamard(pattern, lambda, gamma, max_dim);
+  const at::Tensor out = make_hadamard_update(s, weight, gamma, dtype);
   const c10::cuda::CUDAGuard guard(gamma.device());
   with_sums(hadamard_sums(dtype), [&](auto t) {
     Call<decltype(t)>(s, lambda, gamma, scale).update(out, weight);
@@ -259,12 +250,8 @@ Gradients update_backward(const at::Tensor& grad, at::TensorList pattern, const 
   with_sums(grad.scalar_type(), [&](auto t) {
     found = Call<decltype(t)>(s, lambda, gamma, scale).update_gradients(rows);
   });
-  const auto none = [](const at::Tensor& like) {
-    return at::empty({0}, like.options());
-  };
   const auto& [dlambda, dgamma] = found;
-  return {need_lambda ? dlambda.to(lambda.scalar_type()) : none(lambda),
-          need_gamma ? dgamma.to(gamma.scalar_type()) : none(gamma)};
+  return parameter_gradients(dlambda, dgamma, lambda, gamma, need_lambda, need_gamma);
 }
 
 }  // namespace

@@ -14,6 +14,8 @@
 #include <c10/util/Half.h>
 #include <cuda_runtime.h>
 
+#include "sizes.h"
+
 namespace randlora::cuda {
 
 template <class T>
@@ -88,8 +90,6 @@ __device__ __forceinline__ T* launched_shared() {
   return static_cast<T*>(emulation::launched_shared());
 #endif
 }
-
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Blocks along each axis; at least one.
 struct Grid {

@@ -79,12 +79,9 @@ std::tuple<at::Tensor, at::Tensor> packed_expand(at::TensorList pattern, int64_t
                                                  at::ScalarType dtype, int64_t first, std::optional<int64_t> rows) {
   const Expansion e = make_expansion(pattern, n, m, M, dtype, first, rows);
   const c10::cuda::CUDAGuard guard(e.A.device());
-  switch (dtype) {
-    case at::kDouble: expand<double>(e); break;
-    case at::kFloat: expand<float>(e); break;
-    case at::kBFloat16: expand<c10::BFloat16>(e); break;
-    default: expand<c10::Half>(e); break;
-  }
+  with_float_type(dtype, [&](auto type) {
+    expand<decltype(type)>(e);
+  });
   return {e.A, e.B2t};
 }
 

@@ -12,6 +12,7 @@
 #include <torch/library.h>
 
 #include "cuda/launch.cuh"
+#include "parameter_gradients.h"
 
 namespace randlora::cuda {
 namespace {
@@ -145,12 +146,7 @@ void with_types(at::ScalarType storage, const at::Tensor& A, const Function& fun
     else
       function(t, acc_t<T>{});
   };
-  switch (storage) {
-    case at::kDouble: return with_a(double{});
-    case at::kFloat: return with_a(float{});
-    case at::kBFloat16: return with_a(c10::BFloat16{});
-    default: return with_a(c10::Half{});
-  }
+  with_float_type(storage, with_a);
 }
 
 at::Tensor unique_base(const at::Tensor& A, const at::Tensor& lambda, const at::Tensor& gamma, double scale,
@@ -208,11 +204,7 @@ std::tuple<at::Tensor, at::Tensor> unique_base_backward(const at::Tensor& grad, 
     launch(sum_tiles_kernel<Acc>, {divide_up(s.n * s.r, kThreads)}, kThreads, partial.const_data_ptr<Acc>(),
            dlambda.mutable_data_ptr<Acc>(), tiles, s.n, s.r, Acc(scale));
   });
-  const auto none = [&](const at::Tensor& like) {
-    return at::empty({0}, like.options());
-  };
-  return {need_lambda ? dlambda.to(lambda.scalar_type()) : none(lambda),
-          need_gamma ? dgamma.to(gamma.scalar_type()) : none(gamma)};
+  return parameter_gradients(dlambda, dgamma, lambda, gamma, need_lambda, need_gamma);
 }
 
 }  // namespace
