@@ -40,9 +40,9 @@ def name_of(dtype: torch.dtype) -> str:
 
 def forms(kind: str, device: torch.device) -> Names:
     """In which form bases of a kind come to the ops."""
-    lists = ("lists",) if device.type == "cpu" else ("bits",)
-    found = {"dense": ("dense",), "sparse": ("bits", "planes"), "sign": ("bits",), "very_sparse": lists}
-    return (found | {"hadamard": ("signs",)})[kind]
+    if kind == "very_sparse":
+        return ("lists",) if device.type == "cpu" else ("bits",)
+    return {"dense": ("dense",), "hadamard": ("signs",), "sparse": ("bits", "planes"), "sign": ("bits",)}[kind]
 
 
 def given(bases: Any, form: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any, list[Tensor]]:

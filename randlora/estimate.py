@@ -160,7 +160,7 @@ def _notes(result: Estimate) -> list[str]:
     if lists:
         notes.append(f"{', '.join(lists)}: bases are lists of random length, bytes and operations expected values")
     signs = [kind for kind, values in methods.items() if values["bases_form"] == "signs"]
-    if weighed := signs + planes + (lists if result["device"] == "cpu" else []):
+    if weighed := signs + planes + lists:
         notes.append(f"{', '.join(weighed)}: additions in place of products are weighed as the planner does")
     if result["inputs"] == "counted":
         notes.append("saved activations: each input that nothing else keeps, once for all layers that share it")

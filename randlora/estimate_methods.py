@@ -172,8 +172,6 @@ def _strategies(
     """The strategies of both passes, their costs, and whether they take dense bases: decided as ``Linear`` does."""
     shape = step.tokens, layer.in_features, layer.out_features, layer.num_bases, config.r
     strategy = "auto" if config.strategy == "merged" and layer.weight_dtype is None else config.strategy
-    if strategy == "factored" and isinstance(form, planner.Lists) and step.device.type != "cpu":
-        form = None  # as in Linear
     needs = {"dropout": config.randlora_dropout > 0, "need_x": need_x, "need_parameters": True}
     chosen = strategy, strategy
     if strategy == "auto":
