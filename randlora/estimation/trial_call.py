@@ -104,9 +104,11 @@ def _watched(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Call]]]
         inside.pop()
 
     def pack(tensor: Tensor) -> Tensor:
+        # Without its graph: in a list that the graph's hooks refer to, it would keep all of the graph for ever.
+        alone = tensor.detach()
         if not inside:
-            elsewhere.append(tensor)
-        return tensor
+            elsewhere.append(alone)
+        return alone
 
     handles = []
     for name, layer in layers.items():

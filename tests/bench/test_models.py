@@ -1,7 +1,9 @@
 """bench/: every method on a small model, checked as the benchmarks check it; and that these checks can fail."""
 
 import dataclasses
+import gc
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -118,6 +120,20 @@ def test_saved_bytes_counts_what_is_kept_once():
     x = torch.randn(4, 6, requires_grad=True)
     saved, _ = saved_bytes(model, lambda: (model(x) * model(x).detach()).sum())
     assert saved == (4 * 6 + 4 * 6) * 4  # x once, the detached factor; the weight is not counted
+
+
+def test_what_was_counted_is_freed():
+    """Kept with its graph, a step of each method stays in memory, and the last of them find none left."""
+    layer, kept = torch.nn.Linear(3, 4), []
+
+    def forward():
+        kept.append(weakref.ref(hidden := layer(torch.ones(2, 3)).exp()))
+        return (hidden * hidden).sum()
+
+    _, loss = saved_bytes(layer, forward)
+    del loss
+    gc.collect()
+    assert kept[0]() is None
 
 
 def test_multiply_adds():

@@ -1,6 +1,8 @@
 """What `estimate` tells, held against models that are adapted, run and saved."""
 
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -313,6 +315,27 @@ def test_without_a_call_the_inputs_are_an_upper_bound():
     assert told["methods"]["dense"]["saved_bytes"] == 4 * TOKENS * 2 * (13 + 13 + 13 + 22)
     counted = estimate(net(torch.float32), config(), TOKENS, inputs=IDS)["methods"]["dense"]
     assert counted["saved_bytes"] < told["methods"]["dense"]["saved_bytes"]
+
+
+def test_the_trial_call_leaves_nothing_behind():
+    kept = []
+
+    def noted(tensor):
+        kept.append(weakref.ref(result := tensor.exp()))
+        return result
+
+    class Squared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            hidden = noted(self.a(x))
+            return self.b(hidden * hidden)
+
+    estimate(Squared(), {"r": 2, "target_modules": ["a", "b"]}, tokens=2, inputs=(torch.ones(2, 3),))
+    gc.collect()
+    assert kept and [ref() for ref in kept] == [None] * len(kept)
 
 
 def test_cuda_keeps_medium_density_as_bits():
