@@ -14,7 +14,8 @@ from .bases.patterns import Pattern, is_hadamard, is_lists
 from .ops import fake_kernels  # noqa: F401
 from .ops import linear as linear_op
 from .ops.fake_kernels import require_one_device
-from .ops.unique_base import UniqueBaseGrad, in_transform
+from .ops.unique_base import UniqueBaseGrad
+from .private_torch import in_transform
 
 
 def unique_base(

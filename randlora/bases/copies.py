@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ..checks import require_int
+from ..private_torch import fake_mode, without_dispatch_modes, without_torch_function, without_transforms
 from . import patterns
 
 if TYPE_CHECKING:
@@ -65,9 +65,9 @@ def of_no_context() -> Iterator[None]:
     """For what outlives the context it is first asked for in: it must not be that context's inference tensor, wrapper
     of torch.func, or fake tensor.
     """
-    # An export would record the change of grad mode, were it not for DisableTorchFunction.
+    # An export would record the change of grad mode, were it not for the first of them.
     with (
-        torch._C.DisableTorchFunction(), torch._C._DisableFuncTorch(), _disable_current_modes(),
+        without_torch_function(), without_transforms(), without_dispatch_modes(),
         torch.inference_mode(False), torch.no_grad(),
     ):  # fmt: skip
         yield
@@ -79,7 +79,7 @@ def are_wanted_fake() -> bool:
     It takes no real tensors, and may speak of devices that are not there. That of torch.export does take them, as
     constants of the program.
     """
-    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    mode = fake_mode()
     return mode is not None and not mode.allow_non_fake_inputs
 
 

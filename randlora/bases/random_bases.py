@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..checks import require_dtype, require_float, require_int, require_size
+from ..private_torch import parse_to
 from . import fingerprint, hadamard, patterns, peft_prng
 from .copies import Ready, are_wanted_fake, canonical, make_sure, make_sure_pattern, register, renew_in_children
 from .patterns import Pattern
@@ -227,7 +228,7 @@ class RandomBases:
 
     def to(self, *args, **kwargs) -> RandomBases:
         """The same bases with another default ``dtype`` and/or ``device``, given as for ``nn.Module.to``."""
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype, *_ = parse_to(*args, **kwargs)
         other = self.__class__.__new__(self.__class__)
         with self._lock:  # of one size
             other.__dict__.update(self.__dict__)

@@ -16,14 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map
 
 from ..bases.random_bases import RandomBases
 from ..layers import quantized
 from ..model import injection
 from ..model.injection import Plan, adapted_layers
 from ..model.model import RandLoraModel
+from ..private_torch import FakeTensorMode, storage_identity, tree_map
 
 
 @dataclass(frozen=True)
@@ -121,13 +120,9 @@ def _watched(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Call]]]
         for handle in handles:
             handle.remove()
     # All of these tensors are alive, so no two storages have one address.
-    kept = {_storage(tensor) for tensor in elsewhere}
+    kept = {storage_identity(tensor) for tensor in elsewhere}
     for name, x in seen:
-        calls.setdefault(name, []).append(Call(_storage(x), _storage(x) in kept, x.requires_grad))
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+        calls.setdefault(name, []).append(Call(storage_identity(x), storage_identity(x) in kept, x.requires_grad))
 
 
 def _without_numbers(model: nn.Module) -> nn.Module:

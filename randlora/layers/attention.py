@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from ..private_torch import NonDynamicallyQuantizableLinear
 from ..undo import all_or_nothing
 from . import offload
 from .fast_path import disable_fast_path, restore_fast_path

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..checks import require_dtype
+from ..private_torch import unsafe_view
 from . import offload, quantized
 from .quantized_kinds import kind_of
 
@@ -118,7 +119,7 @@ class _WithoutGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, x, name):
         ctx.name = name
-        return torch.ops.aten._unsafe_view(y, y.shape)  # not a view, which in-place operations could not touch
+        return unsafe_view(y, y.shape)  # not a view, which in-place operations could not touch
 
     @staticmethod
     def backward(ctx, grad):

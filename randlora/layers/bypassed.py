@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from ..private_torch import is_compiled
+
 
 class Noticed:
     """What an adapted layer notes, for :func:`first_calls`."""
@@ -50,7 +52,7 @@ def _look(seen: set[bool], model: nn.Module) -> Iterator[None]:
         layer._was_called = layer._was_read = layer._is_bypassed = False
     yield
     seen.add(model.training)
-    if any(map(_is_compiled, model.modules())):  # a compiled part notes nothing
+    if any(map(is_compiled, model.modules())):  # a compiled part notes nothing
         return
     found = [name for name, layer in layers.items() if layer._was_read and not (layer._was_called or layer.merged)]
     for name in found:
@@ -63,7 +65,3 @@ def _look(seen: set[bool], model: nn.Module) -> Iterator[None]:
             "out",
             stacklevel=4,
         )
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return module._compiled_call_impl is not None or isinstance(module, torch._dynamo.OptimizedModule)

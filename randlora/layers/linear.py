@@ -7,13 +7,13 @@ import sys
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import planner
 from ..bases.patterns import is_hadamard
 from ..bases.random_bases import RandomBases
 from ..functional import compute_dtype, linear_of
 from ..planner import STRATEGIES
+from ..private_torch import FakeTensor, NonDynamicallyQuantizableLinear, current_stream, is_watched, unsafe_view
 from ..undo import all_or_nothing
 from . import base_layer as base_layers
 from . import offload, quantized, update_cache
@@ -74,7 +74,7 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
         super(nn.Linear, self).__init__()  # nn.Linear's own would make a second weight
         if isinstance(base_layer, RandLoraLayer):
             raise TypeError("base_layer is adapted already: add an adapter with its update_layer()")
-        if isinstance(base_layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        if isinstance(base_layer, NonDynamicallyQuantizableLinear):
             raise TypeError(
                 "base_layer is the out_proj of a torch.nn.MultiheadAttention, which never calls it: use "
                 'randlora.MultiheadAttention(attention, projections=("out_proj",))'
@@ -238,7 +238,7 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
         patterns = (self._pattern(name, device) for name in adapters)
         if all(found is not None and is_hadamard(found[0]) for found in patterns):
             return None  # one token costs little more than the base layer alone
-        stream = torch._C._cuda_getCurrentRawStream(device.index) if x.is_cuda else None  # others would have to wait
+        stream = current_stream(device.index) if x.is_cuda else None  # others would have to wait
         key = merged, dtype, device, stream, *adapters
         settings = [(self.scaling[name], self._bases(name).version()) for name in adapters]
 
@@ -268,7 +268,7 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
             result.view(-1, self.out_features).addmm_(rows, cached)
             return result
         flat = torch.addmm(result.reshape(-1, self.out_features), rows, cached)
-        return torch.ops.aten._unsafe_view(flat, result.shape)  # as torch.nn.functional.linear does: not a view
+        return unsafe_view(flat, result.shape)  # as torch.nn.functional.linear does: not a view
 
     def _price_of_update(self, x: Tensor, dtype: torch.dtype, adapters: list[str]) -> tuple[float, float]:
         """What a call with `x` spends on the updates of `adapters`, and what building them costs."""
@@ -332,8 +332,4 @@ def conv1d_types() -> tuple[type, ...]:
 
 def _stand_for_others(x: Tensor) -> bool:
     """Whether tensors here stand for others that come later: in torch.func, CUDA graphs, torch.jit.trace, make_fx."""
-    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
-        return True
-    if torch._C._len_torch_dispatch_stack() > 0:
-        return True
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return is_watched() or (x.is_cuda and torch.cuda.is_current_stream_capturing())

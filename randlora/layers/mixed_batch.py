@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..private_torch import saved_tensors_hooks
+
 BASE = "__base__"  # PEFT's name for: no adapter
 CHECKPOINTING = "adapter_names cannot be used with gradient checkpointing in training"
 
@@ -96,7 +98,7 @@ class MixedBatch:
 
 def _refuse_checkpointing(x: Tensor) -> None:
     """Checkpointing runs the layers once more in backward, when the batch is over and its names are gone."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks = saved_tensors_hooks()
     if (hooks and "checkpoint" in getattr(hooks[0], "__qualname__", "")) or (
         x.requires_grad and not torch.is_grad_enabled()  # reentrant checkpointing runs its forward under no_grad
     ):

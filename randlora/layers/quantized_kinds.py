@@ -13,6 +13,8 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from ..private_torch import unsafe_view
+
 
 class Bnb4bit:
     @staticmethod
@@ -221,7 +223,7 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(y, x, weight):
-        return torch.ops.aten._unsafe_view(y, y.shape)  # not a view, which in-place operations could not touch
+        return unsafe_view(y, y.shape)  # not a view, which in-place operations could not touch
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .unique_base import in_transform, once_per_sample, refuse_forward_over_forward
+from ..private_torch import below_autograd, in_transform
+from .unique_base import once_per_sample, refuse_forward_over_forward
 
 _ops = torch.ops.randlora
 _linear, _linear_backward = _ops.linear.default, _ops.linear_backward.default
@@ -56,7 +57,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(*arguments):
         *others, _ = arguments[:16]
-        with torch._C._AutoDispatchBelowAutograd():  # the op's own autograd would cost time and has nothing to add
+        with below_autograd():  # the op's own autograd would cost time and has nothing to add
             return _linear(*others, [t for t in arguments[16:] if t is not None])
 
     @staticmethod

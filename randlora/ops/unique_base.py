@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..bases.patterns import is_hadamard, is_lists
+from ..private_torch import graph_break, in_transform, jvp_levels
 
 _ops = torch.ops.randlora
 
@@ -69,18 +70,9 @@ def once_per_sample(op):
     return rule
 
 
-def in_transform() -> bool:
-    """Whether torch.func or forward-mode AD is at work: they know functions, and of an op's own autograd little.
-
-    torch.compile, which knows ops, leaves functions with a rule for forward mode to eager execution.
-    """
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-
-
 def refuse_forward_over_forward() -> None:
     """PyTorch leaves the outer derivative out where a custom function is differentiated forward twice."""
-    jvp = torch._C._functorch.TransformType.Jvp
-    if sum(level.key() == jvp for level in torch._C._functorch.get_interpreter_stack() or ()) > 1:
+    if jvp_levels() > 1:
         raise RuntimeError(
             "randlora's ops cannot be differentiated forward twice (jvp of jvp, jacfwd of jacfwd): take "
             "torch.func.hessian, jacfwd of jacrev, or jacrev of either"
@@ -105,7 +97,7 @@ class _UniqueBase(torch.autograd.Function):
     @staticmethod
     def forward(randlora_A, randlora_lambda, randlora_gamma, scale=1.0, dtype=None):
         if torch.compiler.is_compiling() and in_transform():
-            torch._dynamo.graph_break()  # torch.compile would take this for all of the function, and drop tangents
+            graph_break()  # torch.compile would take this for all of the function, and drop tangents
         return _ops.unique_base(randlora_A, randlora_lambda, randlora_gamma, scale, dtype)
 
     @staticmethod

@@ -11,9 +11,9 @@ import weakref
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ...bases.random_bases import RandomBases
+from ...private_torch import FakeTensor
 
 RANK_AXIS = {"randlora_A": 0, "randlora_B": 2}  # of [r, 1, min_dim] and [max_dim, num_bases, r]
 
