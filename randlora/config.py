@@ -218,7 +218,7 @@ class RandLoraConfig:
 _OWN = ("num_bases", "strategy", "kind", "sparsity", "group_width", "exclude_modules")
 
 
-def _default(field) -> Any:
+def _default(field: Field[Any]) -> Any:
     return None if field.default is MISSING else field.default
 
 

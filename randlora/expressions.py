@@ -46,7 +46,7 @@ class Expression:
         """As ``re.match``; errors as :meth:`fullmatch`."""
         return self._run(self._compiled.match, name)
 
-    def _run(self, method, name: str) -> regex.Match | None:
+    def _run(self, method: Callable[..., regex.Match | None], name: str) -> regex.Match | None:
         started = time.monotonic()
         try:
             return method(name, timeout=max(self._left, 1e-3), concurrent=True)

@@ -9,6 +9,7 @@ Imports nothing of randlora, so that the test can run it with a torch that randl
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ below_autograd = torch._C._AutoDispatchBelowAutograd
 
 # A result that shares memory with its input and is no view of it, so that it may be written to in place, as what
 # torch.nn.functional.linear returns. Missed: the same in public; a custom op would have to copy.
-unsafe_view = torch.ops.aten._unsafe_view.default
+unsafe_view: Callable[[Tensor, Sequence[int]], Tensor] = torch.ops.aten._unsafe_view.default
 
 
 def saved_tensors_hooks() -> Any:
@@ -97,6 +98,7 @@ without_dispatch_modes = _disable_current_modes
 # FakeTensor, FakeTensorMode: tensors without numbers for shapes on any device. torch.export and torch.compile put them
 # in the place of parameters; randlora.estimate calls a model with them. Documented, never exported.
 
+is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]  # left out of __all__
 _number_of_modes = torch._C._len_torch_dispatch_stack
 _get_mode = torch._C._get_dispatch_mode
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
@@ -104,7 +106,8 @@ _FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 def fake_mode() -> FakeTensorMode | None:
     """The FakeTensorMode that is at work. Missed: ``torch.fake_mode()``, or any question about modes."""
-    return _get_mode(_FAKE)
+    mode: FakeTensorMode | None = _get_mode(_FAKE)
+    return mode
 
 
 def is_watched() -> bool:
@@ -112,7 +115,7 @@ def is_watched() -> bool:
 
     Missed: one question for all that records what is computed.
     """
-    return _are_transforms_active() or torch.jit.is_tracing() or _number_of_modes() > 0
+    return _are_transforms_active() or is_tracing() or _number_of_modes() > 0
 
 
 # ---- torch.compile ----
@@ -137,18 +140,20 @@ parse_to = torch._C._nn._parse_to
 # current_stream(index): the current CUDA stream of a device as a number. torch.cuda.current_stream makes an object,
 # which costs as much as a small kernel's launch.
 if torch.backends.cuda.is_built():
-    current_stream = torch._C._cuda_getCurrentRawStream
+    current_stream: Callable[[int], int] = torch._C._cuda_getCurrentRawStream
 else:
 
-    def current_stream(index: int) -> int:
+    def _no_stream(index: int) -> int:
         raise RuntimeError(f"this torch, {torch.__version__}, is built without CUDA: device {index} has no stream")
+
+    current_stream = _no_stream
 
 
 def storage_identity(tensor: Tensor) -> int:
     """Equal for tensors of one storage, of fake tensors too, while they live. Missed: ``UntypedStorage.__eq__``; the
     address of the memory does not tell fake ones apart.
     """
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 # NonDynamicallyQuantizableLinear: the class of nn.MultiheadAttention.out_proj, which the attention reads and never

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -92,14 +92,14 @@ def _watched(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Call]]]
     elsewhere: list[Tensor] = []
     inside = []
 
-    def enter(name: str):
+    def enter(name: str) -> Callable[[nn.Module, tuple, dict], None]:
         def hook(layer: nn.Module, args: tuple, kwargs: dict) -> None:
             seen.append((name, args[0] if args else next(iter(kwargs.values()))))
             inside.append(name)
 
         return hook
 
-    def leave(*_) -> None:
+    def leave(*_: Any) -> None:
         inside.pop()
 
     def pack(tensor: Tensor) -> Tensor:

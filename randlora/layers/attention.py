@@ -7,8 +7,9 @@ place would do nothing. Here the module is taken apart into four linear layers t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +36,8 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
 class _Origin:
     """What the base layer was, apart from its numbers and settings: :meth:`MultiheadAttention.unwrap` needs it."""
 
-    cls: type
-    out_proj_cls: type
+    cls: type[nn.MultiheadAttention]
+    out_proj_cls: type[nn.Linear]
     packed: bool  # kdim = vdim = embed_dim: one weight for q, k and v
     requires_grad: dict[str, bool | None]  # by parameter name; None: the parameter is None
 
@@ -66,13 +67,18 @@ class MultiheadAttention(nn.MultiheadAttention):
             (all of which would be lost), and arguments that do not fit.
     """
 
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    out_proj: nn.Linear  # type: ignore[assignment]  # torch's is a class of its own, which is never called
+
     def __init__(
         self,
         base_layer: nn.MultiheadAttention,
         adapter_name: str = "default",
         *,
         projections: Sequence[str] = PROJECTIONS,
-        **settings,
+        **settings: Any,
     ) -> None:
         super(nn.MultiheadAttention, self).__init__()  # nn.MultiheadAttention's own would make a second set of weights
         check_base(base_layer)
@@ -102,7 +108,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         adapter_name: str,
         projections: Sequence[str] = PROJECTIONS,
         strategy: str = "auto",
-        **settings,
+        **settings: Any,
     ) -> None:
         """Add an adapter to these projections, wrapping those that have none yet; raises before anything is changed.
 
@@ -153,9 +159,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         for name, flag in origin.requires_grad.items():
             if not name.startswith("out_proj."):
                 module.register_parameter(name, None if flag is None else _copy(getattr(self, name), flag))
-        module.out_proj = _linear(origin.out_proj_cls, self.out_proj.weight, self.out_proj.bias)
-        for name, parameter in module.out_proj.named_parameters():
-            parameter.requires_grad_(origin.requires_grad[f"out_proj.{name}"])
+        out_proj: Any = _linear(origin.out_proj_cls, self.out_proj.weight, self.out_proj.bias)
+        module.out_proj = out_proj
+        for name, parameter in out_proj.named_parameters():
+            parameter.requires_grad_(bool(origin.requires_grad[f"out_proj.{name}"]))
         return module.train(self.training)
 
     def check_unwrap(self) -> None:
@@ -171,12 +178,12 @@ class MultiheadAttention(nn.MultiheadAttention):
     @property
     def in_proj_weight(self) -> Tensor | None:
         """``[3 * embed_dim, embed_dim]``, put together at every access; None where kdim or vdim differ."""
-        return torch.cat([layer.weight for layer in self._inputs()]) if self._origin.packed else None
+        return torch.cat(tuple(layer.weight for layer in self._inputs())) if self._origin.packed else None
 
     @property
     def in_proj_bias(self) -> Tensor | None:
         """``[3 * embed_dim]``, put together at every access."""
-        biases = [layer.bias for layer in self._inputs()]
+        biases = tuple(layer.bias for layer in self._inputs())
         return None if biases[0] is None else torch.cat(biases)
 
     @property
@@ -191,7 +198,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     def v_proj_weight(self) -> Tensor:
         return self.v_proj.weight
 
-    def _inputs(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+    def _inputs(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
         return self.q_proj, self.k_proj, self.v_proj
 
     # ---- attention ----
@@ -231,7 +238,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             raise ValueError(f"query and key must have the same batch size, got {q.shape[0]} and {k.shape[0]}")
         causal = is_causal and key_padding_mask is None and not need_weights
         mask = None if causal else self._merge(attn_mask, key_padding_mask, q, k)
-        if self.bias_k is not None:
+        if self.bias_k is not None and self.bias_v is not None:
             k, v = self._append(k, self.bias_k), self._append(v, self.bias_v)
         if self.add_zero_attn:
             k, v = (F.pad(t, (0, 0, 0, 1)) for t in (k, v))
@@ -344,7 +351,7 @@ def _copy(tensor: Tensor, requires_grad: bool) -> nn.Parameter:
 
 
 def _linear(
-    cls: type, weight: Tensor, bias: Tensor | None, rows: slice = slice(None), bias_rows: slice = slice(None)
+    cls: type[nn.Linear], weight: Tensor, bias: Tensor | None, rows: slice = slice(None), bias_rows: slice = slice(None)
 ) -> nn.Linear:
     """A layer with copies of these rows."""
     layer = cls(1, 1, bias=bias is not None, device="meta")
@@ -355,7 +362,7 @@ def _linear(
     return layer
 
 
-def _call(layer: nn.Module, x: Tensor, length_first: bool) -> Tensor:
+def _call(layer: Callable[[Tensor], Tensor], x: Tensor, length_first: bool) -> Tensor:
     # A batch of mixed adapters tells its samples apart by the first dimension.
     if length_first and getattr(layer, "mixed_batch", None) is not None:
         return layer(x.transpose(0, 1)).transpose(0, 1)

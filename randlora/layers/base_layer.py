@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,8 @@ def first_argument(base_layer: nn.Module, kwargs: dict[str, Any]) -> Tensor:
     name = next(iter(inspect.signature(base_layer.forward).parameters), "x")
     if name not in kwargs:
         raise TypeError(f"an adapted {type(base_layer).__name__} must be called with its input, got {sorted(kwargs)}")
-    return kwargs.pop(name)
+    x: Tensor = kwargs.pop(name)
+    return x
 
 
 def product(base_layer: nn.Module, x: Tensor, in_features: int, out_features: int, *args: Any, **kwargs: Any) -> Tensor:
@@ -109,7 +110,8 @@ def product(base_layer: nn.Module, x: Tensor, in_features: int, out_features: in
     if result.is_meta and not x.is_meta:
         offload.require_numbers(result, f"what the base layer, a {name}, returns", "to add an update to")
     if torch.is_grad_enabled() and x.requires_grad and not result.requires_grad:
-        result = _WithoutGradient.apply(result, x, name)
+        without: Tensor = _WithoutGradient.apply(result, x, name)
+        return without
     return result
 
 
@@ -117,12 +119,12 @@ class _WithoutGradient(torch.autograd.Function):
     """``apply(y, x, name)`` is `y`, of a layer through which no gradient for x can be had; asking for it raises."""
 
     @staticmethod
-    def forward(ctx, y, x, name):
+    def forward(ctx: Any, y: Tensor, x: Tensor, name: str) -> Tensor:
         ctx.name = name
         return unsafe_view(y, y.shape)  # not a view, which in-place operations could not touch
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> NoReturn:
         raise RuntimeError(
             f"the base layer, a {ctx.name}, passes no gradient on to its input, so those of the layers before it would "
             "be wrong: it can be used for inference only"

@@ -20,6 +20,7 @@ class Noticed:
     """What an adapted layer notes, for :func:`first_calls`."""
 
     _was_called = _was_read = _is_bypassed = False
+    merged: bool
 
     def _note(self, what: str) -> None:
         if not torch.compiler.is_compiling():

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +22,7 @@ from ..undo import all_or_nothing
 from . import base_layer as base_layers
 from . import offload, quantized, update_cache
 from .bypassed import Noticed
-from .mixed_batch import add_updates
+from .mixed_batch import MixedBatch, add_updates
 from .randlora_layer import BaseTensors, RandLoraLayer
 
 
@@ -107,6 +111,7 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
             base_layer.requires_grad_(False)
             quantized.prepare(base_layer)
 
+    base_layer: nn.Linear
     reset_parameters = RandLoraLayer.reset_parameters  # nn.Linear's would fill the base layer's weight
 
     @property
@@ -119,14 +124,14 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
     def bias(self) -> Tensor | None:
         return self.base_layer.bias
 
-    def __setattr__(self, name: str, value) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         # nn.Module would not let a property be assigned a parameter; torchao's quantize_ assigns a layer its weight.
         if name in ("weight", "bias") and "base_layer" in self._modules:
             setattr(self.base_layer, name, value)
         else:
             super().__setattr__(name, value)
 
-    def forward(self, x: Tensor | None = None, *args, **kwargs) -> Tensor:
+    def forward(self, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """``x [..., in_features]`` to ``[..., out_features]`` in the dtype that the base layer gives.
 
         Further arguments are for a base layer of a class of the user's own, which gets them as they are.
@@ -146,11 +151,12 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
             self.unmerge()
         if self.mixed_batch is not None and not self.disable_adapters:
             x = self._moved(x)
-            return self._add_mixed(x, self._product(x, *args, **kwargs))
+            return self._add_mixed(self.mixed_batch, x, self._product(x, *args, **kwargs))
         adapters = [name for name in self._active_adapters if name not in self.merged_adapters]
         if self.disable_adapters or not adapters:
             base_layers.require_numbers(self.base_layer, x)
-            return quantized.product(self.base_layer, x, *args, **kwargs)
+            product: Tensor = quantized.product(self.base_layer, x, *args, **kwargs)
+            return product
         weight = None if args or kwargs else self._plain_weight()
         if weight is None:
             x = self._moved(x)
@@ -169,15 +175,15 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
             result = result + self._update(x, dtype, adapter, None, None).to(result.dtype)
         return result
 
-    def _add_mixed(self, x: Tensor, result: Tensor) -> Tensor:
+    def _add_mixed(self, batch: MixedBatch, x: Tensor, result: Tensor) -> Tensor:
         """`result`, the base layer's, and for every sample in `x` the update of its own adapter."""
         dtype = compute_dtype(x)
         return add_updates(
-            self.mixed_batch, x, result, self.randlora_lambda,
+            batch, x, result, self.randlora_lambda,
             lambda rows, name: self._update(rows, dtype, name, None, None),
         )  # fmt: skip
 
-    def _product(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def _product(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return base_layers.product(self.base_layer, x, self.in_features, self.out_features, *args, **kwargs)
 
     def _moved(self, x: Tensor) -> Tensor:
@@ -225,11 +231,12 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
         if weight is not None:
             bias = base_layers.own(self._modules["base_layer"], "bias")
             base_layers.require_weight(weight, bias, x, self._weight_shape)
-        merged = weight is not None and weight.dtype == dtype
-        if merged and dtype not in (torch.float32, torch.float64):
-            merged = self.strategy == "merged"
-        if merged:  # the update alone does not depend on the weight, which need not be an ordinary tensor
-            sources.append(weight)
+        into = weight if weight is not None and weight.dtype == dtype else None
+        if dtype not in (torch.float32, torch.float64) and self.strategy != "merged":
+            into = None
+        merged = into is not None
+        if into is not None:  # the update alone does not depend on the weight, which need not be an ordinary tensor
+            sources.append(into)
         for source in sources:
             if source.device != device:
                 for name in adapters:
@@ -246,8 +253,8 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
             return self._price_of_update(x, dtype, adapters)
 
         def build() -> Tensor:
-            update = sum(self.get_delta_weight(name) for name in adapters)
-            built = (weight + update if merged else update).to(dtype)
+            update = functools.reduce(operator.add, map(self.get_delta_weight, adapters))
+            built = (update if into is None else into + update).to(dtype)
             # [out, in] in the place of a weight, otherwise [in, out], as it is multiplied.
             return built.t() if self.fan_in_fan_out == merged else built
 
@@ -257,14 +264,16 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
             return None
         if merged:
             return F.linear(x, cached, bias)
-        own = weight is not None
-        result = F.linear(x, weight.t() if self.fan_in_fan_out else weight, bias) if own else self._product(x)
+        if weight is None:
+            result = self._product(x)
+        else:
+            result = F.linear(x, weight.t() if self.fan_in_fan_out else weight, bias)
         if result.dtype != dtype:  # under autocast some quantised layers give the input's dtype
             return result + F.linear(x, cached.t()).to(result.dtype)
         # One accumulating product: the sum is rounded once, and no pass over the output is spent on adding.
         rows = x.reshape(-1, self.in_features)
         rows = rows if rows.dtype == dtype else rows.to(dtype)
-        if own and result.is_contiguous():
+        if weight is not None and result.is_contiguous():
             result.view(-1, self.out_features).addmm_(rows, cached)
             return result
         flat = torch.addmm(result.reshape(-1, self.out_features), rows, cached)
@@ -281,7 +290,7 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
         ]
         return sum(rent for rent, _ in prices), sum(building for _, building in prices)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Any], recurse: bool = True) -> Linear:
         super()._apply(fn, recurse)
         if self._unmerged_weight is not None:  # travels with the weight, but is no part of the state dict
             kept = self._unmerged_weight

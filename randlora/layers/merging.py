@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +14,36 @@ from . import base_layer as base_layers
 from . import offload, quantized
 
 
-class Mergeable:
+if TYPE_CHECKING:
+    Mixin = nn.Module  # with which it is always mixed
+else:
+    Mixin = object
+
+
+class Mergeable(Mixin):
     """The merging half of :class:`randlora.RandLoraLayer`, whose attributes it uses.
 
     ``merged_adapters`` names what is in the weight; ``_unmerged_weight`` is the weight as it was before: a tensor, or
     for quantised layers the parameter itself in a tuple. It is None in a merged layer whose weight was not kept.
     ``_merged_into`` has the base layer that it is of.
     """
+
+    base_layer: nn.Module
+    fan_in_fan_out: bool
+    randlora_lambda: nn.ParameterDict
+    randlora_gamma: nn.ParameterDict
+    merged_adapters: list[str]
+    _unmerged_weight: Tensor | tuple[nn.Parameter] | None
+    _merged_into: tuple[nn.Module] | None
+    if TYPE_CHECKING:  # of RandLoraLayer
+        _modules: dict[str, Any]
+        active_adapters: Any
+        _weight_shape: Any
+
+        def get_base_layer(self) -> Any: ...
+        def get_delta_weight(self, adapter: str) -> Tensor: ...
+        def _check_adapter(self, adapter_name: str) -> None: ...
+        def _trained(self, adapter: str, device: torch.device) -> tuple[Tensor, Tensor]: ...
 
     @property
     def merged(self) -> bool:
@@ -99,11 +123,12 @@ class Mergeable:
     def _is_quantized(self) -> bool:
         return isinstance(self._unmerged_weight, tuple) or quantized.is_quantized(self.get_base_layer())
 
-    def _merge_quantized(self, base: nn.Module, names: list[str], safe_merge: bool) -> None:
+    def _merge_quantized(self, base: Any, names: list[str], safe_merge: bool) -> None:
         kept = self._unmerged_weight
-        original = base.weight if kept is None else kept[0]
+        original = kept[0] if isinstance(kept, tuple) else base.weight
         with torch.no_grad():
-            update = sum(self.get_delta_weight(name).to(original.device) for name in (*self.merged_adapters, *names))
+            updates = [self.get_delta_weight(name).to(original.device) for name in (*self.merged_adapters, *names)]
+            update = sum(updates[1:], start=updates[0])
             parameter, stands_for, loss = quantized.merged_parameter(base, update, original)
             if safe_merge and not torch.isfinite(stands_for).all():
                 raise ValueError(f"merging {', '.join(names)} gives NaN or infinity in the weight; nothing was changed")
@@ -136,7 +161,8 @@ def unmerged(layers: Iterable[Mergeable]) -> Iterator[None]:
     layers = list(layers)
     for layer in layers:
         check_unmerge(layer)
-    names, exchanged, kept = [list(layer.merged_adapters) for layer in layers], 0, []
+    names, exchanged = [list(layer.merged_adapters) for layer in layers], 0
+    kept: list[Tensor | tuple[nn.Parameter] | None] = []
     try:
         for layer in layers:
             _exchange(layer)
@@ -178,6 +204,7 @@ def check_unmerge(layer: Mergeable) -> None:
 def _exchange(layer: Mergeable) -> None:
     """Lets the merged weight and the kept one change places: it can be undone, and needs memory for one layer only."""
     base, kept = layer.get_base_layer(), layer._unmerged_weight
+    assert kept is not None
     merged = (base.weight,) if isinstance(kept, tuple) else _numbers(base)
     try:
         layer._unmerged_weight = merged
@@ -187,7 +214,7 @@ def _exchange(layer: Mergeable) -> None:
             _put(base, kept)
     except BaseException:
         layer._unmerged_weight = kept
-        if not isinstance(kept, tuple):
+        if not isinstance(merged, tuple):
             _put(base, merged)
         raise
 
@@ -198,7 +225,7 @@ def _numbers(base: nn.Module) -> Tensor:
     return weight.cpu() if offload.hooks(base) else weight.clone()
 
 
-def _put(base: nn.Module, value: Tensor) -> None:
+def _put(base: Any, value: Tensor) -> None:
     """Another value for an ordinary weight, wherever it is kept."""
     with torch.no_grad():
         if not offload.hooks(base):
@@ -234,7 +261,7 @@ def merged_or_not(layers: Iterable[Mergeable]) -> Iterator[None]:
         raise
 
 
-def _current(layer: Mergeable) -> Tensor | None:
+def _current(layer: Mergeable) -> Any:
     """What the layer's weight must be set to again: None where the layer will keep it itself."""
     if layer._is_quantized():
         return layer.get_base_layer().weight

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 REAL_AGAIN = "accelerate.hooks.remove_hook_from_submodules(model)"
 
 
-def hooks(module: nn.Module) -> list:
+def hooks(module: nn.Module) -> list[Any]:
     """The hooks that bring the tensors of `module` in for a call, in the order in which they act."""
     hook = vars(module).get("_hf_hook")
     if hook is None:
@@ -47,7 +47,7 @@ def read(module: nn.Module, name: str) -> Tensor:
     Raises:
         ValueError: an offloaded tensor that the hook does not know.
     """
-    tensor = module._parameters[name] if name in module._parameters else getattr(module, name)
+    tensor: Any = module._parameters[name] if name in module._parameters else getattr(module, name)
     found = hooks(module)
     if not (tensor.is_meta and found):
         return tensor
@@ -58,7 +58,7 @@ def read(module: nn.Module, name: str) -> Tensor:
     return value.detach().to(execution_device(module), tensor.dtype)
 
 
-def _find(weights: Mapping[str, Tensor], name: str) -> Tensor:
+def _find(weights: Any, name: str) -> Tensor:
     try:
         return weights[name]
     except KeyError:
@@ -192,7 +192,7 @@ def check_targets(
             )
 
 
-def make_room(held: dict[str, Tensor | None], name: str, device: torch.device) -> None:
+def make_room(held: dict[str, Any], name: str, device: torch.device) -> None:
     """Memory for a tensor on meta, put where it is held: accelerate's init_empty_weights undoes other assignments."""
     tensor = held[name]
     if tensor is not None and tensor.is_meta:
@@ -225,5 +225,5 @@ def copy_of(module: nn.Module) -> nn.Module:
     return twin
 
 
-def _moving_inputs(hook):
+def _moving_inputs(hook: Any) -> Any:
     return type(hook)(hook.execution_device, io_same_device=hook.io_same_device, skip_keys=hook.skip_keys)

@@ -8,6 +8,7 @@ before a layer of its own turns up.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ def is_quantized(base_layer: nn.Module) -> bool:
     return kind_of(base_layer) is not None
 
 
-def dequantize(base_layer: nn.Module, parameter: nn.Parameter | None = None) -> Tensor:
+def dequantize(base_layer: Any, parameter: nn.Parameter | None = None) -> Tensor:
     """What the quantised weight stands for, ``[out, in]`` in fp32, a new tensor; nothing in the layer changes.
 
     Args:
@@ -34,7 +35,7 @@ def dequantize(base_layer: nn.Module, parameter: nn.Parameter | None = None) -> 
         return kind.dequantize(base_layer, base_layer.weight if parameter is None else parameter).float()
 
 
-def requantize(base_layer: nn.Module, weight: Tensor, parameter: nn.Parameter | None = None) -> nn.Parameter:
+def requantize(base_layer: Any, weight: Tensor, parameter: nn.Parameter | None = None) -> nn.Parameter:
     """`weight` ``[out, in]`` quantised with the kind and settings of the layer's weight, on its device; not assigned.
 
     A torchao weight that does not tell how it was quantised, which is one of no class that is listed in
@@ -55,14 +56,14 @@ def requantize(base_layer: nn.Module, weight: Tensor, parameter: nn.Parameter | 
         return kind.requantize(base_layer, old, weight.detach().to(old.device, torch.float32).contiguous())
 
 
-def replace_weight(base_layer: nn.Module, parameter: nn.Parameter) -> nn.Parameter:
+def replace_weight(base_layer: Any, parameter: nn.Parameter) -> nn.Parameter:
     """Give the layer another weight, from :func:`requantize` or from an earlier call; returns the one it had.
 
     What bitsandbytes keeps beside a weight goes with it, in both directions, and graphs that were recorded before still
     differentiate through the weight they were recorded with.
     """
     kind = kind_of(base_layer)
-    old = base_layer.weight
+    old: nn.Parameter = base_layer.weight
     if kind is not None:
         kind.before_replacing(base_layer, old)
     base_layer.weight = parameter
@@ -71,7 +72,7 @@ def replace_weight(base_layer: nn.Module, parameter: nn.Parameter) -> nn.Paramet
     return old
 
 
-def product(base_layer: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
+def product(base_layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """``base_layer(x, ...)`` for any base layer, with the gradient for `x` that its weight stands for.
 
     torchao's linears with quantised activations pass no gradient on at all, and those without keep a float copy of the
@@ -83,7 +84,7 @@ def product(base_layer: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
     return base_layer(x, *args, **kwargs)
 
 
-def prepare(base_layer: nn.Module) -> None:
+def prepare(base_layer: Any) -> None:
     """Keep bitsandbytes from repacking a 4-bit weight for CPU inference, and undo it where it happened.
 
     Its first call in eval mode on a CPU with AVX512-BF16 rewrites the weight in place, rounds its scales to bf16, and
@@ -100,7 +101,7 @@ def prepare(base_layer: nn.Module) -> None:
 
 
 def merged_parameter(
-    base_layer: nn.Module, update: Tensor, parameter: nn.Parameter | None = None
+    base_layer: Any, update: Tensor, parameter: nn.Parameter | None = None
 ) -> tuple[nn.Parameter, Tensor, str | None]:
     """``W + update`` quantised again: the parameter, the numbers it stands for (fp32), and what to warn of, or None.
 
@@ -122,7 +123,7 @@ def merged_parameter(
     return new, got, loss
 
 
-def moved(fn: Callable[[Tensor], Tensor], parameter: nn.Parameter) -> nn.Parameter:
+def moved(fn: Callable[[Tensor], Any], parameter: Any) -> nn.Parameter:
     """`fn` of ``nn.Module._apply`` applied to a parameter that is in no module."""
     result = fn(parameter)
     if getattr(result, "SCB", parameter) is None:  # bitsandbytes moves the scales of 8-bit weights to devices only

@@ -1,7 +1,8 @@
 """What each library's quantised weight is made of, for :mod:`randlora.layers.quantized`.
 
 A kind is a class of functions: ``name``, ``dequantize``, ``requantize`` and what goes with a weight when a layer
-changes it. The libraries are taken from ``sys.modules``: where there is a layer of theirs, they are loaded.
+changes it. The libraries are taken from ``sys.modules``: where there is a layer of theirs, they are loaded. Their
+layers and weights are ``Any`` here: only they know what attributes these have.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +25,13 @@ class Bnb4bit:
         return "4-bit"
 
     @staticmethod
-    def state(base_layer: nn.Module, parameter: Tensor):
+    def state(base_layer: Any, parameter: Any) -> Any:
         """The statistics of the weight. FSDP and others lose them with the parameter's class; the layer keeps them."""
         state = getattr(parameter, "quant_state", None)
         return getattr(base_layer, "quant_state", None) if state is None else state
 
     @staticmethod
-    def unpacked(parameter: Tensor, state) -> tuple[Tensor, object]:
+    def unpacked(parameter: Tensor, state: Any) -> tuple[Tensor, Any]:
         """The packed weight's codes in bitsandbytes' own order, and its statistics: the numbers do not change."""
         state = copy.copy(state)
         absmax = state.absmax.T.reshape(-1).float()  # what bitsandbytes' own inverse forgets, or rounds once more
@@ -40,7 +43,7 @@ class Bnb4bit:
         return data, state
 
     @staticmethod
-    def dequantize(base_layer: nn.Module, parameter: Tensor) -> Tensor:
+    def dequantize(base_layer: Any, parameter: Any) -> Tensor:
         state, data = Bnb4bit.state(base_layer, parameter), parameter.data
         if state is None:
             raise _not_yet("4-bit")
@@ -51,7 +54,7 @@ class Bnb4bit:
         return sys.modules["bitsandbytes.functional"].dequantize_4bit(data.reshape(-1, 1), state).view(state.shape)
 
     @staticmethod
-    def requantize(base_layer: nn.Module, old: Tensor, weight: Tensor) -> nn.Parameter:
+    def requantize(base_layer: Any, old: Any, weight: Tensor) -> nn.Parameter:
         state = Bnb4bit.state(base_layer, old)
         if state is None:
             raise _not_yet("4-bit")
@@ -67,11 +70,11 @@ class Bnb4bit:
         return new
 
     @staticmethod
-    def before_replacing(base_layer: nn.Module, old: nn.Parameter) -> None:
+    def before_replacing(base_layer: Any, old: Any) -> None:
         old.quant_state = Bnb4bit.state(base_layer, old)
 
     @staticmethod
-    def after_replacing(base_layer: nn.Module, parameter: nn.Parameter) -> None:
+    def after_replacing(base_layer: Any, parameter: Any) -> None:
         base_layer.quant_state = parameter.quant_state
 
 
@@ -81,7 +84,7 @@ class Bnb8bit:
         return "8-bit"
 
     @staticmethod
-    def dequantize(base_layer: nn.Module, parameter: Tensor) -> Tensor:
+    def dequantize(base_layer: Any, parameter: Any) -> Tensor:
         if base_layer.state.has_fp16_weights:  # quantised anew at every call
             return parameter.detach().float().clone()
         scale = getattr(parameter, "SCB", None)
@@ -92,7 +95,7 @@ class Bnb8bit:
         return parameter.data * (scale.to(parameter.device, torch.float32) / 127).unsqueeze(1)
 
     @staticmethod
-    def requantize(base_layer: nn.Module, old: Tensor, weight: Tensor) -> nn.Parameter:
+    def requantize(base_layer: Any, old: Any, weight: Tensor) -> nn.Parameter:
         Int8Params = sys.modules["bitsandbytes.nn.modules"].Int8Params
         if base_layer.state.has_fp16_weights:
             return Int8Params(weight.to(old.dtype), requires_grad=False, has_fp16_weights=True)
@@ -103,19 +106,19 @@ class Bnb8bit:
         return Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scale)
 
     @staticmethod
-    def before_replacing(base_layer: nn.Module, old: nn.Parameter) -> None:
+    def before_replacing(base_layer: Any, old: Any) -> None:
         state = base_layer.state
         if not state.has_fp16_weights and state.CB is not None:
             old.CB, old.SCB = state.CB, state.SCB
 
     @staticmethod
-    def after_replacing(base_layer: nn.Module, parameter: nn.Parameter) -> None:
+    def after_replacing(base_layer: Any, parameter: Any) -> None:
         # A state of its own: graphs read theirs in backward. The next call fills it from the parameter.
         base_layer.state = copy.copy(base_layer.state)
         base_layer.state.reset_grads()
 
 
-def _like_int8(kind: type, old: Tensor, weight: Tensor) -> Tensor:
+def _like_int8(kind: Any, old: Any, weight: Tensor) -> Tensor:
     return kind.from_hp(
         weight,
         _granularity(old),
@@ -128,7 +131,7 @@ def _like_int8(kind: type, old: Tensor, weight: Tensor) -> Tensor:
     )
 
 
-def _like_intx(kind: type, old: Tensor, weight: Tensor) -> Tensor:
+def _like_intx(kind: Any, old: Any, weight: Tensor) -> Tensor:
     return kind.from_hp(
         weight,
         old.block_size,
@@ -138,7 +141,7 @@ def _like_intx(kind: type, old: Tensor, weight: Tensor) -> Tensor:
     )
 
 
-def _like_float8(kind: type, old: Tensor, weight: Tensor) -> Tensor:
+def _like_float8(kind: Any, old: Any, weight: Tensor) -> Tensor:
     return kind.from_hp(
         weight,
         old.qdata.dtype,
@@ -149,13 +152,13 @@ def _like_float8(kind: type, old: Tensor, weight: Tensor) -> Tensor:
     )
 
 
-def _like_nf4(kind: type, old: Tensor, weight: Tensor) -> Tensor:
+def _like_nf4(kind: Any, old: Any, weight: Tensor) -> Tensor:
     return kind.from_tensor(weight, old.block_size, old.scaler_block_size)
 
 
 # How to quantise a weight [out, in] as an old one was. Where the settings cannot be read off a tensor (HQQ's choice of
 # scales, a mapping without clipping error), torchao's default is taken.
-TORCHAO_KINDS = {
+TORCHAO_KINDS: dict[str, Callable[[Any, Any, Tensor], Tensor]] = {
     "Int8Tensor": _like_int8,
     "IntxUnpackedToInt8Tensor": _like_intx,
     "Float8Tensor": _like_float8,
@@ -163,7 +166,7 @@ TORCHAO_KINDS = {
 }
 
 
-def _granularity(old: Tensor):
+def _granularity(old: Any) -> Any:
     module = sys.modules["torchao.quantization.granularity"]
     rows, columns = old.block_size
     if (rows, columns) == tuple(old.shape) and rows > 1:
@@ -171,7 +174,7 @@ def _granularity(old: Tensor):
     return module.PerRow() if columns == old.shape[1] else module.PerGroup(columns)
 
 
-def _mapping(old: Tensor):
+def _mapping(old: Any) -> Any:
     types = sys.modules["torchao.quantization.quant_primitives"].MappingType
     return types.SYMMETRIC if old.zero_point is None or not old.zero_point.any() else types.ASYMMETRIC
 
@@ -182,7 +185,7 @@ class TorchAO:
         return f"torchao's {type(parameter).__name__}"
 
     @staticmethod
-    def dequantize(base_layer: nn.Module | None, parameter: Tensor) -> Tensor:
+    def dequantize(base_layer: Any, parameter: Any) -> Tensor:
         parameter = parameter.detach()
         if hasattr(parameter, "get_original_weight"):  # NF4Tensor, whose dequantize() is another function
             return parameter.get_original_weight()
@@ -194,7 +197,7 @@ class TorchAO:
         return weight if scale is None else weight * scale
 
     @staticmethod
-    def requantize(base_layer: nn.Module, old: Tensor, weight: Tensor) -> nn.Parameter:
+    def requantize(base_layer: Any, old: Any, weight: Tensor) -> nn.Parameter:
         name, reason = type(old).__name__, "its settings are not known"
         weight = weight.to(old.dtype)  # what torchao's quantize_ would have been given
         if name in TORCHAO_KINDS:
@@ -212,7 +215,7 @@ class TorchAO:
         return nn.Parameter(weight, requires_grad=False)
 
     @staticmethod
-    def before_replacing(base_layer: nn.Module, old: nn.Parameter) -> None:
+    def before_replacing(base_layer: Any, old: Any) -> None:
         pass
 
     after_replacing = before_replacing
@@ -222,17 +225,17 @@ class StraightThrough(torch.autograd.Function):
     """``apply(y, x, weight)`` is `y`, with the gradient ``g @ dequantised weight`` for x, and g for y (its bias)."""
 
     @staticmethod
-    def forward(y, x, weight):
+    def forward(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         return unsafe_view(y, y.shape)  # not a view, which in-place operations could not touch
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
         _, x, weight = inputs
         ctx.save_for_backward(weight)
         ctx.dtype = x.dtype
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (weight,) = ctx.saved_tensors
         d_x = None
         if ctx.needs_input_grad[1]:
@@ -240,7 +243,10 @@ class StraightThrough(torch.autograd.Function):
         return grad if ctx.needs_input_grad[0] else None, d_x, None
 
 
-def kind_of(base_layer: nn.Module, parameter: Tensor | None = None):
+Kind = type[Bnb4bit] | type[Bnb8bit] | type[TorchAO]
+
+
+def kind_of(base_layer: nn.Module, parameter: Tensor | None = None) -> Kind | None:
     bitsandbytes = sys.modules.get("bitsandbytes.nn.modules")
     if bitsandbytes is not None:
         if isinstance(base_layer, bitsandbytes.Linear4bit):
@@ -255,7 +261,7 @@ def kind_of(base_layer: nn.Module, parameter: Tensor | None = None):
     return None
 
 
-def require_kind(base_layer: nn.Module, parameter: Tensor | None):
+def require_kind(base_layer: nn.Module, parameter: Tensor | None) -> Kind:
     kind = kind_of(base_layer, parameter)
     if kind is None:
         raise TypeError(

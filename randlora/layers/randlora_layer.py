@@ -40,7 +40,7 @@ class RandLoraLayer(Mergeable):
     """
 
     adapter_layer_names = ("randlora_lambda", "randlora_gamma")
-    other_param_names = (
+    other_param_names: tuple[str, ...] = (
         "randlora_A",
         "randlora_B",
         "randlora_dropout",
@@ -69,8 +69,7 @@ class RandLoraLayer(Mergeable):
         self._disable_adapters = self._inference_mode = False
         self.mixed_batch: MixedBatch | None = None
         # Tuples: nn.Module must not register what is in them.
-        self._unmerged_weight: Tensor | tuple[nn.Parameter] | None = None
-        self._merged_into: tuple[nn.Module] | None = None
+        self._unmerged_weight = self._merged_into = None
 
     # ---- adding and removing adapters ----
 
@@ -142,7 +141,7 @@ class RandLoraLayer(Mergeable):
         if A is not None and bases is not None:
             raise ValueError("give either randlora_A and randlora_B or bases, not both")
         if bases is None:
-            if A is None:
+            if A is None or B is None:
                 return shared_bases(r)
             bases = RandomBases.from_tensors(
                 _of_adapter("randlora_A", A, adapter_name), _of_adapter("randlora_B", B, adapter_name)
@@ -281,7 +280,7 @@ class RandLoraLayer(Mergeable):
         bases = self._bases(adapter)
         return *bases.tensors(dtype, device), bases.scale
 
-    def _update_arguments(self, adapter: str, scaling: float, device: torch.device | None = None) -> tuple:
+    def _update_arguments(self, adapter: str, scaling: float, device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
         device = self._device(adapter) if device is None else torch.device(device)
         lam, gamma = self._trained(adapter, device)
         dtype = torch.float64 if lam.dtype == torch.float64 else torch.float32
@@ -324,7 +323,7 @@ class RandLoraLayer(Mergeable):
             raise ValueError(f"this layer has no adapter named {adapter_name!r}; it has: {known}")
 
 
-class _Values(Mapping):
+class _Values(Mapping[str, Tensor]):
     """Adapter name -> A or B of its bases."""
 
     def __init__(self, bases: dict[str, RandomBases], which: str) -> None:

@@ -133,12 +133,13 @@ class InferenceCache:
         """
         entries = self._layers.get(layer)
         entry = None if entries is None else entries.get(key)
-        current = entry is not None and entry.is_current(sources, settings)
-        if current and entry.tensor is not None:
+        if entry is not None and not entry.is_current(sources, settings):
+            entry = None
+        if entry is not None and entry.tensor is not None:
             return entry.tensor
         if not all(_can_be_watched(t) for t in sources):
             return None
-        if not current:
+        if entry is None:
             entries = self._layers.setdefault(layer, {})
             entries.pop(key, None)  # freed before the next one is built
             entry = entries[key] = _Entry(sources, settings)

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 _made: WeakKeyDictionary[type, dict[type, type]] = WeakKeyDictionary()
 
 
-def class_for(base: type, wrapped: type) -> type:
+def class_for(base: type[Any], wrapped: type[Any]) -> type[Any]:
     """The subclass of `base`, a ``RandLoraModel``, for models of the class `wrapped`; one for each pair."""
     known = _made.setdefault(wrapped, {})
     if base not in known:
@@ -18,15 +18,15 @@ def class_for(base: type, wrapped: type) -> type:
     return known[base]
 
 
-def new(base: type, wrapped: type) -> Any:
+def new(base: type[Any], wrapped: type[Any]) -> Any:
     """An empty instance, for copying and unpickling."""
     cls = class_for(base, wrapped)
     return cls.__new__(cls)
 
 
-def _make(base: type, wrapped: type) -> type:
+def _make(base: type[Any], wrapped: type[Any]) -> type[Any]:
     @functools.wraps(base.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return base.forward(self, *args, **kwargs)
 
     parameters = list(inspect.signature(wrapped.forward).parameters.values())

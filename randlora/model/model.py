@@ -185,7 +185,7 @@ class RandLoraModel(Delegating, ActiveAdapters):
         with inference_cache(), self._batch(adapter_names), first_calls(self, self.model):
             return self.model.generate(*args, **kwargs)
 
-    def _batch(self, adapter_names: Sequence[str] | None):
+    def _batch(self, adapter_names: Sequence[str] | None) -> contextlib.AbstractContextManager[None]:
         if adapter_names is None:
             return contextlib.nullcontext()
         layers = [*adapted_layers(self.model).values(), *saved_modules(self.model).values()]

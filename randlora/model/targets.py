@@ -119,7 +119,7 @@ def is_supported(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, RandLoraLayer, *conv1d_types())) or is_attention(module)
 
 
-def _modules(model: nn.Module):
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """All modules under all the names that they have in the unadapted model."""
     inner: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):
