@@ -18,8 +18,8 @@ PYTEST_JOBS ?= 2
 BENCH ?=
 FUZZ_SECONDS ?= 60
 
-# Pinned: another version would format the same code differently.
-LINTERS := ruff==0.17.* clang-format==23.*
+# Pinned: another version would format the same code differently, or understand other types.
+LINTERS := ruff==0.17.* clang-format==23.* mypy==2.4.*
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
@@ -37,7 +37,7 @@ help:
 	@echo "make asan      the op fuzzer and the tests of the ops on a build with address and undefined-behaviour sanitizers"
 	@echo "make bench     run the benchmarks (40 minutes; ARGS=--quick: ten), then write bench/results/REPORT.md"
 	@echo "make gpu-build a wheel with CUDA kernels for bench/gpu.sh on a machine with a Hopper GPU (PYTHON=python3.12)"
-	@echo "make lint      check style; make format: mend it"
+	@echo "make lint      check style and types; make format: mend the style"
 	@echo "make clean     remove what was built; make distclean: the virtual environments too"
 	@echo "The first lines of the Makefile name the variables, such as TORCH=torch==2.13.0 and MAX_JOBS=2."
 
@@ -85,6 +85,7 @@ lint: $(VENV)/.linters
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+	$(BIN)/mypy
 
 format: $(VENV)/.linters
 	$(BIN)/ruff check --fix .
@@ -92,7 +93,7 @@ format: $(VENV)/.linters
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 clean:
-	rm -rf build dist *.egg-info randlora/_C*.so randlora/_build.json .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info randlora/_C*.so randlora/_build.json .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean
@@ -133,3 +134,6 @@ $(VENV)/.model: $(VENV)/.created
 $(VENV)/.linters: $(VENV)/.created
 	$(PIP) $(LINTERS)
 	@touch $@
+
+# mypy reads torch's types, so torch must be there; randlora need not be built.
+lint: $(TORCH_STAMP)

@@ -122,6 +122,7 @@ def build(name: str, dtype: torch.dtype | None = None) -> nn.Module:
         where = "" if os.path.isdir(name) else "; it is no folder here, and the hub could not give it"
         raise Failed(f"no config for {name!r}{where}: {_first_line(error)}") from error
     cls = getattr(transformers, (config.architectures or [""])[0], None)
+    model: torch.nn.Module
     try:
         with torch.device("meta"):
             if cls is not None:

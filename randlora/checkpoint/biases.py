@@ -6,6 +6,7 @@ Names are those of the unadapted and uncompiled model; wrappers put ``base_layer
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +29,13 @@ def is_bias(name: str) -> bool:
 
 def biases_of(model: nn.Module, slots: Collection[str] = ()) -> dict[str, Tensor]:
     """Plain name -> bias, also of the layers that an attention at one of `slots` will be taken apart into."""
-    found = {
+    found: dict[str, Tensor] = {
         plain(name): parameter
         for name, parameter in model.named_parameters()
         if is_bias(name) and "modules_to_save" not in name.split(".")
     }
     for parent in {slot.rpartition(".")[0] for slot in slots}:
-        attention = model.get_submodule(parent)
+        attention: Any = model.get_submodule(parent)
         packed = isinstance(attention, nn.MultiheadAttention) and not isinstance(attention, MultiheadAttention)
         if packed and attention.in_proj_bias is not None:
             parts = attention.in_proj_bias.chunk(3)

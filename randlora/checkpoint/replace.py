@@ -34,7 +34,7 @@ def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], Any]], de
         if alone:  # then what is there was left by a process that was killed
             for stale in folder.glob("*".join(_TEMPORARY)):
                 shutil.rmtree(stale, ignore_errors=True)
-        temporary = Path(tempfile.mkdtemp(*reversed(_TEMPORARY), folder))
+        temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY[0], suffix=_TEMPORARY[1], dir=folder))
         try:
             mode = _default_mode(temporary / ".mode")
             for name, write in writers.items():
@@ -49,7 +49,7 @@ def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], Any]], de
                 try:
                     os.replace(temporary / name, folder / name)
                 except OSError:
-                    if i == 0 and (temporary / _OLD).exists():
+                    if i == 0 and described_by is not None and (temporary / _OLD).exists():
                         os.rename(temporary / _OLD, folder / described_by)
                     raise
                 _sync(folder)

@@ -39,7 +39,7 @@ def first_calls(owner: nn.Module, model: nn.Module) -> contextlib.AbstractContex
     """
     if torch.compiler.is_compiling() or model.training in vars(owner).setdefault("_seen_calls", set()):
         return contextlib.nullcontext()
-    return _look(owner._seen_calls, model)
+    return _look(vars(owner)["_seen_calls"], model)
 
 
 def forget_calls(owner: nn.Module) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from . import base_layer as base_layers
 from . import offload, quantized
 
-
 if TYPE_CHECKING:
     Mixin = nn.Module  # with which it is always mixed
 else:
@@ -255,7 +254,7 @@ def merged_or_not(layers: Iterable[Mergeable]) -> Iterator[None]:
             if isinstance(weight, nn.Parameter):
                 if base.weight is not weight:
                     quantized.replace_weight(base, weight)
-            elif (source := layer._unmerged_weight if weight is None else weight) is not None:
+            elif isinstance(source := layer._unmerged_weight if weight is None else weight, Tensor):
                 _put(base, source)
             layer._unmerged_weight, layer._merged_into, layer.merged_adapters[:] = kept, into, names
         raise

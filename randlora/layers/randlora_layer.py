@@ -280,7 +280,9 @@ class RandLoraLayer(Mergeable):
         bases = self._bases(adapter)
         return *bases.tensors(dtype, device), bases.scale
 
-    def _update_arguments(self, adapter: str, scaling: float, device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+    def _update_arguments(
+        self, adapter: str, scaling: float, device: torch.device | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
         device = self._device(adapter) if device is None else torch.device(device)
         lam, gamma = self._trained(adapter, device)
         dtype = torch.float64 if lam.dtype == torch.float64 else torch.float32
@@ -330,7 +332,8 @@ class _Values(Mapping[str, Tensor]):
         self._bases, self._which = bases, which
 
     def __getitem__(self, adapter: str) -> Tensor:
-        return getattr(self._bases[adapter], self._which)
+        tensor: Tensor = getattr(self._bases[adapter], self._which)
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._bases)

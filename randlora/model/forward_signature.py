@@ -20,19 +20,19 @@ def class_for(base: type[Any], wrapped: type[Any]) -> type[Any]:
 
 def new(base: type[Any], wrapped: type[Any]) -> Any:
     """An empty instance, for copying and unpickling."""
-    cls = class_for(base, wrapped)
+    cls: Any = class_for(base, wrapped)
     return cls.__new__(cls)
 
 
 def _make(base: type[Any], wrapped: type[Any]) -> type[Any]:
-    @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return base.forward(self, *args, **kwargs)
 
+    functools.update_wrapper(forward, base.forward)
     parameters = list(inspect.signature(wrapped.forward).parameters.values())
     last = parameters.pop() if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD else None
     if all(parameter.name != "adapter_names" for parameter in parameters):
         parameters.append(inspect.Parameter("adapter_names", inspect.Parameter.KEYWORD_ONLY, default=None))
-    forward.__signature__ = inspect.Signature([*parameters, *([last] if last else [])])
+    vars(forward)["__signature__"] = inspect.Signature([*parameters, *([last] if last else [])])
     name = f"{base.__name__}[{wrapped.__name__}]"
     return type(name, (base,), {"forward": forward, "__module__": base.__module__, "__doc__": base.__doc__})

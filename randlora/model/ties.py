@@ -44,7 +44,8 @@ def _offloaded(model: nn.Module) -> Ties:
 
 
 def _is_offloaded(module: nn.Module, key: str) -> bool:
-    return module._parameters[key].is_meta and bool(offload.hooks(module))
+    parameter = module._parameters[key]
+    return parameter is not None and parameter.is_meta and bool(offload.hooks(module))
 
 
 def _equal(owner: tuple[str, nn.Module, str], other: tuple[str, nn.Module, str]) -> bool:

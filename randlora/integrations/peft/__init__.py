@@ -86,7 +86,7 @@ class Enabled:
     def __enter__(self) -> Enabled:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._half is None:
             disable()
         elif _replaced:

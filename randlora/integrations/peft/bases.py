@@ -7,6 +7,8 @@ the adapters to fp32 reaches the bases. Here the model alone owns them.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -99,7 +101,7 @@ class Bases(BufferDict):
                 self[adapter] = tensor
                 return
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Bases:
         known = {}
         for adapter, tensor in self._buffers.items():  # shared tensors stay shared
             if id(tensor) not in known:
@@ -133,7 +135,9 @@ class Bases(BufferDict):
         self.share(adapter)
         return True
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *arguments):
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *arguments: Any
+    ) -> None:
         assign = local_metadata.get("assign_to_params_buffers", False)
         state_dict = dict(state_dict)
         for adapter in self:

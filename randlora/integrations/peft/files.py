@@ -34,7 +34,11 @@ def renaming(set_state_dict: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(set_state_dict)
     def set_peft_model_state_dict(
-        model: nn.Module, peft_model_state_dict: Mapping[str, Any], adapter_name: str = "default", *args, **kwargs
+        model: nn.Module,
+        peft_model_state_dict: Mapping[str, Any],
+        adapter_name: str = "default",
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         if isinstance(getattr(model, "peft_config", {}).get(adapter_name), RandLoraConfig):
             make_room(model, adapter_name)
@@ -52,7 +56,8 @@ def _renamed(model: nn.Module, state: Mapping[str, Any], adapter: str) -> Mappin
     saved = {plain_name(name): name for name in saved_names(model, adapter)}
     result = {}
     for key, value in state.items():
-        owner, rest = plain_name(key), []
+        rest: list[str] = []
+        owner = plain_name(key)
         while owner and owner not in modules:
             owner, _, part = owner.rpartition(".")
             rest.insert(0, part)

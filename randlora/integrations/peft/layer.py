@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft.tuners import randlora as peft_randlora
@@ -41,7 +42,7 @@ class Linear(peft_randlora.Linear, OwnLinear):
     get_delta_weight = RandLoraLayer.get_delta_weight
     unmerge = RandLoraLayer.unmerge
 
-    def forward(self, x: Tensor | None = None, *args, **kwargs) -> Tensor:
+    def forward(self, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """``x [..., in_features]`` to ``[..., out_features]``; in x's dtype, as PEFT gives it."""
         if x is None:
             x = first_argument(self.base_layer, kwargs)
@@ -113,7 +114,9 @@ class Linear(peft_randlora.Linear, OwnLinear):
         # PEFT's update_layer makes it a child; _refer() undoes that.
         return self._modules[kind] if kind in self._modules else self.__dict__["_containers"][kind]
 
-    def update_layer(self, adapter_name: str, randlora_A: BufferDict, randlora_B: BufferDict, *args, **kwargs) -> None:
+    def update_layer(
+        self, adapter_name: str, randlora_A: BufferDict, randlora_B: BufferDict, *args: Any, **kwargs: Any
+    ) -> None:
         """PEFT's ``update_layer``. The layer's other adapters come along into these containers of bases."""
         if not isinstance(randlora_A, Bases):  # of PEFT's own tuner, after disable()
             Bases.make_pair(randlora_A, randlora_B)
@@ -170,7 +173,16 @@ class Linear(peft_randlora.Linear, OwnLinear):
             for parameters in (self.randlora_lambda, self.randlora_gamma):
                 parameters[adapter_name] = nn.Parameter(parameters[adapter_name].to("meta"))
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
         """Takes the copies of the bases that PEFT writes for every layer."""
         assign = local_metadata.get("assign_to_params_buffers", False)
         for kind in RANK_AXIS:
@@ -208,7 +220,7 @@ class Linear(peft_randlora.Linear, OwnLinear):
         yield from super().named_children()
         yield from self._orphans()
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for kind, store in self._orphans():
             for adapter, tensor in store.items():
@@ -235,7 +247,7 @@ def initialise_anew(layer: Linear, adapter: str, init_weights: bool) -> None:
 
 
 @contextmanager
-def seen_where_it_computes(base_layer: nn.Module) -> Iterator[None]:
+def seen_where_it_computes(base_layer: Any) -> Iterator[None]:
     """While this lasts, PEFT, which moves adapters to the weight's device, finds no weight on the meta device.
 
     It is where an offloaded layer computes; on the CPU for a layer that has no numbers, as the bases have some.
@@ -253,7 +265,7 @@ def seen_where_it_computes(base_layer: nn.Module) -> Iterator[None]:
         base_layer._parameters["weight"] = weight
 
 
-def convert(layer: nn.Module) -> Linear:
+def convert(layer: Any) -> Linear:
     """Turn a RandLoRA layer of PEFT, whatever its base layer, into a :class:`Linear` in place.
 
     Its containers of bases must be :class:`Bases`. Its parameters stay the objects they are.

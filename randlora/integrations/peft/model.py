@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from peft.tuners import randlora as peft_randlora
@@ -36,18 +37,21 @@ class RandLoraModel(PeftRandLoraModel):
 
     # ---- bases ----
 
-    def __init__(self, model: nn.Module, *args, **kwargs) -> None:
+    randlora_A: Bases
+    randlora_B: Bases
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         before = getattr(model, "peft_config", None)  # a model with injected adapters: the new one's config is added
         known = dict(before) if isinstance(before, dict) else None
         try:
             super().__init__(model, *args, **kwargs)
         except BaseException:
-            if known is not None:
+            if before is not None and known is not None:
                 before.clear()
                 before.update(known)
             raise
 
-    def _pre_injection_hook(self, model: nn.Module, config, adapter_name: str) -> None:
+    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         # ``peft.inject_adapter_in_model`` makes a tuner every time: all adapters of a model are to be in one container.
         layers = [module for module in model.modules() if isinstance(module, peft_randlora.RandLoraLayer)]
         if not all(isinstance(layer, Linear) for layer in layers):
@@ -67,7 +71,7 @@ class RandLoraModel(PeftRandLoraModel):
         super().__setstate__(state)
         self._own_bases()
 
-    def _draw(self, config, adapter_name: str, dims: tuple[int, int]) -> None:
+    def _draw(self, config: Any, adapter_name: str, dims: tuple[int, int]) -> None:
         """The numbers that PEFT draws for this adapter if it is a model's first."""
         require_size("r", config.r)
         require_int("projection_prng_key", config.projection_prng_key, -(2**63), 2**64 - 1)
@@ -82,11 +86,11 @@ class RandLoraModel(PeftRandLoraModel):
             store[adapter_name] = tensor
 
     @staticmethod
-    def _check_target_module_exists(config, key: str):
+    def _check_target_module_exists(config: Any, key: str) -> Any:
         """PEFT's, whose regular expressions may come from a file: matching ends."""
         return PeftRandLoraModel._check_target_module_exists(matched(config, key), key)
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's ``inject_adapter``; not only the first adapter, but every one gets bases after its own config.
 
         An error leaves the model without the adapter, where PEFT leaves it in the layers that it has come to.
@@ -184,7 +188,7 @@ class RandLoraModel(PeftRandLoraModel):
             raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
         return self.active_adapters if adapter_names is None else list(adapter_names)
 
-    def _check_new_adapter_config(self, config) -> None:
+    def _check_new_adapter_config(self, config: Any) -> None:
         # PEFT's RandLoRA demands equal seeds and equal save_projection of all adapters, as they share their bases.
         super(PeftRandLoraModel, self)._check_new_adapter_config(config)
         if sum(other.bias != "none" for other in self.peft_config.values()) > 1:  # PEFT checks it elsewhere by version
@@ -192,12 +196,14 @@ class RandLoraModel(PeftRandLoraModel):
 
     # ---- layers ----
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """PEFT's ``forward``. That of earlier versions goes past the hooks of the model."""
         return self.model(*args, **kwargs)
 
     @staticmethod
-    def _create_new_module(config, randlora_A, randlora_B, adapter_name: str, target, **kwargs) -> Linear:
+    def _create_new_module(
+        config: Any, randlora_A: Bases, randlora_B: Bases, adapter_name: str, target: nn.Module, **kwargs: Any
+    ) -> Linear:
         create = PeftRandLoraModel._create_new_module
         with seen_where_it_computes(target):
             layer = convert(create(config, randlora_A, randlora_B, adapter_name, target, **kwargs))
@@ -205,19 +211,19 @@ class RandLoraModel(PeftRandLoraModel):
         layer._follow_to_meta(adapter_name)
         return layer
 
-    def _replace_module(self, parent, child_name, new_module, child) -> None:
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: Any) -> None:
         # PEFT moves the new layer to the device of the weight.
         with seen_where_it_computes(child.base_layer if hasattr(child, "base_layer") else child):
             super()._replace_module(parent, child_name, new_module, child)
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """PEFT calls this around every call of the model: here the names of a mixed batch come in."""
         layers = [module for module in self.model.modules() if isinstance(module, Linear)]
         with mixed(self.model, layers, kwargs.get("adapter_names")), first_calls(self, self.model):
             yield
 
-    def generate(self, *args, **kwargs):
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's, inside a scope of :func:`randlora.inference_cache`. PEFT's models call it."""
         with inference_cache():
             return self.model.generate(*args, **kwargs)
@@ -249,7 +255,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check(name: str, module: nn.Module) -> None:
+def _check(name: str, module: Any) -> None:
     known = {Linear, RandLoraModel, peft_randlora.Linear, PeftRandLoraModel}
     # PEFT's classes for quantised layers exist only where bitsandbytes does.
     if type(module) not in known and not type(module).__module__.startswith("peft."):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from peft.tuners import randlora as peft_randlora
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
@@ -15,7 +16,7 @@ from ...layers.linear import conv1d_types
 from ...model.targets import layer_sizes
 
 
-def matched(config, key: str):
+def matched(config: Any, key: str) -> Any:
     """`config` as it is for the module `key`, with lists in place of regular expressions: these are matched here.
 
     Raises:
@@ -32,7 +33,7 @@ def matched(config, key: str):
     return config
 
 
-def check_targets(tuner, config) -> None:
+def check_targets(tuner: Any, config: Any) -> None:
     """Raises for what cannot be adapted."""
     config = tuner._prepare_adapter_config(config, tuner.get_model_config(tuner.model))
     config = _maybe_include_all_linear_layers(config, tuner.model)

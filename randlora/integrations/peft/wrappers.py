@@ -66,7 +66,7 @@ class Trainability:
 
     KEY = "_randlora_trainability"
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: Any) -> None:
         self.active = list(module.active_adapters)
         self.flags = [(parameter, parameter.requires_grad) for parameter in self.parameters(module)]
 
