@@ -19,7 +19,7 @@ def check_metadata():
     assert Path(randlora.__file__).is_relative_to(sys.prefix), f"{randlora.__file__} is not that of the environment"
     assert metadata.version("randlora") == randlora.__version__ == randlora.build_info()["version"]
     minor = ".".join(torch.__version__.split(".")[:2])
-    required = [text for text in metadata.requires("randlora") if text.startswith("torch")][0]
+    required = next(text for text in metadata.requires("randlora") if text.startswith("torch"))
     assert required == f"torch=={minor}.*", f"built against torch {minor}, the wheel requires {required}"
 
 
