@@ -29,7 +29,7 @@ getattr(randlora_build_backend, sys.argv[1])(sys.argv[2])
 # `python -m bench report` draws these anew from the CSV files, which are there.
 LEFT_OUT = re.compile(r"bench/results/.*\.(png|html)")
 # They compute with every method, for longer than all the others together, and read nothing that the others do not read.
-NOT_SLOW = "not test_models and not test_host and not test_peak_of_a_step"
+NOT_SLOW = "not test_models and not test_host and not test_gpu_script and not test_peak_of_a_step"
 
 
 def tracked():
