@@ -39,7 +39,7 @@ CPP_FILES = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*
 # What the binary is made from. The folders are listed too: their times change when a file is removed.
 SOURCES := setup.py pyproject.toml $(shell find csrc build_backend -name __pycache__ -prune -o -print)
 
-.PHONY: help demo test pytest ctest asan bench gpu-build check-cuda wheel check-wheel lint format clean distclean FORCE
+.PHONY: help demo test pytest ctest asan bench gpu-build lint format clean distclean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -48,10 +48,10 @@ help:
 	@echo "make asan      the op fuzzer and the tests of the ops on a build with address and undefined-behaviour sanitizers"
 	@echo "make bench     run the benchmarks (40 minutes; ARGS=--quick: ten), then write bench/results/REPORT.md"
 	@echo "make gpu-build a wheel with CUDA kernels for bench/gpu.sh on a machine with a Hopper GPU (PYTHON=python3.12)"
-	@echo "make check-cuda  build the CUDA kernels against CUDA_TORCH and inspect the binary (needs nvcc and no GPU)"
-	@echo "make wheel     a wheel for this Python and this TORCH, in dist; make check-wheel: try it in an empty environment"
-	@echo "make lint      check style, workflows and hooks; make format: mend the style"
+	@echo "make lint      check style; make format: mend it"
 	@echo "make clean     remove what was built; make distclean: the virtual environments too"
+	@echo "make wheel     a wheel for this Python and this TORCH, in dist; make check-wheel: try it in an empty environment"
+	@echo "make check-cuda  build the CUDA kernels against CUDA_TORCH and inspect the binary (needs nvcc, but no GPU)"
 	@echo "The first lines of the Makefile name the variables, such as TORCH=torch==2.13.0 and MAX_JOBS=2."
 
 demo: $(VENV)/.installed $(VENV)/.model
@@ -94,6 +94,30 @@ bench: $(VENV)/.installed $(VENV)/.model
 gpu-build:
 	bench/gpu_build.sh
 
+lint: $(VENV)/.linters $(VENV)/.checkers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+	$(BIN)/shellcheck .ci/run $(shell find bench -name '*.sh')
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows $(wildcard .github/workflows/*.yml)
+	$(BIN)/pre-commit validate-config
+
+format: $(VENV)/.linters
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+clean:
+	rm -rf build dist *.egg-info randlora/_C*.so randlora/_build.json .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv .venv-cuda .venv-gpu .gpu
+
+# --- what others install -----------------------------------------------------------------------------------------------
+
+.PHONY: check-cuda wheel check-wheel
+
 # In an environment of its own, with a torch that has CUDA.
 check-cuda:
 	@test -x $(CUDA_HOME)/bin/nvcc || { echo "There is no nvcc in $(CUDA_HOME)/bin: install a CUDA toolkit of the" \
@@ -121,26 +145,6 @@ check-wheel:
 	$(BIN)/python -m venv "$$folder/venv"; \
 	"$$folder/venv/bin/python" -m pip install --quiet --disable-pip-version-check "$(TORCH)" $$wheels; \
 	cp tests/check_wheel.py "$$folder"; cd "$$folder"; venv/bin/python -I check_wheel.py
-
-lint: $(VENV)/.linters $(VENV)/.checkers
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
-	$(BIN)/shellcheck .ci/run $(shell find bench -name '*.sh')
-	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows $(wildcard .github/workflows/*.yml)
-	$(BIN)/pre-commit validate-config
-
-format: $(VENV)/.linters
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CPP_FILES)
-
-clean:
-	rm -rf build dist *.egg-info randlora/_C*.so randlora/_build.json .pytest_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
-
-distclean: clean
-	rm -rf .venv .venv-cuda .venv-gpu .gpu
 
 # --- the environment; each step leaves a stamp, so that it is taken again only when something changed -----------------
 

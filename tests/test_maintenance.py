@@ -24,7 +24,7 @@ def pins(text):
 
 
 def phony():
-    return set(re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.M)[1].split()) - {"FORCE"}
+    return set(" ".join(re.findall(r"^\.PHONY: (.*)$", MAKEFILE, re.M)).split()) - {"FORCE"}
 
 
 def settings():
