@@ -94,7 +94,7 @@ bench: $(VENV)/.installed $(VENV)/.model
 gpu-build:
 	bench/gpu_build.sh
 
-lint: $(VENV)/.linters $(VENV)/.checkers
+lint: $(VENV)/.linters
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
@@ -114,7 +114,7 @@ clean:
 distclean: clean
 	rm -rf .venv .venv-cuda .venv-gpu .gpu
 
-# --- what others install -----------------------------------------------------------------------------------------------
+# --- what others install ----------------------------------------------------------------------------------------------
 
 .PHONY: check-cuda wheel check-wheel
 
@@ -188,6 +188,7 @@ $(VENV)/.linters: $(VENV)/.created
 	$(PIP) $(LINTERS)
 	@touch $@
 
+lint: $(VENV)/.checkers
 $(VENV)/.checkers: $(VENV)/.created
 	$(PIP) $(CHECKERS)
 	@touch $@
