@@ -11,6 +11,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+DOCS_VENV ?= .venv-docs
 TORCH ?= torch==2.13.0
 ARGS ?=
 PYTEST_ARGS ?=
@@ -28,7 +29,7 @@ CPP_FILES = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*
 # What the binary is made from. The folders are listed too: their times change when a file is removed.
 SOURCES := setup.py pyproject.toml $(shell find csrc build_backend -name __pycache__ -prune -o -print)
 
-.PHONY: help demo test pytest ctest asan bench gpu-build lint format clean distclean FORCE
+.PHONY: help demo test pytest ctest asan bench gpu-build docs lint format clean distclean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -37,6 +38,7 @@ help:
 	@echo "make asan      the op fuzzer and the tests of the ops on a build with address and undefined-behaviour sanitizers"
 	@echo "make bench     run the benchmarks (40 minutes; ARGS=--quick: ten), then write bench/results/REPORT.md"
 	@echo "make gpu-build a wheel with CUDA kernels for bench/gpu.sh on a machine with a Hopper GPU (PYTHON=python3.12)"
+	@echo "make docs      the site of the documentation, with the API, into build/site"
 	@echo "make lint      check style; make format: mend it"
 	@echo "make clean     remove what was built; make distclean: the virtual environments too"
 	@echo "The first lines of the Makefile name the variables, such as TORCH=torch==2.13.0 and MAX_JOBS=2."
@@ -81,6 +83,11 @@ bench: $(VENV)/.installed $(VENV)/.model
 gpu-build:
 	bench/gpu_build.sh
 
+# Read from the sources: neither torch nor the compiled part is needed. The variable silences an announcement.
+docs: $(DOCS_VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	@echo "== build/site/index.html"
+
 lint: $(VENV)/.linters
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -96,7 +103,7 @@ clean:
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf .venv .venv-cuda .venv-gpu .gpu
+	rm -rf .venv .venv-cuda .venv-gpu .venv-docs .gpu
 
 # --- the environment; each step leaves a stamp, so that it is taken again only when something changed -----------------
 
@@ -132,4 +139,12 @@ $(VENV)/.model: $(VENV)/.created
 
 $(VENV)/.linters: $(VENV)/.created
 	$(PIP) $(LINTERS)
+	@touch $@
+
+# "--group" needs pip 25.1.
+$(DOCS_VENV)/.docs: pyproject.toml
+	@echo "== Installing what builds the documentation into $(DOCS_VENV)"
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --upgrade 'pip>=25.1'
+	$(DOCS_VENV)/bin/python -m pip install --quiet --group docs
 	@touch $@
