@@ -29,16 +29,16 @@ CPP_FILES = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*
 # What the binary is made from. The folders are listed too: their times change when a file is removed.
 SOURCES := setup.py pyproject.toml $(shell find csrc build_backend -name __pycache__ -prune -o -print)
 
-.PHONY: help demo test pytest ctest asan bench gpu-build docs lint format clean distclean FORCE
+.PHONY: help demo test pytest ctest asan bench gpu-build lint format clean distclean FORCE
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      adapt a pretrained model to a real text classification task (a few minutes)"
 	@echo "make test      build, then run the Python and the C++ tests"
 	@echo "make asan      the op fuzzer and the tests of the ops on a build with address and undefined-behaviour sanitizers"
+	@echo "make docs      the site of the documentation, with the API, into build/site"
 	@echo "make bench     run the benchmarks (40 minutes; ARGS=--quick: ten), then write bench/results/REPORT.md"
 	@echo "make gpu-build a wheel with CUDA kernels for bench/gpu.sh on a machine with a Hopper GPU (PYTHON=python3.12)"
-	@echo "make docs      the site of the documentation, with the API, into build/site"
 	@echo "make lint      check style; make format: mend it"
 	@echo "make clean     remove what was built; make distclean: the virtual environments too"
 	@echo "The first lines of the Makefile name the variables, such as TORCH=torch==2.13.0 and MAX_JOBS=2."
@@ -79,14 +79,23 @@ bench: $(VENV)/.installed $(VENV)/.model
 	for question in $(or $(BENCH),$$all); do echo "== $$question"; $(BIN)/python -m bench $$question $(ARGS); done; \
 	echo "== report"; $(BIN)/python -m bench report
 
-# In an environment of its own, with the torch of the GPU's machine: bench/gpu_build.sh says which.
-gpu-build:
-	bench/gpu_build.sh
-
 # Read from the sources: neither torch nor the compiled part is needed. The variable silences an announcement.
+.PHONY: docs
 docs: $(DOCS_VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
 	@echo "== build/site/index.html"
+
+# "--group" needs pip 25.1.
+$(DOCS_VENV)/.docs: pyproject.toml
+	@echo "== Installing what builds the documentation into $(DOCS_VENV)"
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --upgrade 'pip>=25.1'
+	$(DOCS_VENV)/bin/python -m pip install --quiet --group docs
+	@touch $@
+
+# In an environment of its own, with the torch of the GPU's machine: bench/gpu_build.sh says which.
+gpu-build:
+	bench/gpu_build.sh
 
 lint: $(VENV)/.linters
 	$(BIN)/ruff check .
@@ -139,12 +148,4 @@ $(VENV)/.model: $(VENV)/.created
 
 $(VENV)/.linters: $(VENV)/.created
 	$(PIP) $(LINTERS)
-	@touch $@
-
-# "--group" needs pip 25.1.
-$(DOCS_VENV)/.docs: pyproject.toml
-	@echo "== Installing what builds the documentation into $(DOCS_VENV)"
-	$(PYTHON) -m venv $(DOCS_VENV)
-	$(DOCS_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --upgrade 'pip>=25.1'
-	$(DOCS_VENV)/bin/python -m pip install --quiet --group docs
 	@touch $@

@@ -63,8 +63,20 @@ def commands(page: str) -> list[list[str]]:
     """Command lines in blocks of bash and in backticks, as lists of words."""
     lines = [line for block in blocks(page) if block.language == "bash" for line in block.code.splitlines()]
     lines += [span for span in spans(page) if re.match(r"(make|python|pip|uv|bench/\w+\.sh) ", span)]
-    parts = [part for line in lines for part in re.split(r"&&|;", line.split(" #")[0])]
-    return [words for words in (shlex.split(part, comments=True) for part in parts) if words]
+    return [words for line in lines for words in split(line)]
+
+
+def split(line: str) -> list[list[str]]:
+    """The commands of a line of the shell."""
+    reader = shlex.shlex(line, posix=True, punctuation_chars=True)
+    reader.whitespace_split = True
+    found: list[list[str]] = [[]]
+    for word in reader:
+        if word in ("&&", ";", "|"):
+            found.append([])
+        else:
+            found[-1].append(word)
+    return [words for words in found if words]
 
 
 def links(page: str) -> list[str]:
