@@ -13,6 +13,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+DOCS_VENV ?= .venv-docs
 TORCH ?= torch==2.13.0
 CUDA_TORCH ?= torch==2.11.0
 CUDA_HOME ?= /usr/local/cuda
@@ -46,6 +47,7 @@ help:
 	@echo "make demo      adapt a pretrained model to a real text classification task (a few minutes)"
 	@echo "make test      build, then run the Python and the C++ tests"
 	@echo "make asan      the op fuzzer and the tests of the ops on a build with address and undefined-behaviour sanitizers"
+	@echo "make docs      the site of the documentation, with the API, into build/site"
 	@echo "make bench     run the benchmarks (40 minutes; ARGS=--quick: ten), then write bench/results/REPORT.md"
 	@echo "make gpu-build a wheel with CUDA kernels for bench/gpu.sh on a machine with a Hopper GPU (PYTHON=python3.12)"
 	@echo "make lint      check style; make format: mend it"
@@ -90,6 +92,20 @@ bench: $(VENV)/.installed $(VENV)/.model
 	for question in $(or $(BENCH),$$all); do echo "== $$question"; $(BIN)/python -m bench $$question $(ARGS); done; \
 	echo "== report"; $(BIN)/python -m bench report
 
+# Read from the sources: neither torch nor the compiled part is needed. The variable silences an announcement.
+.PHONY: docs
+docs: $(DOCS_VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	@echo "== build/site/index.html"
+
+# "--group" needs pip 25.1.
+$(DOCS_VENV)/.docs: pyproject.toml
+	@echo "== Installing what builds the documentation into $(DOCS_VENV)"
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --upgrade 'pip>=25.1'
+	$(DOCS_VENV)/bin/python -m pip install --quiet --group docs
+	@touch $@
+
 # In an environment of its own, with the torch of the GPU's machine: bench/gpu_build.sh says which.
 gpu-build:
 	bench/gpu_build.sh
@@ -112,7 +128,7 @@ clean:
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf .venv .venv-cuda .venv-gpu .gpu
+	rm -rf .venv .venv-cuda .venv-gpu .venv-docs .gpu
 
 # --- what others install ----------------------------------------------------------------------------------------------
 
