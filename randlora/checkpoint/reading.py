@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..bases.random_bases import RandomBases
 from ..bases.shared import shared
 from ..checks import FLOATS
+from ..config import config_of_files
 from ..layers import offload
 from ..model import injection
 from ..model.injection import Plan, adapted_layers
@@ -28,16 +29,15 @@ from ..names import plain_name
 from . import biases
 from .hub import find_folder
 from .layout import (
+    BASES,
     DAMAGE,
     PARAMETERS,
     PREFIX,
-    PROJECTIONS,
     WEIGHTS_NAME,
     as_bytes,
     check_numbers,
     checksum,
     is_projection,
-    make_config,
     open_adapter,
 )
 
@@ -87,7 +87,7 @@ def read(model: nn.Module, folder: str | os.PathLike) -> Loaded:
     folder = find_folder(folder)
     path = folder / WEIGHTS_NAME
     with _Weights.open(folder) as file:
-        config = make_config(folder, file.described, file.given)
+        config = config_of_files(folder, file.described, file.given)
         try:
             # The first bases only stand in, until it is known that the file has the layers of this model.
             plan = injection.plan(model, config, RandomBases(1, 1, config.r))
@@ -179,7 +179,7 @@ class _Weights:
 
     def projections(self) -> tuple[Tensor, Tensor] | None:
         keys = sorted(filter(is_projection, self.file.keys()))
-        first = [min((k for k in keys if k.endswith(name)), key=len, default=None) for name in PROJECTIONS]
+        first = [min((k for k in keys if k.endswith(name)), key=len, default=None) for name in BASES]
         if first == [None, None]:
             return None
         if None in first:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..bases.random_bases import RandomBases
-from ..config import ALL_LINEAR, CONFIG_NAME, OWN_PEFT_TYPE, RandLoraConfig
+from ..config import ALL_LINEAR, RandLoraConfig
 from ..layers.offload import with_numbers
 from ..layers.randlora_layer import RandLoraLayer
 from ..model import injection
@@ -26,7 +26,18 @@ from ..model.injection import adapted_layers, saved_modules
 from ..names import plain_name
 from . import biases
 from .for_peft import drawn_dims, exact_targets, misread
-from .layout import FORMAT, METADATA_KEY, OWN_SETTINGS, PARAMETERS, PREFIX, WEIGHTS_NAME, check_numbers, checksum
+from .layout import (
+    CONFIG_NAME,
+    FORMAT,
+    METADATA_KEY,
+    OWN_PEFT_TYPE,
+    OWN_SETTINGS,
+    PARAMETERS,
+    PREFIX,
+    WEIGHTS_NAME,
+    check_numbers,
+    checksum,
+)
 from .replace import replace_files
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from ..config import PEFT_TYPE, RandLoraConfig
+from ..checkpoint.layout import PEFT_TYPE
+from ..config import RandLoraConfig
 from ..layers.merging import merged_or_not, unmerged
 from ..undo import all_or_nothing
 from . import injection, ties

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..checkpoint import reading, writing
 from ..config import RandLoraConfig
 from ..layers.bypassed import first_calls, forget_calls
 from ..layers.mixed_batch import mixed_batch
@@ -267,8 +268,8 @@ class RandLoraModel(Delegating, ActiveAdapters):
     ) -> None:
         """Write adapters as PEFT does: ``"default"`` into the folder itself, others into folders of their names.
 
-        See :func:`randlora.checkpoint.save` for `for_peft`, `state_dict` and errors. The others are what transformers,
-        PEFT and accelerate hand over.
+        See :func:`randlora.checkpoint.writing.save` for `for_peft`, `state_dict` and errors. The others are what
+        transformers, PEFT and accelerate hand over.
 
         Args:
             is_main_process: False: nothing is written, as another process does it.
@@ -280,12 +281,10 @@ class RandLoraModel(Delegating, ActiveAdapters):
         Raises:
             ValueError: ``safe_serialization=False``, or a `save_function` of another origin, which would not be called.
         """
-        from .. import checkpoint
-
         names = self._names(list(self.peft_config) if selected_adapters is None else selected_adapters)
-        checkpoint.check_ways(safe_serialization, save_function)
+        writing.check_ways(safe_serialization, save_function)
         if is_main_process:
-            checkpoint.save(self, save_directory, names, for_peft, state_dict)
+            writing.save(self, save_directory, names, for_peft, state_dict)
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> None:
         """Write the adapters as :meth:`save_pretrained` does and upload them to a repository of the Hugging Face hub.
@@ -311,12 +310,10 @@ class RandLoraModel(Delegating, ActiveAdapters):
         Raises:
             ValueError: a file that cannot be read or does not fit; the model is left as it was.
         """
-        from .. import checkpoint
-
         injection.check_name(adapter_name, {})
         if isinstance(model, RandLoraModel) or adapted_layers(model):
             raise ValueError("this model is adapted already: call its load_adapter()")
-        loaded = checkpoint.read(model, path)
+        loaded = reading.read(model, path)
         loaded.plan.config.inference_mode = not is_trainable
         with all_or_nothing(model, values=loaded.overwritten(model)):
             self = cls(model, loaded.plan, adapter_name)
@@ -328,10 +325,8 @@ class RandLoraModel(Delegating, ActiveAdapters):
 
         `is_trainable` is for a model without active adapters, where it acts at once; else :meth:`set_adapter` decides.
         """
-        from .. import checkpoint
-
         injection.check_name(adapter_name, self.peft_config)
-        loaded = checkpoint.read(self.model, path)
+        loaded = reading.read(self.model, path)
         loaded.plan.config.inference_mode = not is_trainable
         with all_or_nothing(self, values=loaded.overwritten(self.model)):
             self._add(adapter_name, loaded.plan)
