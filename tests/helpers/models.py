@@ -9,7 +9,7 @@ from torch import nn
 import randlora
 from helpers.common import normal, reference_update
 from randlora.layers.randlora_layer import RandLoraLayer
-from randlora.model.injection import adapted_layers
+from randlora.model.parts import adapted_layers
 
 WIDTH, HIDDEN, WORDS, CLASSES = 13, 22, 19, 7
 IDS = torch.randint(0, WORDS, (4, 5), generator=torch.Generator().manual_seed(3))

@@ -18,7 +18,8 @@ from ...layers.fast_path import disable_fast_path, restore_fast_path
 from ...layers.merging import check_unmerge, merged_or_not
 from ...layers.update_cache import inference_cache
 from ...model import ties
-from ...model.injection import adapted_layers, to_merge
+from ...model.injection import to_merge
+from ...model.parts import adapted_layers
 from ...names import check_savable
 from ...undo import all_or_nothing
 from .bases import Bases, is_8_bit
