@@ -17,6 +17,8 @@ from .ops.fake_kernels import require_one_device
 from .ops.unique_base import UniqueBaseGrad
 from .private_torch import in_transform
 
+__all__ = ["delta_weight", "flat_bases", "linear", "sparse_delta_weight", "unique_base"]
+
 
 def unique_base(
     A: Tensor,
