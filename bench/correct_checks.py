@@ -64,10 +64,14 @@ def layer_checks(device: torch.device, few: bool) -> Iterator[Check]:
                                     for t in (problem.lam, problem.gamma)
                                 )
                                 A, B, pattern = given(problem.bases, form, dtype, device)
-                                options = (dtype, strategy, dropout, seed.to(device), False, 0, pattern)
-                                y = op(x, weight, bias, A, B, lam, gamma, g.shape[1], problem.scale, *options)
+                                others = A, B, lam, gamma, pattern, seed.to(device)
+                                options = {
+                                    "scale": problem.scale, "dtype": dtype, "strategy": strategy, "dropout": dropout,
+                                    "weight_is_transposed": False, "workspace": 0,
+                                }  # fmt: skip
+                                y = op(x, weight, bias, *others, out_features=g.shape[1], **options)
                                 gradients = op_backward(
-                                    g, x, weight, A, B, lam, gamma, problem.scale, *options, True, True, True
+                                    g, x, weight, *others, need_x=True, need_lambda=True, need_gamma=True, **options
                                 )
                                 return list(zip((y, *gradients), expected, strict=True))
 

@@ -8,8 +8,8 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include "dtypes.h"
 #include "philox.h"
-#include "sizes.h"
 
 namespace randlora {
 
@@ -23,7 +23,7 @@ struct DropoutMask {
 };
 
 inline void check_dropout(const at::Tensor& x, const at::Tensor& seed, double p) {
-  TORCH_CHECK_TYPE(is_float(x.scalar_type()), "x must be float64, float32, bfloat16 or float16, got ", x.scalar_type());
+  check_float(x, "x");
   TORCH_CHECK_TYPE(seed.scalar_type() == at::kLong, "seed must be int64, got ", seed.scalar_type());
   TORCH_CHECK_VALUE(seed.numel() == 1, "seed must have one element, got shape ", seed.sizes());
   TORCH_CHECK_VALUE(seed.device() == x.device(), "seed must be on the device of x, ", x.device(), ", got ",

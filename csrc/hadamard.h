@@ -3,9 +3,10 @@
 //
 //   A[k, 0, j] = a_j W(k, g)        B2[o, p] = b_o c_p W(o, p)
 //
-// pattern is (a, b, c, width): words of sign bits, int32, bit x % 32 of word x / 32 of sign x, 1: minus; of at least m,
-// M and P signs. `width` is int8 of shape [w, 0]: its shape alone says w (1, 2, 4 or 8), so that no device is ever
-// asked for it. The narrow side of a layer has m = min(in, out) features, the wide side M = max(in, out).
+// A pattern is signs (pattern.h), (a, b, c, width): words of sign bits, int32, bit x % 32 of word x / 32 of sign x, 1:
+// minus; of at least m, M and P signs. `width` is int8 of shape [w, 0]: its shape alone says w (1, 2, 4 or 8), so that
+// no device is ever asked for it. The narrow side of a layer has m = min(in, out) features, the wide side M = max(in,
+// out).
 //
 //   up     u[t,g,i] = sum of a_j gamma[i,j] x[t,j] over the columns j of g      v[t,k,i] = sum_g W(k,g) u[t,g,i]
 //          h[t,p] = scale c_p lambda[k,i] v[t,k,i], p = k n + i                 y[t,o] += b_o sum_p W(o,p) h[t,p]
@@ -39,20 +40,21 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "dtypes.h"
+#include "update.h"
+
 namespace randlora {
 
-struct HadamardShape {
-  const int32_t *a, *b, *c;  // sign bits
-  int64_t r, n, m, M;
-  int64_t P, R;
-  int64_t width;    // w
-  int64_t columns;  // of the largest group: w * ceil(m / (w R))
+// Signs as kernels read them, for one layer.
+struct HadamardShape : LayerSizes {
+  const int32_t *a = nullptr, *b = nullptr, *c = nullptr;  // sign bits
+  int64_t P = 0, R = 0;
+  int64_t width = 0;    // w
+  int64_t columns = 0;  // of the largest group: w * ceil(m / (w R))
 };
 
-inline bool is_hadamard(at::TensorList pattern) { return pattern.size() == 4; }
-
 // Checks what is the same for layers of any size (ValueError, TypeError).
-void check_hadamard_pattern(at::TensorList pattern, at::Device device);
+void check_signs(at::TensorList pattern, at::Device device);
 
 // Checks the pattern and the parameters of a layer (ValueError, TypeError).
 HadamardShape check_hadamard(at::TensorList pattern, const at::Tensor& lambda, const at::Tensor& gamma, int64_t M);
@@ -74,6 +76,6 @@ HadamardShape check_hadamard_grad(const at::Tensor& grad, at::TensorList pattern
                                   const at::Tensor& gamma);
 
 // What sums have for tokens of this type.
-inline at::ScalarType hadamard_sums(at::ScalarType tokens) { return tokens == at::kDouble ? at::kDouble : at::kFloat; }
+inline at::ScalarType hadamard_sums(at::ScalarType tokens) { return sum_type(tokens); }
 
 }  // namespace randlora

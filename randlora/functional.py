@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import fake_kernels, linear_op, planner  # noqa: F401
 from .fake_kernels import require_one_device
+from .linear_op import Fixed, Settings
 from .ops import UniqueBaseGrad, in_transform
 from .patterns import Pattern, is_hadamard, is_lists
 
@@ -254,10 +255,9 @@ def linear_of(
             need_parameters=grad and (randlora_lambda.requires_grad or randlora_gamma.requires_grad),
             form=planner.form(pattern),
         )  # fmt: skip
-    y = linear_op.apply(
-        x, weight, bias, A, B, randlora_lambda, randlora_gamma, out_features, scaling, dtype, strategy, p, seed,
-        weight_is_transposed, workspace, [*pattern] if pattern else [], backward_strategy,
-    )  # fmt: skip
+    settings = Settings(out_features, scaling, dtype, strategy, backward_strategy, p, weight_is_transposed, workspace)
+    fixed = Fixed(weight, A, B, seed, [*pattern] if pattern else [], settings)
+    y = linear_op.apply(x, randlora_lambda, randlora_gamma, bias, fixed)
     return y if ordinary is None else ordinary + y
 
 

@@ -38,6 +38,18 @@ def draw_layer(shape, dtype=torch.float64, parameter_dtype=None, device="cpu", n
     return x, weight, bias, A, B, lam, gamma
 
 
+# Of the raw op's backward.
+ALL_GRADIENTS = {"need_x": True, "need_lambda": True, "need_gamma": True}
+
+
+def op_options(dtype, strategy):
+    """What is not a tensor for the raw op and its backward; the forward needs `out_features`, too."""
+    return {
+        "scale": 0.7, "dtype": dtype, "strategy": strategy, "dropout": 0.0, "weight_is_transposed": False,
+        "workspace": 0,
+    }  # fmt: skip
+
+
 def reference(x, weight, bias, A, B, lam, gamma, scaling, mask=1.0):
     dW = reference_dW(A, B, lam, gamma, scaling, x.shape[-1], weight.shape[0])
     y = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
@@ -120,11 +132,18 @@ def test_gradcheck(shape, strategy, device):
 @over("dtype", (torch.float64, torch.float32, torch.bfloat16))
 def test_opcheck(strategy, dtype, device):
     x, weight, bias, *factors = (t.detach() for t in draw_layer((24, 41, 8), dtype, device=device))
-    options = (0.7, dtype, strategy, 0.0, None, False, 0, [])
-    torch.library.opcheck(torch.ops.randlora.linear.default, (x, weight, bias, *factors, 41, *options))
+    options = op_options(dtype, strategy)
+    op, backward = torch.ops.randlora.linear.default, torch.ops.randlora.linear_backward.default
+    torch.library.opcheck(op, (x, weight, bias, *factors, [], None), {**options, "out_features": 41})
     grad = normal(2, 5, 41, dtype=dtype, device=device)
-    needs = (True, True, True)
-    torch.library.opcheck(torch.ops.randlora.linear_backward.default, (grad, x, weight, *factors, *options, *needs))
+    torch.library.opcheck(backward, (grad, x, weight, *factors, [], None), {**options, **ALL_GRADIENTS})
+
+
+@pytest.mark.parametrize("name", ["linear", "linear_backward"])
+def test_tensors_have_places_and_all_else_has_names(name):
+    """So that no two options of the same type can be mistaken for each other, in C++ or in Python."""
+    for argument in getattr(torch.ops.randlora, name).default._schema.arguments:
+        assert argument.kwarg_only == ("Tensor" not in str(argument.type)), argument.name
 
 
 @on_devices

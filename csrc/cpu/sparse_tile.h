@@ -8,6 +8,8 @@
 
 #include "cpu/sparse_column.h"
 #include "cpu/vec.h"
+#include "sizes.h"
+#include "sparse_update.h"
 
 namespace randlora::cpu {
 
@@ -55,7 +57,7 @@ struct Scaled {
 
   // lambda [r, n] and gamma transposed, [m, n].
   Scaled(const SparsePattern& s, const Acc* lambda, const Acc* gamma, Acc scale)
-      : s(s), padded((s.n + kLanes<Acc> - 1) / kLanes<Acc> * kLanes<Acc>), coefficients(entries() * padded) {
+      : s(s), padded(divide_up(s.n, kLanes<Acc>) * kLanes<Acc>), coefficients(entries() * padded) {
     for (int64_t c = 0; c < s.count; ++c)
       for (int32_t e = s.a_starts[c]; e < s.a_starts[c + 1]; ++e) {
         const Acc a = s.a_entries[e] & 1 ? -scale : scale;

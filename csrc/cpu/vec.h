@@ -4,13 +4,10 @@
 
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 #include <utility>
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
 #include "cpu/isa.h"
+#include "dtypes.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
 // Vectors are only passed between functions that are inlined, so no calling convention is involved.
@@ -18,9 +15,6 @@
 #endif
 
 namespace randlora::cpu {
-
-template <class T>
-using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <class Acc, int Bytes>
 struct VecOf {

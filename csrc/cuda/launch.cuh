@@ -14,12 +14,10 @@
 #include <c10/util/Half.h>
 #include <cuda_runtime.h>
 
+#include "dtypes.h"
 #include "sizes.h"
 
 namespace randlora::cuda {
-
-template <class T>
-using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // N consecutive elements, moved as one access of up to 16 bytes.
 template <class T, int N>
