@@ -1,5 +1,5 @@
 // The schemas of torch.ops.randlora.*, and the ops as C++ functions. Kernels are registered at the end of cpu/<op>.cpp,
-// cuda/<op>.cu and layer/linear.cpp; fake kernels, vmap and most of autograd in Python.
+// cuda/<op>.cu and layer/linear.cpp; fake kernels, vmap and most of autograd in randlora/ops/.
 #include "ops.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>

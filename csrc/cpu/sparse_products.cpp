@@ -112,7 +112,7 @@ std::tuple<at::Tensor, at::Tensor> down(const SparsePattern& s, const std::optio
         }
       }
   });
-  return {dlambda, dgamma.t()};
+  return {dlambda, dgamma.t().contiguous()};
 }
 
 void sparse_up_(const at::Tensor& out, const at::Tensor& x, at::TensorList pattern, const at::Tensor& lambda,
