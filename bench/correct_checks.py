@@ -109,6 +109,8 @@ def _to(device: torch.device, *pairs: tuple[Tensor, torch.dtype]) -> list[Tensor
 
 def sparse_checks(device: torch.device, few: bool) -> Iterator[Check]:
     """Updates by themselves: with the weight by rows, by columns and without it, in every form that there is."""
+    from randlora.ops.pattern import ListTensors
+
     ops = torch.ops.randlora
     for kind, sizes in (
         ("sparse", (41, 107)),
@@ -129,7 +131,7 @@ def sparse_checks(device: torch.device, few: bool) -> Iterator[Check]:
                     _, _, pattern = given(problem.bases, form, dtype, device)
                     lam, gamma = (t.to(device, accumulator) for t in (problem.lam, problem.gamma))
                     options = problem.M, problem.scale
-                    rows = pattern[0].long().cpu() if form == "lists" else torch.arange(problem.m)
+                    rows = ListTensors(*pattern).columns.long().cpu() if form == "lists" else torch.arange(problem.m)
                     D, W = problem.update(problem.lam, problem.gamma).T, problem.weight.T  # [m, M]
                     by_rows, by_columns = W.contiguous().to(device, dtype), problem.weight.to(device, dtype).T
                     G = normal(len(rows), problem.M, seed=7)

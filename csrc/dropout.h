@@ -2,7 +2,7 @@
 //
 // Element e (flat, C order) of x is dropped if word e % 4 of the Philox counter {e / 4 (64 bits), 0, 2} under the
 // 64-bit key `seed` lies below p * 2^32; the others are divided by 1 - p. The mask can thus be drawn again instead of
-// kept, and it is the same on every device. The map is its own gradient.
+// kept, and it is the same on every device. The gradient of x is the same op, applied to the gradient of the result.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -7,15 +7,16 @@
 //
 //   D[j, o] = scale * sum_{k: A[k,j] != 0} A[k,j] * sum_i lambda[k,i] gamma[i,j] B2[o, k*n + i]      [m, M]
 //
-// dW is D^T where in <= out and D otherwise. Rows j without a non-zero in A are zero: without `weight` the others come
-// back, [columns, M], in `dtype`; with it, weight + D, [m, M], in the weight's dtype and layout (one of its strides is
-// 1). The backward takes the gradient of the rows that are not zero, [columns, M], fp32 or fp64, and gives
+// dW is D^T where in <= out and D otherwise. Row j of D is zero where column j of A is. Without `weight`, sparse_update
+// returns the other rows alone, [columns, M], in `dtype`; with it, weight + D, [m, M], in the weight's dtype and layout
+// (one of its strides is 1). The backward takes the gradient of these rows, [columns, M], fp32 or fp64, and returns
 //
 //   t[k,i,j] = scale * A[k,j] * sum_o B2[o, k*n + i] grad[j, o]
 //   dlambda[k,i] = sum_j t[k,i,j] gamma[i,j]        dgamma[i,j] = sum_k t[k,i,j] lambda[k,i]
 //
-// Both take nnz(A) * n * M / z additions, z the sparsity: r / z of the dense product's multiply-adds over z, some
-// thousand times fewer at M = m = 2048, z = sqrt(m). Sums have one order, whatever the number of threads.
+// Both take nnz(A) * n * M / z = r n m M / z^2 additions, where z is the sparsity. The dense product takes r n m M
+// multiply-adds: at M = m = 2048, z = sqrt(m), two thousand times as many. Sums have one order, whatever the number of
+// threads.
 #pragma once
 
 #include <cstdint>
@@ -45,7 +46,7 @@ struct ListsExtent {
 // Checks types, devices and, once per pattern, contents (ValueError, TypeError).
 ListsExtent check_lists(at::TensorList pattern, at::Device device);
 
-// check_lists, and the sizes of a layer with these parameters.
+// Checks the lists and the parameters of a layer, and that they fit each other.
 SparsePattern check_lists_of_layer(at::TensorList pattern, const at::Tensor& lambda, const at::Tensor& gamma,
                                    int64_t M);
 

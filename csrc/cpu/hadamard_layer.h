@@ -1,6 +1,6 @@
 // One layer's parameters as the kernels of Hadamard bases take them. Features of the narrow side are ordered by groups:
-// column j = (q R + g) w + e is column c = q w + e of group g. Groups have `columns` columns each, the last ones of
-// some may be missing and count as zero.
+// column j = (q R + g) w + e is column c = q w + e of group g. Every group has room for `columns` columns; those that
+// the layer does not have count as zero.
 //
 // Rows of n bases and of a group's columns are padded to a multiple of the lanes, so that every row begins with a whole
 // vector. What is in the padding is never read.

@@ -11,7 +11,7 @@
 
 namespace randlora {
 
-// What both ops get; check() says whether it makes sense. A backward gets no bias.
+// The arguments of both ops, not checked yet. A backward has no bias.
 struct LayerArguments {
   at::Tensor x;                      // [..., in]
   std::optional<at::Tensor> weight;  // [out, in], or [in, out] if weight_is_transposed; none: the update alone
@@ -41,7 +41,7 @@ using LayerGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // of x,
 
 // Throws ValueError / TypeError unless the arguments describe one layer.
 void check(const LayerArguments& a);
-// And unless grad is a gradient of its y.
+// Throws them unless grad is a gradient of the y of that layer.
 void check_grad(const at::Tensor& grad, const LayerArguments& a);
 
 int64_t tokens_of(const at::Tensor& x);

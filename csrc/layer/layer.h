@@ -37,8 +37,8 @@ class Layer {
   // y += x dW^T by the strategies factored and materialized. An undefined y is zero; so is dx below.
   virtual void add_update(at::Tensor& y, const at::Tensor& x) const = 0;
 
-  // The gradients of lambda and gamma, undefined where they are not needed; and dx += g dW if needed.x, but for the
-  // merged strategy, where the product with the weight has it.
+  // Returns the gradients of lambda and gamma, undefined where they are not needed. If needed.x, dx += g dW, except by
+  // the merged strategy: there, the product with W + dW includes it.
   virtual ParameterGradients update_backward(at::Tensor& dx, const at::Tensor& g, const at::Tensor& x,
                                              const Needed& needed) const = 0;
 

@@ -64,7 +64,7 @@ LayerGradients linear_backward_kernel(const at::Tensor& grad, const at::Tensor& 
 
 // The ops, through the dispatcher.
 at::Tensor call_linear(const LayerArguments& a);
-// By a.backward_strategy.
+// By the strategy a.backward_strategy.
 LayerGradients call_linear_backward(const at::Tensor& grad, const LayerArguments& a, const Needed& needed);
 
 }  // namespace randlora

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..bases.patterns import is_bits, is_lists
+from .pattern import BitTensors, ListTensors, PlaneTensors, is_bits, is_lists
 
 
 def require_one_device(**tensors: Tensor | Sequence[Tensor] | None) -> None:
@@ -83,7 +83,7 @@ def _(pattern, randlora_lambda, randlora_gamma, max_dim, scale, weight, dtype):
     require_one_device(randlora_lambda=randlora_lambda, randlora_gamma=randlora_gamma, weight=weight, pattern=pattern)
     if weight is not None:
         return torch.empty_like(weight)
-    rows = pattern[0].numel() if is_lists(pattern) else randlora_gamma.shape[1]
+    rows = ListTensors(*pattern).columns.numel() if is_lists(pattern) else randlora_gamma.shape[1]
     return randlora_gamma.new_empty((rows, max_dim), dtype=dtype)
 
 
@@ -97,7 +97,8 @@ def _(grad, pattern, randlora_lambda, randlora_gamma, scale, need_lambda, need_g
 def _(pattern, n, min_dim, max_dim, dtype, first=0, rows=None):
     require_one_device(pattern=pattern)
     if rows is None:
-        rows = pattern[0].shape[0] - (0 if is_bits(pattern) else 1) - first
+        r = len(BitTensors(*pattern).a_planes) if is_bits(pattern) else len(PlaneTensors(*pattern).a_starts) - 1
+        rows = r - first
     A = pattern[0].new_empty((rows, 1, min_dim), dtype=dtype)
     return A, A.new_empty((rows * n, max_dim))
 
