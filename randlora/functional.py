@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,10 @@ from torch import Tensor
 
 from . import planner
 from .bases.patterns import Pattern
-from .ops import fake_kernels  # noqa: F401
+from .ops import (
+    calls,
+    fake_kernels,  # noqa: F401
+)
 from .ops import linear as linear_op
 from .ops.fake_kernels import require_one_device
 from .ops.linear import Fixed, Settings
@@ -46,8 +50,9 @@ def unique_base(
     """
     # Both are the same op. The function runs under torch.func too; the op's own autograd costs half its overhead.
     if torch.compiler.is_compiling() or in_transform():
-        return UniqueBaseGrad.apply(A, randlora_lambda, randlora_gamma, scale, dtype)
-    return torch.ops.randlora.unique_base(A, randlora_lambda, randlora_gamma, scale, dtype)
+        S: Tensor = UniqueBaseGrad.apply(A, randlora_lambda, randlora_gamma, scale, dtype)
+        return S
+    return calls.unique_base(A, randlora_lambda, randlora_gamma, scale, dtype)
 
 
 def flat_bases(
@@ -145,7 +150,7 @@ def sparse_delta_weight(
                 x, None, None, None, None, randlora_lambda, randlora_gamma, scaling * scale, pattern=pattern,
                 strategy="materialized", out_features=out_features,
             ).T  # fmt: skip
-    build = torch.ops.randlora.hadamard_update if is_signs(pattern) else torch.ops.randlora.sparse_update
+    build = calls.hadamard_update if is_signs(pattern) else calls.sparse_update
     rows = build(pattern, randlora_lambda, randlora_gamma, M, scaling * scale, None, dtype)
     update = rows
     if is_lists(pattern):
@@ -283,7 +288,7 @@ def _require_pattern(pattern: Sequence[Tensor]) -> None:
     require_form(pattern)
 
 
-def _require_numbers(scaling, strategy, out_features, workspace, seed) -> None:
+def _require_numbers(scaling: object, strategy: object, out_features: object, workspace: Any, seed: object) -> None:
     for name, value, types, what in (
         ("scaling", scaling, (numbers.Real, torch.SymFloat, Tensor), "a number"),
         ("strategy", strategy, str, "a string"),

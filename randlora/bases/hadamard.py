@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..ops.calls import fill_bases_
+
 if TYPE_CHECKING:
     from .random_bases import RandomBases
 
@@ -49,7 +51,7 @@ def lost_rank(m: int, n: int, r: int, width: int) -> int:
 def signs(bases: RandomBases, stream: int, first: int, count: int, device: torch.device) -> Tensor:
     """int8 ``[count]``, -1 or +1: the signs of one stream from `first` on."""
     out = torch.empty((1, 1, count), dtype=torch.int8, device=device)
-    torch.ops.randlora.fill_bases_(out, bases.signed_seed, stream, (0, 0, first))
+    fill_bases_(out, bases.signed_seed, stream, (0, 0, first))
     return out[0, 0]
 
 

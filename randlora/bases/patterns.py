@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.calls import check_pattern
 from ..ops.pattern import BitTensors, ListTensors, PlaneTensors, SignTensors
 from . import hadamard
 
@@ -50,7 +51,7 @@ class Pattern(tuple[Tensor, ...]):
 
     def __new__(cls, tensors: Sequence[Tensor], r: int, num_bases: int, min_dim: int, max_dim: int) -> Pattern:
         self = super().__new__(cls, tensors)
-        torch.ops.randlora.check_pattern(list(self))
+        check_pattern(list(self))
         self.r, self.num_bases, self.min_dim, self.max_dim = r, num_bases, min_dim, max_dim
         return self
 

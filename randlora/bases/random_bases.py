@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..checks import require_dtype, require_float, require_int, require_size
+from ..ops.calls import fill_bases_
 from ..private_torch import parse_to
 from . import fingerprint, hadamard, patterns, peft_prng
 from .copies import Ready, are_wanted_fake, canonical, make_sure, make_sure_pattern, register, renew_in_children
@@ -270,7 +271,7 @@ class RandomBases:
         if self.kind == "hadamard":
             hadamard.fill(self, out, stream, offsets)
         else:
-            torch.ops.randlora.fill_bases_(out, self.signed_seed, stream, offsets, self.sparsity)
+            fill_bases_(out, self.signed_seed, stream, offsets, self.sparsity)
         return out
 
     def draw(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ demand that their tensors are on one device.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from .pattern import BitTensors, ListTensors, PlaneTensors, is_bits, is_lists
 
 def require_one_device(**tensors: Tensor | Sequence[Tensor] | None) -> None:
     """Raises ``ValueError``, naming the first argument that is not on the device of the first one."""
+    reference: Any
+    given: Any
     (first, reference), *_ = tensors.items()
     if not isinstance(reference, Tensor):
         reference, first = reference[0], f"{first}[0]"

@@ -14,18 +14,17 @@ with one argument in the place of another, and the functions below can be differ
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..private_torch import below_autograd, in_transform
+from .calls import linear as _linear
+from .calls import linear_backward as _linear_backward
 from .unique_base import once_per_sample, refuse_forward_over_forward
-
-_ops = torch.ops.randlora
-_linear, _linear_backward = _ops.linear.default, _ops.linear_backward.default
 
 # The update without the base weight, with every form of bases on every device.
 _ALONE = "materialized"
@@ -75,7 +74,8 @@ def apply(x: Tensor, randlora_lambda: Tensor, randlora_gamma: Tensor, bias: Tens
     """
     if in_transform():
         weight, A, B, seed, pattern, settings = fixed
-        return _Linear.apply(settings, x, randlora_lambda, randlora_gamma, bias, weight, A, B, seed, *pattern)
+        y: Tensor = _Linear.apply(settings, x, randlora_lambda, randlora_gamma, bias, weight, A, B, seed, *pattern)
+        return y
     return _call_linear(x, randlora_lambda, randlora_gamma, bias, fixed)
 
 
@@ -85,7 +85,9 @@ def _backward(
     """Gradients for x, lambda and gamma, empty where they are not needed; differentiable."""
     if in_transform():
         weight, A, B, seed, pattern, settings = fixed
-        return _LinearBackward.apply(settings, needs, grad, x, lam, gamma, weight, A, B, seed, *pattern)
+        found = _LinearBackward.apply(settings, needs, grad, x, lam, gamma, weight, A, B, seed, *pattern)
+        d_x, d_lambda, d_gamma = found
+        return d_x, d_lambda, d_gamma
     return _call_linear_backward(grad, x, lam, gamma, fixed, needs)
 
 
@@ -114,7 +116,9 @@ def _call_linear_backward(
     )  # fmt: skip
 
 
-def _keep_call(ctx, inputs, keyword_only_inputs, output):
+def _keep_call(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
+) -> None:
     """Of linear_backward, for :func:`_gradients_of_call`."""
     grad, x, weight, A, B, lam, gamma, pattern, seed = inputs
     options = dict(keyword_only_inputs)
@@ -124,11 +128,13 @@ def _keep_call(ctx, inputs, keyword_only_inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _gradients_of_call(ctx, v_x, v_lambda, v_gamma):
+def _gradients_of_call(
+    ctx: Any, v_x: Tensor | None, v_lambda: Tensor | None, v_gamma: Tensor | None
+) -> tuple[Tensor | list[None] | None, ...]:
     need_grad, need_x, need_weight, _, _, need_lambda, need_gamma, *_ = ctx.needs_input_grad
     needs = Needs(need_x, need_lambda, need_gamma)
     d_grad, d_x, d_lambda, d_gamma = _second_gradients(ctx, (v_x, v_lambda, v_gamma), need_grad, needs, need_weight)
-    *_, fixed = _kept(ctx, 4)
+    *_, fixed = _kept_with_grad(ctx)
     return d_grad, d_x, None, None, None, d_lambda, d_gamma, [None for _ in fixed.pattern], None
 
 
@@ -142,12 +148,23 @@ class _Linear(torch.autograd.Function):
     """:func:`apply`, with settings first and the tensors of the pattern last."""
 
     @staticmethod
-    def forward(settings, x, lam, gamma, bias, weight, A, B, seed, *pattern):
+    def forward(
+        settings: Settings,
+        x: Tensor,
+        lam: Tensor,
+        gamma: Tensor,
+        bias: Tensor | None,
+        weight: Tensor | None,
+        A: Tensor | None,
+        B: Tensor | None,
+        seed: Tensor | None,
+        *pattern: Tensor,
+    ) -> Tensor:
         with below_autograd():  # the op's own autograd would cost time and has nothing to add
             return _call_linear(x, lam, gamma, bias, Fixed(weight, A, B, seed, pattern, settings))
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.settings, x, lam, gamma, bias, *fixed = inputs
         _refuse_trainable(ctx.needs_input_grad[5])
         ctx.save_for_backward(x, lam, gamma, *fixed)
@@ -155,18 +172,19 @@ class _Linear(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _, need_x, need_lambda, need_gamma, need_bias, *of_fixed = ctx.needs_input_grad
         needs = Needs(need_x, need_lambda, need_gamma)
         d_x = d_lambda = d_gamma = d_bias = None
         if any(needs):
-            d_x, d_lambda, d_gamma = _wanted(_backward(grad, *_kept(ctx), needs), needs)
+            x, lam, gamma, fixed = _kept(ctx)
+            d_x, d_lambda, d_gamma = _wanted(_backward(grad, x, lam, gamma, fixed, needs), needs)
         if need_bias:
             d_bias = grad.flatten(0, -2).sum(0, dtype=ctx.bias_dtype) if grad.dim() > 1 else grad.to(ctx.bias_dtype)
         return None, d_x, d_lambda, d_gamma, d_bias, *(None for _ in of_fixed)
 
     @staticmethod
-    def vmap(info, in_dims, settings, x, *others):
+    def vmap(info: Any, in_dims: tuple[int | None, ...], settings: Settings, x: Tensor, *others: Any) -> Any:
         _, x_dim, *other_dims = in_dims
         if x_dim is not None and all(d is None for d in other_dims):
             # A batch of inputs alone is one more leading axis.
@@ -174,7 +192,16 @@ class _Linear(torch.autograd.Function):
         return once_per_sample(functools.partial(_Linear.apply, settings))(info, in_dims[1:], x, *others)
 
     @staticmethod
-    def jvp(ctx, _, x_t, lambda_t, gamma_t, bias_t, weight_t, *of_fixed):
+    def jvp(
+        ctx: Any,
+        _: None,
+        x_t: Tensor | None,
+        lambda_t: Tensor | None,
+        gamma_t: Tensor | None,
+        bias_t: Tensor | None,
+        weight_t: Tensor | None,
+        *of_fixed: Tensor | None,
+    ) -> Tensor | None:
         refuse_forward_over_forward()
         x, lam, gamma, fixed = _kept(ctx)
         settings, alone = fixed.settings, fixed.without_weight()
@@ -197,33 +224,58 @@ class _LinearBackward(torch.autograd.Function):
     """:func:`_backward`, with settings and needs first and the tensors of the pattern last."""
 
     @staticmethod
-    def forward(settings, needs, grad, x, lam, gamma, weight, A, B, seed, *pattern):
+    def forward(
+        settings: Settings,
+        needs: Needs,
+        grad: Tensor,
+        x: Tensor,
+        lam: Tensor,
+        gamma: Tensor,
+        weight: Tensor | None,
+        A: Tensor | None,
+        B: Tensor | None,
+        seed: Tensor | None,
+        *pattern: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return _call_linear_backward(grad, x, lam, gamma, Fixed(weight, A, B, seed, pattern, settings), needs)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.settings, ctx.needs, *tensors = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, v_x, v_lambda, v_gamma):
+    def backward(
+        ctx: Any, v_x: Tensor | None, v_lambda: Tensor | None, v_gamma: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         _, _, need_grad, need_x, need_lambda, need_gamma, need_weight, *others = ctx.needs_input_grad
         needs = Needs(need_x, need_lambda, need_gamma)
         found = _second_gradients(ctx, (v_x, v_lambda, v_gamma), need_grad, needs, need_weight)
         return None, None, *found, None, *(None for _ in others)
 
     @staticmethod
-    def vmap(info, in_dims, settings, needs, *tensors):
+    def vmap(info: Any, in_dims: tuple[int | None, ...], settings: Settings, needs: Needs, *tensors: Any) -> Any:
         return once_per_sample(functools.partial(_LinearBackward.apply, settings, needs))(info, in_dims[2:], *tensors)
 
     @staticmethod
-    def jvp(ctx, _settings, _needs, grad_t, x_t, lambda_t, gamma_t, weight_t, *of_fixed):
+    def jvp(
+        ctx: Any,
+        _settings: None,
+        _needs: None,
+        grad_t: Tensor | None,
+        x_t: Tensor | None,
+        lambda_t: Tensor | None,
+        gamma_t: Tensor | None,
+        weight_t: Tensor | None,
+        *of_fixed: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
         refuse_forward_over_forward()
-        grad, x, lam, gamma, fixed = _kept(ctx, 4)
+        grad, x, lam, gamma, fixed = _kept_with_grad(ctx)
         settings, alone, needs = fixed.settings, fixed.without_weight(), ctx.needs
-        found = [], [], []
+        found: tuple[list[Tensor], ...] = [], [], []
+        places: tuple[Any, Any, Any, Any]
         for tangent, places, of, moved in (
             (grad_t, (grad_t, x, lam, gamma), fixed, needs),
             (x_t, (grad, x_t, lam, gamma), alone, needs._replace(x=False)),
@@ -244,15 +296,19 @@ class _LinearBackward(torch.autograd.Function):
 # ---- what both have in common -----------------------------------------------------------------------------------
 
 
-def _second_gradients(ctx, directions, need_grad: bool, needs: Needs, need_weight: bool):
+def _second_gradients(
+    ctx: Any, directions: Sequence[Tensor | None], need_grad: bool, needs: Needs, need_weight: bool
+) -> tuple[Tensor | None, ...]:
     """Of <v_x, dx> + <v_lambda, dlambda> + <v_gamma, dgamma>, where the three are derivatives of F, by grad, x, lambda
     and gamma.
     """
     _refuse_trainable(need_weight)
-    grad, x, lam, gamma, fixed = _kept(ctx, 4)
+    grad, x, lam, gamma, fixed = _kept_with_grad(ctx)
     v_x, v_lambda, v_gamma = directions
     alone = fixed.without_weight()
-    of_grad, found = [], ([], [], [])
+    of_grad: list[Tensor] = []
+    found: tuple[list[Tensor], ...] = [], [], []
+    places: tuple[Any, Any, Any]
     for v, places, of, wanted in (
         (v_x, (v_x, lam, gamma), fixed, needs._replace(x=False)),
         (v_lambda, (x, v_lambda, gamma), alone, needs._replace(randlora_lambda=False)),
@@ -268,10 +324,16 @@ def _second_gradients(ctx, directions, need_grad: bool, needs: Needs, need_weigh
     return None if d_grad is None else d_grad.to(grad.dtype), *map(_sum, found)
 
 
-def _kept(ctx, others: int = 3) -> tuple:
-    """What a function has saved: x, lambda and gamma, with grad before them where `others` is 4, and what is fixed."""
-    weight, A, B, seed, *pattern = ctx.saved_tensors[others:]
-    return *ctx.saved_tensors[:others], Fixed(weight, A, B, seed, pattern, ctx.settings)
+def _kept(ctx: Any) -> tuple[Tensor, Tensor, Tensor, Fixed]:
+    """What the op's function has saved: x, lambda, gamma and what is fixed."""
+    x, lam, gamma, weight, A, B, seed, *pattern = ctx.saved_tensors
+    return x, lam, gamma, Fixed(weight, A, B, seed, pattern, ctx.settings)
+
+
+def _kept_with_grad(ctx: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Fixed]:
+    """What its backward's has saved: grad, x, lambda, gamma and what is fixed."""
+    grad, x, lam, gamma, weight, A, B, seed, *pattern = ctx.saved_tensors
+    return grad, x, lam, gamma, Fixed(weight, A, B, seed, pattern, ctx.settings)
 
 
 def _wanted(gradients: Sequence[Tensor], needs: Needs) -> list[Tensor | None]:
@@ -284,7 +346,7 @@ def _collect(found: Sequence[list[Tensor]], parts: Sequence[Tensor | None]) -> N
             into.append(part)
 
 
-def _sum(parts: list[Tensor], otherwise=lambda: None) -> Tensor | None:
+def _sum(parts: list[Tensor], otherwise: Callable[[], Tensor | None] = lambda: None) -> Tensor | None:
     return sum(parts[1:], parts[0]) if parts else otherwise()
 
 

@@ -6,38 +6,48 @@ backward but the inputs.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..private_torch import graph_break, in_transform, jvp_levels
+from . import calls
 from .pattern import ListTensors, is_lists, is_signs
-
-_ops = torch.ops.randlora
-
 
 # Backward formulas, shared by the raw ops (register_autograd) and by the autograd.Functions below: torch.func needs the
 # latter, as ops with registered autograd do not run under its transforms.
 
 
-def _setup_unique_base(ctx, inputs, output):
+def _setup_unique_base(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     A, randlora_lambda, randlora_gamma, *options = inputs
     ctx.save_for_backward(A, randlora_lambda, randlora_gamma)
     ctx.scale = options[0] if options else 1.0
 
 
-def _unique_base_gradients(ctx, grad, backward_op):
+def _unique_base_gradients(
+    ctx: Any, grad: Tensor, backward_op: Callable[..., tuple[Tensor, Tensor]]
+) -> tuple[Tensor | None, ...]:
     _, need_lambda, need_gamma, *_ = ctx.needs_input_grad
     dlambda, dgamma = backward_op(grad, *ctx.saved_tensors, ctx.scale, need_lambda, need_gamma)
     return None, dlambda if need_lambda else None, dgamma if need_gamma else None, None, None
 
 
-def _setup_unique_base_backward(ctx, inputs, output):
+def _setup_unique_base_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     grad, A, randlora_lambda, randlora_gamma, scale, need_lambda, need_gamma = inputs
     ctx.save_for_backward(grad, A, randlora_lambda, randlora_gamma)
     ctx.scale, ctx.need = scale, (need_lambda, need_gamma)
 
 
-def _unique_base_second_gradients(ctx, v_lambda, v_gamma, forward_op, backward_op):
+def _unique_base_second_gradients(
+    ctx: Any,
+    v_lambda: Tensor,
+    v_gamma: Tensor,
+    forward_op: Callable[..., Tensor],
+    backward_op: Callable[..., tuple[Tensor, Tensor]],
+) -> tuple[Tensor | None, ...]:
     # dlambda and dgamma are linear in grad and in the other factor, so their gradients are the same two ops again.
     grad, A, randlora_lambda, randlora_gamma = ctx.saved_tensors
     need_grad, _, need_lambda, need_gamma, *_ = ctx.needs_input_grad
@@ -55,10 +65,10 @@ def _unique_base_second_gradients(ctx, v_lambda, v_gamma, forward_op, backward_o
     return d_grad, None, d_lambda, d_gamma, None, None, None
 
 
-def once_per_sample(op):
+def once_per_sample(op: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
     """A vmap rule that runs `op` once per sample: right for every batching, at the memory of one sample's workspace."""
 
-    def rule(info, in_dims, *args):
+    def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
         samples = [
             op(*(a.select(d, i) if d is not None else a for a, d in zip(args, in_dims, strict=True)))
             for i in range(info.batch_size)
@@ -81,48 +91,56 @@ def refuse_forward_over_forward() -> None:
 
 torch.library.register_autograd(
     "randlora::unique_base",
-    lambda ctx, grad: _unique_base_gradients(ctx, grad, _ops.unique_base_backward),
+    lambda ctx, grad: _unique_base_gradients(ctx, grad, calls.unique_base_backward),
     setup_context=_setup_unique_base,
 )
 torch.library.register_autograd(
     "randlora::unique_base_backward",
-    lambda ctx, *v: _unique_base_second_gradients(ctx, *v, _ops.unique_base, _ops.unique_base_backward),
+    lambda ctx, v_lambda, v_gamma: _unique_base_second_gradients(
+        ctx, v_lambda, v_gamma, calls.unique_base, calls.unique_base_backward
+    ),
     setup_context=_setup_unique_base_backward,
 )
-torch.library.register_vmap("randlora::unique_base", once_per_sample(_ops.unique_base))
-torch.library.register_vmap("randlora::unique_base_backward", once_per_sample(_ops.unique_base_backward))
+torch.library.register_vmap("randlora::unique_base", once_per_sample(calls.unique_base))
+torch.library.register_vmap("randlora::unique_base_backward", once_per_sample(calls.unique_base_backward))
 
 
 class _UniqueBase(torch.autograd.Function):
     @staticmethod
-    def forward(randlora_A, randlora_lambda, randlora_gamma, scale=1.0, dtype=None):
+    def forward(
+        randlora_A: Tensor,
+        randlora_lambda: Tensor,
+        randlora_gamma: Tensor,
+        scale: float = 1.0,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
         if torch.compiler.is_compiling() and in_transform():
             graph_break()  # torch.compile would take this for all of the function, and drop tangents
-        return _ops.unique_base(randlora_A, randlora_lambda, randlora_gamma, scale, dtype)
+        return calls.unique_base(randlora_A, randlora_lambda, randlora_gamma, scale, dtype)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         _setup_unique_base(ctx, inputs, output)
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         gradients = _unique_base_gradients(ctx, grad_output, _unique_base_backward)
         return gradients[: len(ctx.needs_input_grad)]
 
     @staticmethod
-    def vmap(info, in_dims, *args):
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         return once_per_sample(UniqueBaseGrad.apply)(info, in_dims, *args)
 
 
 class _ForwardModeUniqueBase(_UniqueBase):
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         _setup_unique_base(ctx, inputs, output)
         ctx.save_for_forward(*inputs[:3])
         ctx.dtype = output.dtype
 
     @staticmethod
-    def jvp(ctx, A_t, lambda_t, gamma_t, *_):
+    def jvp(ctx: Any, A_t: None, lambda_t: Tensor | None, gamma_t: Tensor | None, *_: None) -> Tensor:
         refuse_forward_over_forward()
         A, lam, gamma = ctx.saved_tensors
         parts = [
@@ -130,7 +148,10 @@ class _ForwardModeUniqueBase(_UniqueBase):
             for tangent, factors in ((lambda_t, (lambda_t, gamma)), (gamma_t, (lam, gamma_t)))
             if tangent is not None
         ]
-        return sum(parts) if parts else A.new_zeros((*lam.shape, A.shape[2]), dtype=ctx.dtype)
+        if parts:
+            return functools.reduce(torch.add, parts)
+        zeros: Tensor = A.new_zeros((*lam.shape, A.shape[2]), dtype=ctx.dtype)
+        return zeros
 
 
 class UniqueBaseGrad(_UniqueBase):
@@ -145,41 +166,51 @@ class UniqueBaseGrad(_UniqueBase):
     """
 
     @classmethod
-    def apply(cls, *args):
+    def apply(cls, *args: Any) -> Any:
         # torch.compile refuses functions that have a rule for forward-mode AD.
         return (_UniqueBase if torch.compiler.is_compiling() else _ForwardModeUniqueBase).apply(*args)
 
 
-def _unique_base_backward(*args):
+def _unique_base_backward(*args: Any) -> Any:
     return (_UniqueBaseBackward if torch.compiler.is_compiling() else _ForwardModeUniqueBaseBackward).apply(*args)
 
 
 class _UniqueBaseBackward(torch.autograd.Function):
     @staticmethod
-    def forward(grad, A, randlora_lambda, randlora_gamma, scale, need_lambda, need_gamma):
-        return _ops.unique_base_backward(grad, A, randlora_lambda, randlora_gamma, scale, need_lambda, need_gamma)
+    def forward(
+        grad: Tensor,
+        A: Tensor,
+        randlora_lambda: Tensor,
+        randlora_gamma: Tensor,
+        scale: float,
+        need_lambda: bool,
+        need_gamma: bool,
+    ) -> tuple[Tensor, Tensor]:
+        return calls.unique_base_backward(grad, A, randlora_lambda, randlora_gamma, scale, need_lambda, need_gamma)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         _setup_unique_base_backward(ctx, inputs, output)
 
     @staticmethod
-    def backward(ctx, v_lambda, v_gamma):
+    def backward(ctx: Any, v_lambda: Tensor, v_gamma: Tensor) -> tuple[Tensor | None, ...]:
         return _unique_base_second_gradients(ctx, v_lambda, v_gamma, UniqueBaseGrad.apply, _unique_base_backward)
 
     @staticmethod
-    def vmap(info, in_dims, *args):
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         return once_per_sample(_unique_base_backward)(info, in_dims, *args)
 
 
 class _ForwardModeUniqueBaseBackward(_UniqueBaseBackward):
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         _setup_unique_base_backward(ctx, inputs, output)
         ctx.save_for_forward(*inputs[:4])
 
     @staticmethod
-    def jvp(ctx, grad_t, A_t, lambda_t, gamma_t, *_):
+    def jvp(
+        ctx: Any, grad_t: Tensor | None, A_t: None, lambda_t: Tensor | None, gamma_t: Tensor | None, *_: None
+    ) -> tuple[Tensor, Tensor]:
         refuse_forward_over_forward()
         grad, A, lam, gamma = ctx.saved_tensors
         need_lambda, need_gamma = ctx.need
@@ -203,19 +234,19 @@ class _ForwardModeUniqueBaseBackward(_UniqueBaseBackward):
 # ---- the update of packed bases --------------------------------------------------------------------------------
 
 
-def _keep_sparse(ctx, inputs, output):
+def _keep_sparse(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     pattern, lam, gamma, _, ctx.scale, weight, _ = inputs
     ctx.save_for_backward(lam, gamma, *pattern)
     ctx.with_weight = weight is not None
 
 
-def _sparse_gradients(ctx, grad):
+def _sparse_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | list[None] | None, ...]:
     lam, gamma, *pattern = ctx.saved_tensors
     rows = grad
     if ctx.with_weight and is_lists(pattern):
         rows = grad.index_select(0, ListTensors(*pattern).columns)
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    backward = _ops.hadamard_update_backward if is_signs(pattern) else _ops.sparse_update_backward
+    backward = calls.hadamard_update_backward if is_signs(pattern) else calls.sparse_update_backward
     d_lam, d_gamma = backward(rows, pattern, lam, gamma, ctx.scale, True, True)
     return [None] * len(pattern), d_lam, d_gamma, None, None, grad if ctx.with_weight else None, None
 
