@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -39,6 +39,6 @@ def _has_its_bases(described: dict[str, Any], tensors: dict[str, Tensor]) -> boo
         bases = RandomBases.from_tensors(A, B)
     else:
         config = RandLoraConfig.from_dict(described["config"])
-        sizes = B.shape[0], A.shape[2], config.r, config.kind, config.projection_prng_key, B.shape[1]
+        sizes = B.shape[0], A.shape[2], config.r, cast(str, config.kind), config.projection_prng_key, B.shape[1]
         bases = RandomBases(*sizes, described["prng"], sparsity=config.sparsity, group_width=config.group_width)
-    return fingerprint.sha256_of(A, B, bases, *described["dims"]) == described["fingerprint"]
+    return bool(fingerprint.sha256_of(A, B, bases, *described["dims"]) == described["fingerprint"])

@@ -64,6 +64,7 @@ def exact_targets(model: nn.Module, layers: Mapping[str, RandLoraLayer]) -> dict
             targets.append(target)
     endings = tuple(f".{target}" for target in targets)
     names = (plain_name(name) for name, _ in model.named_modules())
+    selected: list[str] | str = targets
     if any(name not in targets and name.endswith(endings) for name in names):
-        targets = "(?:" + "|".join(map(re.escape, targets)) + ")"
-    return {"target_modules": targets, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+        selected = "(?:" + "|".join(map(re.escape, targets)) + ")"
+    return {"target_modules": selected, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}

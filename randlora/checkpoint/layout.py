@@ -61,7 +61,8 @@ def settings_of(folder: Path, described: dict[str, Any] | None, given: dict[str,
     path = folder / CONFIG_NAME
     if given is None and described is not None:
         # Saving was interrupted, or the file is not wanted: the metadata is complete.
-        return described["config"]
+        config: dict[str, Any] = described["config"]
+        return config
     if given is None:
         raise ValueError(f"{path}: cannot be read: {os.strerror(errno.ENOENT)}")
     if described is None:
@@ -71,7 +72,7 @@ def settings_of(folder: Path, described: dict[str, Any] | None, given: dict[str,
                 "by another program?)"
             )
         return {"prng": "peft"} | given  # PEFT wrote it, and drew the bases
-    own = described["config"]
+    own: dict[str, Any] = described["config"]
     for name in NUMBERS:
         if name in given and given[name] != own.get(name):
             raise ValueError(
@@ -157,8 +158,9 @@ def _parsed(weights: OpenFile) -> Iterator[tuple[Any, dict[str, Any] | None]]:
 
 def describe(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any] | None:
     """Our part of `metadata`, checked; None if there is none, as in PEFT's files."""
-    if METADATA_KEY not in (metadata or {}):
+    if metadata is None or METADATA_KEY not in metadata:
         return None
+    found: dict[str, Any]
     try:
         found = json.loads(metadata[METADATA_KEY])
         version = found["format"]
@@ -207,7 +209,8 @@ def checksum(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> s
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    values: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(values)
 
 
 def is_projection(key: str) -> bool:

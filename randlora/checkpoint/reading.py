@@ -102,6 +102,7 @@ class _Places:
 
         def values(places: Mapping[str, Place]) -> dict[str, Tensor]:
             for key, _, dtype in places.values():
+                assert dtype is not None  # _Places has places of what is there already
                 check_numbers(f"{path}: {key}", tensors[key], dtype)
             return {name: tensors[place.key] for name, place in places.items()}
 

@@ -62,7 +62,8 @@ class Weights:
     def get(self, key: str) -> Tensor:
         """The tensor, which may be a view of the file itself."""
         try:
-            return self.file.get_tensor(key)
+            tensor: Tensor = self.file.get_tensor(key)
+            return tensor
         except DAMAGE as error:
             raise ValueError(f"{self.path}: {key} cannot be read: {error}") from error
 
@@ -73,11 +74,12 @@ class Weights:
     def projections(self) -> tuple[Tensor, Tensor] | None:
         keys = sorted(filter(is_projection, self.file.keys()))
         first = [min((k for k in keys if k.endswith(name)), key=len, default=None) for name in BASES]
-        if first == [None, None]:
+        found = [key for key in first if key is not None]
+        if not found:
             return None
-        if None in first:
+        if len(found) < len(first):
             raise ValueError(f"{self.path} holds only one of randlora_A and randlora_B")
-        A, B = (self.get(key) for key in first)
-        for key, tensor in zip(first, (A, B), strict=True):
+        A, B = (self.get(key) for key in found)
+        for key, tensor in zip(found, (A, B), strict=True):
             check_numbers(f"{self.path}: {key}", tensor, tensor.dtype if tensor.dtype in FLOATS else torch.float32)
         return A, B

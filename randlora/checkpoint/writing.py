@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import os
@@ -41,11 +42,11 @@ from .layout import (
 from .replace import replace_files
 
 if TYPE_CHECKING:
-    from ..model.model import RandLoraModel
+    from ..model.adapters import Adapters
 
 
 def save(
-    model: RandLoraModel,
+    model: Adapters,
     folder: str | os.PathLike,
     names: list[str],
     for_peft: bool | None = None,
@@ -72,9 +73,9 @@ def save(
         target = Path(folder) if name == "default" else Path(folder) / name
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         complete = tensors | _apart(projections())
-        writers = {
-            WEIGHTS_NAME: lambda path, t=complete, m=metadata: _write(path, t, m),
-            CONFIG_NAME: lambda path, text=text: path.write_text(text, encoding="utf-8"),
+        writers: dict[str, Callable[[Path], Any]] = {
+            WEIGHTS_NAME: functools.partial(_write, tensors=complete, metadata=metadata),
+            CONFIG_NAME: functools.partial(Path.write_text, data=text, encoding="utf-8"),
         }
         replace_files(target, writers, described_by=CONFIG_NAME)
 
@@ -106,7 +107,7 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
 
 
 def _contents(
-    model: RandLoraModel, name: str, for_peft: bool | None, state_dict: Mapping[str, Tensor] | None
+    model: Adapters, name: str, for_peft: bool | None, state_dict: Mapping[str, Tensor] | None
 ) -> tuple[dict, dict[str, Tensor], Callable[[], dict[str, Tensor]], dict[str, str]]:
     """The config, the trained numbers, what makes the projections (none are held before they are written), metadata."""
     config = copy.deepcopy(model.peft_config[name])
@@ -116,7 +117,7 @@ def _contents(
     dims = required(config, slots)
     for_all = drawn_dims(config, layers)
     given = bases.prng == "none"
-    if given:
+    if bases.given is not None:
         pair = (_copy(name, f"randlora_{x}", t, t.dtype) for x, t in zip("AB", bases.given, strict=True))
         bases = RandomBases.from_tensors(*pair)
     with_bases = given or (config.save_projection and for_peft is not False)
@@ -189,7 +190,7 @@ def _same_everywhere(name: str, config: RandLoraConfig, layers: dict[str, RandLo
 
 
 def _trained(
-    model: RandLoraModel,
+    model: Adapters,
     name: str,
     config: RandLoraConfig,
     layers: dict[str, RandLoraLayer],

@@ -30,7 +30,8 @@ class ModuleToSave(nn.Module):
         self.modules_to_save[adapter_name] = fresh
 
     def set_adapter(self, adapter_name: str | None, inference_mode: bool = False) -> None:
-        self.active_adapter = adapter_name if adapter_name in self.modules_to_save else None
+        has_it = adapter_name is not None and adapter_name in self.modules_to_save
+        self.active_adapter = adapter_name if has_it else None
         self.inference_mode = inference_mode
         for name, module in self.modules_to_save.items():
             for parameter in module.parameters():

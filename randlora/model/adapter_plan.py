@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -119,8 +119,9 @@ def own_bases(
 
     PEFT's values depend on the size that it draws: with its random numbers, `drawn` is ``(max_dim, min_dim)`` of that.
     """
+    kind = cast(str, config.kind)  # the config has taken it from its flags
     if config.prng != "philox":
-        sizes = (*drawn, config.r, config.kind, config.projection_prng_key)
+        sizes = (*drawn, config.r, kind, config.projection_prng_key)
         return config, shared(("peft", *sizes, config.prng), lambda: RandomBases(*sizes, prng=config.prng))
     smaller = [min(sizes) for sizes in slots.values()]
     if config.kind == "very_sparse" and config.sparsity is None:
@@ -128,7 +129,7 @@ def own_bases(
     if config.kind == "hadamard" and config.group_width is None:
         layers = ((m, _num_bases(config, m)) for m in smaller)
         config = _filled(config, group_width=hadamard.group_width(layers, config.r))
-    bases = shared_bases(config.r, config.projection_prng_key, config.kind, config.sparsity, config.group_width)
+    bases = shared_bases(config.r, config.projection_prng_key, kind, config.sparsity, config.group_width)
     return config, bases
 
 

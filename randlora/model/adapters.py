@@ -13,6 +13,8 @@ from ..checkpoint.layout import PEFT_TYPE
 from ..config import RandLoraConfig
 from ..layers.bypassed import forget_calls
 from ..layers.merging import merged_or_not, unmerged
+from ..layers.modules_to_save import ModuleToSave
+from ..layers.randlora_layer import RandLoraLayer
 from ..undo import all_or_nothing
 from . import injection, ties, weighted_sum
 from .adapter_plan import Plan, plan_adapter
@@ -154,7 +156,7 @@ class Adapters(nn.Module):
             modes = set() if inference_mode else {self.peft_config[name].bias for name in names}
             train_biases(self.model, modes)
 
-    def _parts(self) -> list[nn.Module]:
+    def _parts(self) -> list[RandLoraLayer | ModuleToSave]:
         return [*adapted_layers(self.model).values(), *saved_modules(self.model).values()]
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Container, Iterable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -22,7 +23,7 @@ from .parts import adapted_layers, saved_modules
 def apply(model: nn.Module, plan: Plan, adapter_name: str) -> None:
     """Wrap the targets, or add the adapter to those that are wrapped already. Callers undo what a failure leaves."""
     config = plan.config
-    settings = {
+    settings: dict[str, Any] = {
         "r": config.r,
         "randlora_alpha": config.randlora_alpha,
         "randlora_dropout": config.randlora_dropout,
@@ -31,6 +32,7 @@ def apply(model: nn.Module, plan: Plan, adapter_name: str) -> None:
         "num_bases": config.num_bases,
     }
     places = Places(model)
+    module: Any
     for name, module in plan.targets.items():
         parent, _, leaf = name.rpartition(".")
         attention = model.get_submodule(parent)
@@ -53,7 +55,8 @@ def apply(model: nn.Module, plan: Plan, adapter_name: str) -> None:
         module = model.get_submodule(name)
         if not isinstance(module, ModuleToSave):
             places.put(module, ModuleToSave(module))
-        model.get_submodule(name).add(adapter_name)
+        saved: Any = model.get_submodule(name)
+        saved.add(adapter_name)
     for module in model.modules():
         if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)) and adapted_layers(module):
             disable_fast_path(module)
@@ -117,9 +120,9 @@ def unload(
                 places.put(layer, layer.get_base_layer())
         for attention in attentions.values():
             places.put(attention, attention.unwrap())
-        for module in saved_modules(model).values():
-            chosen = next((n for n in merged if n in module.modules_to_save), None)
-            places.put(module, module.original_module if chosen is None else module.modules_to_save[chosen])
+        for saved in saved_modules(model).values():
+            chosen = next((n for n in merged if n in saved.modules_to_save), None)
+            places.put(saved, saved.original_module if chosen is None else saved.modules_to_save[chosen])
         for module in model.modules():
             if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
                 restore_fast_path(module)

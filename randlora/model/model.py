@@ -16,7 +16,7 @@ from torch import nn
 from ..checkpoint import reading
 from ..config import RandLoraConfig
 from ..layers.bypassed import first_calls
-from ..layers.mixed_batch import mixed_batch
+from ..layers.mixed_batch import Mixable, mixed_batch
 from ..layers.update_cache import inference_cache
 from ..undo import all_or_nothing
 from . import forward_signature, injection
@@ -137,13 +137,14 @@ class RandLoraModel(Delegating, SavedAdapters):
         writes to the parameters in ways that move no version counter. A scope around it decides on the limit.
         """
         with inference_cache(), self._batch(adapter_names), first_calls(self, self.model):
-            return self.model.generate(*args, **kwargs)
+            model: Any = self.model
+            return model.generate(*args, **kwargs)
 
     def _batch(self, adapter_names: Sequence[str] | None) -> contextlib.AbstractContextManager[None]:
         if adapter_names is None:
             return contextlib.nullcontext()
-        layers = [*adapted_layers(self.model).values(), *saved_modules(self.model).values()]
-        return mixed_batch(self.model, layers, adapter_names)
+        parts: list[Mixable] = [*adapted_layers(self.model).values(), *saved_modules(self.model).values()]
+        return mixed_batch(self.model, parts, adapter_names)
 
     @property
     def base_model(self) -> RandLoraModel:
@@ -158,7 +159,9 @@ class RandLoraModel(Delegating, SavedAdapters):
 
     def to_empty(self, *, device: Any, recurse: bool = True) -> RandLoraModel:
         """torch's ``to_empty`` for the base model: adapters that have numbers keep them, those on meta get none."""
-        parts = [store for layer in adapted_layers(self.model).values() for store in layer.trained_parts()]
+        parts: list[nn.Module] = [
+            store for layer in adapted_layers(self.model).values() for store in layer.trained_parts()
+        ]
         parts += [module.modules_to_save for module in saved_modules(self.model).values()]
         held = [(part, {k: t for k, t in part.state_dict().items() if not t.is_meta}) for part in parts]
         super().to_empty(device=device, recurse=recurse)
@@ -171,9 +174,8 @@ class RandLoraModel(Delegating, SavedAdapters):
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
         """The wrapped model's, and its inputs require gradients, which reentrant checkpointing needs."""
         # transformers' new name first: the old one warns there.
-        enable = (
-            getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
-        )
+        model: Any = self.model
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable(gradient_checkpointing_kwargs, **kwargs)
         self._require_input_gradients()
 
@@ -184,8 +186,9 @@ class RandLoraModel(Delegating, SavedAdapters):
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
 
     def _require_input_gradients(self) -> None:
-        if hasattr(self.model, "enable_input_require_grads"):
-            self.model.enable_input_require_grads()
+        model: Any = self.model
+        if hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()
 
     # ---- counting ----
 

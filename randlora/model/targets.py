@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -59,6 +60,7 @@ def find_targets(model: nn.Module, config: RandLoraConfig) -> dict[str, nn.Modul
             expression takes too long.
     """
     wanted = config.target_modules
+    assert wanted is not None
     modules = dict(_modules(model))
     names: dict[int, list[str]] = {}
     for name, module in modules.items():
@@ -74,7 +76,7 @@ def find_targets(model: nn.Module, config: RandLoraConfig) -> dict[str, nn.Modul
         if key not in excluded
     }
     if _is_all_linear(wanted):
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        head = getattr(model, "get_output_embeddings", lambda: None)()
         # The parts of an attention are adapted with it.
         inner = tuple(f"{name}." for name, module in modules.items() if is_attention(module))
         found = {n[0]: modules[n[0]] for n in (names[key] for key, left in allowed.items() if left)}
@@ -83,7 +85,7 @@ def find_targets(model: nn.Module, config: RandLoraConfig) -> dict[str, nn.Modul
             _check_has_size(name, module)
         linear = {name: m for name, m in linear.items() if m is not head and all(layer_sizes(m))}
         _check_not_compiled(linear, wanted)
-        return _some(linear, model, config)
+        return _some(linear, model, config, wanted)
     is_wanted = _matcher("target_modules", wanted)
     meant = [names[key][0] for key, left in allowed.items() if any(is_wanted(plain_name(name)) for name in left)]
     hits = {name: modules[name] for name in meant}
@@ -94,7 +96,7 @@ def find_targets(model: nn.Module, config: RandLoraConfig) -> dict[str, nn.Modul
         for target in wanted:
             if target not in endings:
                 raise ValueError(f"target_modules: {target!r} matches no layer of this model{_meant([target], model)}")
-    return _some(hits, model, config)
+    return _some(hits, model, config, wanted)
 
 
 def _is_all_linear(wanted: list[str] | str) -> bool:
@@ -187,8 +189,10 @@ def _index_matcher(config: RandLoraConfig) -> Callable[[str], bool]:
     """Whether the first number in a name (after `layers_pattern`, if given) is among ``layers_to_transform``."""
     if config.layers_to_transform is None:
         return lambda name: True
-    patterns, wanted = config.layers_pattern or [None], set(config.layers_to_transform)
-    patterns = [patterns] if isinstance(patterns, str) else patterns
+    indices: Any = config.layers_to_transform  # the config has made a list of a single number
+    wanted = set(indices)
+    given: Any = config.layers_pattern or [None]
+    patterns: Sequence[str | None] = [given] if isinstance(given, str) else given
     start, end = r"(?:^|.*?\.)", r"(?P<randlora_index>\d+)(?:\.|$)"
     expressions = [
         Expression("layers_pattern", "" if p is None else p, start + ("" if p is None else rf"(?:{p})\.") + end)
@@ -202,7 +206,9 @@ def _index_matcher(config: RandLoraConfig) -> Callable[[str], bool]:
     return has_index
 
 
-def _some(found: dict[str, nn.Module], model: nn.Module, config: RandLoraConfig) -> dict[str, nn.Module]:
+def _some(
+    found: dict[str, nn.Module], model: nn.Module, config: RandLoraConfig, wanted: list[str] | str
+) -> dict[str, nn.Module]:
     if found:
         return found
     rules = ", ".join(
@@ -210,7 +216,7 @@ def _some(found: dict[str, nn.Module], model: nn.Module, config: RandLoraConfig)
         for name in ("target_modules", "layers_to_transform", "layers_pattern", "exclude_modules", "modules_to_save")
         if (value := getattr(config, name)) is not None
     )
-    raise ValueError(f"{rules} matches no layer of this model{_meant(config.target_modules, model)}")
+    raise ValueError(f"{rules} matches no layer of this model{_meant(wanted, model)}")
 
 
 def _meant(wanted: list[str] | str, model: nn.Module) -> str:
@@ -235,11 +241,12 @@ def peft_dims(found: Mapping[str, nn.Module]) -> tuple[int, int]:
     return max(largest_in, largest_out), min(largest_in, largest_out)
 
 
-def layer_sizes(module: nn.Module) -> tuple[int, int]:
+def layer_sizes(module: Any) -> tuple[int, int]:
     """in_features and out_features of a layer that :func:`is_supported`."""
     if is_attention(module):
         sizes = module.embed_dim, module.kdim, module.vdim
         return max(sizes) if all(sizes) else 0, module.embed_dim
     if hasattr(module, "in_features"):
         return module.in_features, module.out_features
-    return tuple(module.weight.shape)  # Conv1D
+    in_features, out_features = module.weight.shape  # Conv1D
+    return in_features, out_features

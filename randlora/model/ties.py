@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -87,7 +88,7 @@ def forget(model: nn.Module, before: Ties) -> None:
     """
     broken = any(map(_are_apart, before.values()))
     # Not only where it is True: PEFT may have set it meanwhile, and left the others tied.
-    tied = [module for module in model.modules() if hasattr(getattr(module, "config", None), FLAG)]
+    tied: list[Any] = [module for module in model.modules() if hasattr(getattr(module, "config", None), FLAG)]
     if not broken or not tied:
         return
     left = [(module, key) for found in shared(model).values() for _, module, key in found[1:]]
@@ -134,7 +135,7 @@ def before_unloading(model: nn.Module, merged: Iterable[str]) -> Ties:
     return ties
 
 
-def _copy(parameter: nn.Parameter) -> nn.Parameter:
+def _copy(parameter: Any) -> nn.Parameter:
     return nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
 
 

@@ -77,14 +77,19 @@ def _sum(path: str, layer: RandLoraLayer, present: list[tuple[str, float]], scal
         )
     factors = [weight * layer.scaling[name] / scaling for name, weight in present]
     if all(torch.equal(gamma, gammas[0]) for gamma in gammas):
-        return sum(f * lam for f, lam in zip(factors, lambdas, strict=True)), gammas[0]
+        return _added(factors, lambdas), gammas[0]
     if all(torch.equal(lam, lambdas[0]) for lam in lambdas):
-        return lambdas[0], sum(f * gamma for f, gamma in zip(factors, gammas, strict=True))
+        return lambdas[0], _added(factors, gammas)
     names = " and ".join(repr(name) for name, _ in present)
     raise ValueError(
         f"at {path!r} neither the gammas nor the lambdas of {names} are equal, so that their sum is no RandLoRA "
         "adapter: activate them together with set_adapter([...]), which adds them up"
     )
+
+
+def _added(factors: list[float], tensors: list[Tensor]) -> Tensor:
+    parts = [factor * tensor for factor, tensor in zip(factors, tensors, strict=True)]
+    return sum(parts[1:], start=parts[0])
 
 
 def _target(model: nn.Module, path: str) -> str:

@@ -264,18 +264,17 @@ class _LinearBackward(torch.autograd.Function):
         ctx: Any,
         _settings: None,
         _needs: None,
-        grad_t: Tensor | None,
-        x_t: Tensor | None,
-        lambda_t: Tensor | None,
-        gamma_t: Tensor | None,
-        weight_t: Tensor | None,
-        *of_fixed: Tensor | None,
+        grad_t: Any,  # of what is a tensor: a tensor or None
+        x_t: Any,
+        lambda_t: Any,
+        gamma_t: Any,
+        weight_t: Any,
+        *of_fixed: Any,
     ) -> tuple[Tensor | None, ...]:
         refuse_forward_over_forward()
         grad, x, lam, gamma, fixed = _kept_with_grad(ctx)
         settings, alone, needs = fixed.settings, fixed.without_weight(), ctx.needs
         found: tuple[list[Tensor], ...] = [], [], []
-        places: tuple[Any, Any, Any, Any]
         for tangent, places, of, moved in (
             (grad_t, (grad_t, x, lam, gamma), fixed, needs),
             (x_t, (grad, x_t, lam, gamma), alone, needs._replace(x=False)),
@@ -283,7 +282,9 @@ class _LinearBackward(torch.autograd.Function):
             (gamma_t, (grad, x, lam, gamma_t), alone, needs._replace(randlora_gamma=False)),
         ):
             if tangent is not None and any(moved):
-                _collect(found, _wanted(_backward(*places, of, moved), moved))
+                in_grad, in_x, in_lambda, in_gamma = places
+                parts = _backward(in_grad, in_x, in_lambda, in_gamma, of, moved)
+                _collect(found, _wanted(parts, moved))
         if needs.x and weight_t is not None:
             rows = (weight_t if settings.weight_is_transposed else weight_t.t()).to(settings.dtype)
             found[0].append(F.linear(grad.to(settings.dtype), rows).to(x.dtype))
@@ -297,7 +298,7 @@ class _LinearBackward(torch.autograd.Function):
 
 
 def _second_gradients(
-    ctx: Any, directions: Sequence[Tensor | None], need_grad: bool, needs: Needs, need_weight: bool
+    ctx: Any, directions: Sequence[Any], need_grad: bool, needs: Needs, need_weight: bool
 ) -> tuple[Tensor | None, ...]:
     """Of <v_x, dx> + <v_lambda, dlambda> + <v_gamma, dgamma>, where the three are derivatives of F, by grad, x, lambda
     and gamma.
@@ -308,7 +309,6 @@ def _second_gradients(
     alone = fixed.without_weight()
     of_grad: list[Tensor] = []
     found: tuple[list[Tensor], ...] = [], [], []
-    places: tuple[Any, Any, Any]
     for v, places, of, wanted in (
         (v_x, (v_x, lam, gamma), fixed, needs._replace(x=False)),
         (v_lambda, (x, v_lambda, gamma), alone, needs._replace(randlora_lambda=False)),
@@ -316,10 +316,11 @@ def _second_gradients(
     ):
         if v is None:
             continue
+        in_x, in_lambda, in_gamma = places
         if need_grad:
-            of_grad.append(apply(*places, None, of))
+            of_grad.append(apply(in_x, in_lambda, in_gamma, None, of))
         if any(wanted):
-            _collect(found, _wanted(_backward(grad, *places, of, wanted), wanted))
+            _collect(found, _wanted(_backward(grad, in_x, in_lambda, in_gamma, of, wanted), wanted))
     d_grad = _sum(of_grad)
     return None if d_grad is None else d_grad.to(grad.dtype), *map(_sum, found)
 

@@ -149,7 +149,8 @@ class _ForwardModeUniqueBase(_UniqueBase):
             if tangent is not None
         ]
         if parts:
-            return functools.reduce(torch.add, parts)
+            total: Tensor = functools.reduce(torch.add, parts)
+            return total
         zeros: Tensor = A.new_zeros((*lam.shape, A.shape[2]), dtype=ctx.dtype)
         return zeros
 

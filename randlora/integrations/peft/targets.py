@@ -37,7 +37,7 @@ def check_targets(tuner: Any, config: Any) -> None:
     """Raises for what cannot be adapted."""
     config = tuner._prepare_adapter_config(config, tuner.get_model_config(tuner.model))
     config = _maybe_include_all_linear_layers(config, tuner.model)
-    modules = dict(tuner.model.named_modules())
+    modules: dict[str, nn.Module] = dict(tuner.model.named_modules())
     targets = [name for name in modules if tuner._check_target_module_exists(config, name)]
     biased = {"none": (), "all": modules}.get(config.bias, targets)
     with_bias = [modules[name] for name in biased if isinstance(getattr(modules[name], "bias", None), nn.Parameter)]

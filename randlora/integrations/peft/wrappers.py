@@ -10,7 +10,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, _se
 from torch import nn
 
 from ...layers import offload
-from ...layers.mixed_batch import MixedBatch, mixed_batch, refuse_experts, run_apart
+from ...layers.mixed_batch import Mixable, MixedBatch, mixed_batch, refuse_experts, run_apart
 
 
 def wrappers(model: nn.Module) -> list[AuxiliaryTrainingWrapper]:
@@ -103,7 +103,7 @@ class _InMixedBatch:
 
     mixed_batch: MixedBatch | None = None
 
-    def __init__(self, wrapper: AuxiliaryTrainingWrapper, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, wrapper: AuxiliaryTrainingWrapper, layers: Sequence[Any]) -> None:
         self.wrapper, self.layers, self.adapters = wrapper, layers, set(wrapper._adapters)
 
     def mixable_adapters(self) -> set[str]:
@@ -124,12 +124,13 @@ class _InMixedBatch:
             x, *others = args
             return wrapper._forward_wrapped_mixed_batch(x, name, *others, **kwargs)
 
+        assert self.mixed_batch is not None  # this forward is there while a batch runs
         return run_apart(self.mixed_batch, type(wrapper.original_module).__name__, call, args, kwargs)
 
 
 @contextmanager
 def mixed_batch_with_wrappers(
-    model: nn.Module, layers: Sequence[nn.Module], names: Sequence[str] | None
+    model: nn.Module, layers: Sequence[Mixable], names: Sequence[str] | None
 ) -> Iterator[None]:
     """:func:`randlora.layers.mixed_batch.mixed_batch` for the layers of a PEFT model and for its wrappers."""
     parts = [] if names is None else [_InMixedBatch(wrapper, layers) for wrapper in wrappers(model)]
