@@ -18,6 +18,8 @@ from .ops.linear import Fixed, Settings
 from .ops.pattern import ListTensors, is_lists, is_signs, require_form
 from .ops.unique_base import UniqueBaseGrad, in_transform
 
+__all__ = ["delta_weight", "flat_bases", "linear", "sparse_delta_weight", "unique_base"]
+
 
 def unique_base(
     A: Tensor,
