@@ -10,7 +10,8 @@ namespace randlora {
 
 // In the dtype of the tensor that it belongs to; an empty tensor where it is not needed.
 inline at::Tensor gradient_or_empty(const at::Tensor& gradient, const at::Tensor& of, bool needed) {
-  return needed ? gradient.to(of.scalar_type()) : at::empty({0}, of.options());
+  if (!needed) return at::empty({0}, of.options());
+  return gradient.scalar_type() == of.scalar_type() ? gradient : gradient.to(of.scalar_type());
 }
 
 // Of lambda and gamma.
