@@ -7,6 +7,7 @@ import torch
 from . import planner
 from .bases import hadamard
 from .checks import require_int
+from .costs.strategies import LayerCall
 
 
 def explain(layer: torch.nn.Module, tokens: int, training: bool = True) -> str:
@@ -24,11 +25,12 @@ def explain(layer: torch.nn.Module, tokens: int, training: bool = True) -> str:
         n, r = layer.num_bases[adapter], layer.r[adapter]
         dropout = training and getattr(layer.randlora_dropout[adapter], "p", 0.0) > 0
         shape = (tokens, layer.in_features, layer.out_features, n, r)
-        needs = {"dropout": dropout, "need_x": training, "need_parameters": training}
+        needs = {"dropout": int(dropout), "need_x": int(training), "need_parameters": int(training)}
         pattern = layer.pattern(adapter)
         bases = planner.form(pattern)
         plain = layer._base_is_plain()  # a quantised base layer computes its product itself
-        options = planner.options_of(*shape, dtype.itemsize, bases, device.type, has_weight=plain, **needs)
+        call = LayerCall(*shape, dtype.itemsize, device.type, has_weight=int(plain), **needs)
+        options = planner.costs_of(call, bases)
         chosen = planner.choose(*shape, dtype, dtype if plain else None, device.type, **needs, form=bases)
         forced = layer.strategy != "auto"
         if forced:

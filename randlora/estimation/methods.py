@@ -18,10 +18,11 @@ from ..bases.random_bases import RandomBases
 from ..checkpoint import biases
 from ..checkpoint.layout import PARAMETERS, PREFIX
 from ..config import RandLoraConfig
+from ..costs.lists import Lists
+from ..costs.strategies import Cost, LayerCall
 from ..layers.linear import is_plain
 from ..model import injection
 from ..model.injection import Plan
-from ..planner import Cost
 from .trial_call import Call
 
 Shapes = dict[str, tuple[torch.dtype, Sequence[int]]]  # of named tensors
@@ -169,17 +170,18 @@ def randlora(step: Step, plan: Plan, kind: str, others: Beside, projections: boo
 
 
 def _strategies(
-    step: Step, layer: Layer, config: RandLoraConfig, form: planner.Lists | str | None, need_x: bool
+    step: Step, layer: Layer, config: RandLoraConfig, form: Lists | str | None, need_x: bool
 ) -> tuple[tuple[str, str], tuple[Cost, Cost], bool]:
     """The strategies of both passes, their costs, and whether they take dense bases: decided as ``Linear`` does."""
     shape = step.tokens, layer.in_features, layer.out_features, layer.num_bases, config.r
     strategy = "auto" if config.strategy == "merged" and layer.weight_dtype is None else config.strategy
-    needs = {"dropout": config.randlora_dropout > 0, "need_x": need_x, "need_parameters": True}
+    needs = {"dropout": int(config.randlora_dropout > 0), "need_x": int(need_x), "need_parameters": 1}
     chosen = strategy, strategy
     if strategy == "auto":
         chosen = planner.choose(*shape, layer.dtype, layer.weight_dtype, step.device.type, form=form, **needs)
-    has_weight = layer.weight_dtype is not None
-    options = planner.options_of(*shape, layer.dtype.itemsize, form, step.device.type, has_weight=has_weight, **needs)
+    has_weight = int(layer.weight_dtype is not None)
+    call = LayerCall(*shape, layer.dtype.itemsize, step.device.type, has_weight=has_weight, **needs)
+    options = planner.costs_of(call, form)
     return chosen, (options[chosen[0]][0], options[chosen[1]][1]), form is None
 
 

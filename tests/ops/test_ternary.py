@@ -19,7 +19,9 @@ from helpers.saved_bytes import SavedBytes
 from helpers.ternary import FORMS, draw
 
 import randlora
+from randlora import costs, planner
 from randlora.bases.patterns import Bits, Lists, Planes, is_bits, is_planes
+from randlora.costs.strategies import LayerCall
 from randlora.functional import linear
 
 SHAPES = [(41, 64, 5), (64, 41, 5), (3, 1, 4), (1, 1, 1), (33, 33, 40), (130, 341, 32), (341, 130, 32), (600, 520, 7)]
@@ -472,38 +474,31 @@ def test_rows_outside_of_A(first, rows):
 
 def test_pattern_takes_less_arithmetic_than_dense():
     """The model counts what the kernels do: a third of the build for planes, only what is non-zero for lists."""
-    from randlora import planner
-
-    dense = planner.costs(1024, 1024, 1024, 32, 32)
-    planes = planner.costs(1024, 1024, 1024, 32, 32, planes=True)
     form = planner.form(randlora.RandomBases(1024, 1024, 32, kind="very_sparse").pattern(1024)[0])
-    lists = planner.sparse_costs(1024, 1024, 1024, 32, 32, form)
+    call = LayerCall(1024, 1024, 1024, 32, 32)
+    dense, planes, lists = (planner.costs_of(call, form) for form in (None, "planes", form))
     for which, strategy in itertools.product((0, 1), ("materialized", "merged")):
-        costs = [found[strategy][which].multiply_adds for found in (dense, planes, lists)]
-        assert costs[0] > costs[1] > costs[2]
+        found = [options[strategy][which].multiply_adds for options in (dense, planes, lists)]
+        assert found[0] > found[1] > found[2]
 
 
 @pytest.mark.parametrize("shape", [(512, 512), (128, 512), (512, 128)], ids=str)
 def test_density_is_told_from_the_shapes_of_a_pattern(shape):
     """Also of a layer that uses part of a larger store."""
-    from randlora import planner
-
     m, M = min(shape), max(shape)
     bases = randlora.RandomBases(2048, 600, 32, kind="very_sparse", sparsity=20)
     form = planner.form(bases.pattern(m)[0])
     assert form.density(m, M, 32) == pytest.approx(1 / 20, rel=0.25)
-    full = planner.Lists(m, 20.0)  # no empty column to tell from
+    full = costs.lists.Lists(m, 20.0)  # no empty column to tell from
     assert full.density(m, M, 32) == pytest.approx(20 / M)
 
 
 def test_bits_cost_what_making_them_dense_takes():
     """Traffic in every strategy; on the CPU not their dense size in temporaries."""
-    from randlora import planner
-
     d = 4096
-    dense = planner.costs(512, d, d, d // 32, 32)
+    dense = planner.costs_of(LayerCall(512, d, d, d // 32, 32), None)
     for device, limit in (("cpu", 8 << 20), ("cuda", 4 * d * d)):
-        bits = planner.costs(512, d, d, d // 32, 32, bits=True, device_type=device)
+        bits = planner.costs_of(LayerCall(512, d, d, d // 32, 32, device_type=device), "bits")
         for strategy, which in itertools.product(STRATEGIES, (0, 1)):
             a, b = dense[strategy][which], bits[strategy][which]
             assert a.multiply_adds == b.multiply_adds and a.traffic < b.traffic
