@@ -92,7 +92,7 @@ class Layer:
         self.setting = Setting(["layer"], spec.r, self.dtype)
         self.scaling = self.setting.alpha / spec.r
         self.bases = self.make_bases(spec.kind)
-        n = -(-spec.d // spec.r)
+        n = self.bases.num_bases
         self.lam = torch.randn(spec.r, n, device=spec.device)
         self.gamma = torch.randn(n, spec.d, device=spec.device) / spec.d
         self.saved: dict[str, int] = {}  # method -> bytes, known after its provider was made

@@ -37,6 +37,7 @@ from .costs.dense import Dense
 from .costs.hadamard import Hadamard
 from .costs.lists import Lists, Sparse
 from .costs.strategies import Cost, LayerCall
+from .dtypes import at_least_fp32
 
 STRATEGIES = ("factored", "materialized", "merged")
 
@@ -122,6 +123,16 @@ def _lowest(totals: dict[str, int]) -> str:
     return found
 
 
+def without_weight(strategy: str) -> str:
+    """The strategy that a layer takes in place of its own where the op has no weight to merge into."""
+    return "auto" if strategy == "merged" else strategy
+
+
+def merges_exactly(dtype: torch.dtype) -> bool:
+    """Whether W + dW in `dtype` keeps what an update adds, so that ``merged`` may be taken without being asked for."""
+    return dtype == at_least_fp32(dtype)
+
+
 def price_of_update(
     T: int, in_features: int, out_features: int, n: int, r: int, dtype: torch.dtype, device_type: str, pattern
 ) -> tuple[float, float]:
@@ -179,7 +190,7 @@ def _totals(
     has_weight = int(weight_dtype is not None)
     call = LayerCall(T, in_features, out_features, n, r, dtype.itemsize, device_type, has_weight=has_weight, **needs)
     options = costs_of(call, form)
-    if not (weight_dtype == dtype and dtype in (torch.float32, torch.float64)):
+    if not (weight_dtype == dtype and merges_exactly(dtype)):
         options.pop("merged", None)
     balance = BALANCE.get((device_type, dtype.itemsize), 10)
     return {name: tuple(cost.total(balance) for cost in passes) for name, passes in options.items()}

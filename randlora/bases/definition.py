@@ -41,8 +41,8 @@ class Definition:
         self.max_dim = require_size("max_dim", max_dim, 2**31 - 1)
         if self.max_dim < self.min_dim:
             raise ValueError(f"max_dim must be at least min_dim = {min_dim}, got {max_dim}")
-        default_bases = -(-self.min_dim // self.r)
-        self.num_bases = default_bases if num_bases is None else require_size("num_bases", num_bases, 2**31 - 1)
+        default = bases_for_full_rank(self.min_dim, self.r)
+        self.num_bases = default if num_bases is None else require_size("num_bases", num_bases, 2**31 - 1)
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
         if prng not in PRNGS:
@@ -88,6 +88,11 @@ class Definition:
         A = torch.empty((self.r, 1, self.min_dim), dtype=dtype, device=device)
         B = torch.empty((self.max_dim, self.num_bases, self.r), dtype=dtype, device=device)
         return self.fill(A, STREAM_A, (0, 0, 0)), self.fill(B, STREAM_B, (0, 0, 0))
+
+
+def bases_for_full_rank(min_dim: int, r: int) -> int:
+    """``ceil(min_dim / r)``: how many bases of rank r a layer with this smaller dimension takes by default."""
+    return -(-min_dim // r)
 
 
 def sparsity_of(kind: str, min_dim: int, sparsity: float | None) -> float | None:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..bases.definition import bases_for_full_rank
 from ..bases.random_bases import RandomBases
 from ..bases.shared import shared
 from ..checks import FLOATS
@@ -248,7 +249,7 @@ def _given(path: Path, plan: Plan, projections: tuple[Tensor, Tensor]) -> Random
 def _check_projections(path: Path, model: nn.Module, plan: Plan, shapes: dict[str, _Place]) -> None:
     """PEFT sizes projections by the layers of the model's first adapter: none of this model's can need larger ones."""
     r, largest = plan.config.r, max(max(layer_sizes(m)) for m in model.modules() if is_supported(m))
-    num_bases = max(plan.config.num_bases or 0, -(-largest // r))
+    num_bases = max(plan.config.num_bases or 0, bases_for_full_rank(largest, r))
     for name, (key, shape, _) in shapes.items():
         limit = r * largest if name.endswith("A") else r * largest * num_bases
         if is_projection(name) and math.prod(shape) > limit:

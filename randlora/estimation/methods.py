@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import planner
 from ..bases import patterns
+from ..bases.definition import bases_for_full_rank
 from ..bases.patterns import Pattern
 from ..bases.random_bases import RandomBases
 from ..checkpoint import biases
@@ -20,6 +21,7 @@ from ..checkpoint.layout import PARAMETERS, PREFIX
 from ..config import RandLoraConfig
 from ..costs.lists import Lists
 from ..costs.strategies import Cost, LayerCall
+from ..dtypes import at_least_fp32
 from ..layers.linear import is_plain
 from ..model import injection
 from ..model.injection import Plan
@@ -77,13 +79,11 @@ def layers_of(model: nn.Module, plan: Plan, autocast: torch.dtype | None) -> lis
         parent = modules[name.rpartition(".")[0]]
         attention = isinstance(parent, nn.MultiheadAttention)  # it is taken apart into plain layers
         weight = parent.out_proj.weight if attention else modules[name].weight
-        # The method looks at the base layer alone.
         plain = attention or is_plain(modules[name])
         own = weight.dtype if weight.dtype.is_floating_point else usual
         dtype = own if autocast is None or own == torch.float64 else autocast
-        parameters = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
         weight_dtype = weight.dtype if plain else None
-        found.append(Layer(name, *sizes, plan.num_bases(name), parameters, dtype, own, weight_dtype))
+        found.append(Layer(name, *sizes, plan.num_bases(name), at_least_fp32(weight.dtype), dtype, own, weight_dtype))
     return found
 
 
@@ -109,7 +109,11 @@ def writes_projections(model: nn.Module, plan: Plan) -> bool:
     uses = Counter(map(id, modules.values()))
     for name, sizes in plan.slots.items():
         attention = isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention)
-        if attention or uses[id(modules[name])] > 1 or plan.num_bases(name) != -(-min(sizes) // plan.config.r):
+        if (
+            attention
+            or uses[id(modules[name])] > 1
+            or plan.num_bases(name) != bases_for_full_rank(min(sizes), plan.config.r)
+        ):
             return False
     return plan.config.save_projection
 
@@ -152,7 +156,10 @@ def randlora(step: Step, plan: Plan, kind: str, others: Beside, projections: boo
     in_file: Shapes = {}
     if projections:
         M, m = plan.peft_dims
-        for name, shape in (("randlora_A", (config.r, 1, m)), ("randlora_B", (M, -(-m // config.r), config.r))):
+        for name, shape in (
+            ("randlora_A", (config.r, 1, m)),
+            ("randlora_B", (M, bases_for_full_rank(m, config.r), config.r)),
+        ):
             in_file[f"base_model.{name}"] = torch.float32, shape
     said = json.dumps(asdict(config))
     return {
@@ -174,7 +181,7 @@ def _strategies(
 ) -> tuple[tuple[str, str], tuple[Cost, Cost], bool]:
     """The strategies of both passes, their costs, and whether they take dense bases: decided as ``Linear`` does."""
     shape = step.tokens, layer.in_features, layer.out_features, layer.num_bases, config.r
-    strategy = "auto" if config.strategy == "merged" and layer.weight_dtype is None else config.strategy
+    strategy = config.strategy if layer.weight_dtype is not None else planner.without_weight(config.strategy)
     needs = {"dropout": int(config.randlora_dropout > 0), "need_x": int(need_x), "need_parameters": 1}
     chosen = strategy, strategy
     if strategy == "auto":

@@ -189,7 +189,7 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
         self, x: Tensor, dtype: torch.dtype, adapter: str, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
         dropout = self._modules["randlora_dropout"]._modules[adapter]
-        strategy = "auto" if self.strategy == "merged" and weight is None else self.strategy
+        strategy = self.strategy if weight is not None else planner.without_weight(self.strategy)
         found = self._pattern(adapter, x.device)
         A = B = pattern = None
         if found is None:
@@ -226,7 +226,7 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
             bias = base_layers.own(self._modules["base_layer"], "bias")
             base_layers.require_weight(weight, bias, x, self._weight_shape)
         merged = weight is not None and weight.dtype == dtype
-        if merged and dtype not in (torch.float32, torch.float64):
+        if merged and not planner.merges_exactly(dtype):
             merged = self.strategy == "merged"
         if merged:  # the update alone does not depend on the weight, which need not be an ordinary tensor
             sources.append(weight)

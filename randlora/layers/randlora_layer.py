@@ -12,10 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..bases.definition import bases_for_full_rank
 from ..bases.patterns import Pattern
 from ..bases.random_bases import RandomBases
 from ..bases.shared import shared_bases
 from ..checks import require_float, require_size
+from ..dtypes import at_least_fp32
 from ..functional import delta_weight, flat_bases, sparse_delta_weight
 from ..names import check_adapter_name
 from ..undo import all_or_nothing
@@ -98,7 +100,7 @@ class RandLoraLayer(Mergeable):
         alpha = require_float("randlora_alpha", randlora_alpha)
         dropout = require_float("randlora_dropout", randlora_dropout, 0.0, 1.0)
         m, M = min(self.in_features, self.out_features), max(self.in_features, self.out_features)
-        n = -(-m // r) if num_bases is None else require_size("num_bases", num_bases)
+        n = bases_for_full_rank(m, r) if num_bases is None else require_size("num_bases", num_bases)
         if init_weights not in (True, False):
             raise TypeError(f"init_weights must be True or False, got {init_weights!r}")
         bases = self._choose_bases(adapter_name, randlora_A, randlora_B, bases, r)
@@ -119,8 +121,7 @@ class RandLoraLayer(Mergeable):
     def _parameters_like(self) -> tuple[torch.dtype, torch.device]:
         """What parameters that go with the base layer are: on meta only if the layer has no numbers itself."""
         dtype, device = self.compute_dtype_and_device()
-        # 16-bit and quantised weights get fp32 parameters: their updates would vanish in 16 bits.
-        return dtype if dtype in (torch.float32, torch.float64) else torch.float32, device
+        return at_least_fp32(dtype), device
 
     def compute_dtype_and_device(self) -> tuple[torch.dtype, torch.device]:
         """What the layer computes in outside of autocast, and where; fp32 where the weight does not tell."""
@@ -258,7 +259,7 @@ class RandLoraLayer(Mergeable):
             update = delta_weight(*arguments, self.in_features, self.out_features)
         else:
             lam, gamma = self._trained(adapter, self._device(adapter))
-            dtype = torch.float64 if lam.dtype == torch.float64 else torch.float32
+            dtype = at_least_fp32(lam.dtype)
             update = sparse_delta_weight(
                 *found, lam.to(dtype), gamma.to(dtype), self.scaling[adapter], self.in_features, self.out_features
             )
@@ -284,7 +285,7 @@ class RandLoraLayer(Mergeable):
     def _update_arguments(self, adapter: str, scaling: float, device: torch.device | None = None) -> tuple:
         device = self._device(adapter) if device is None else torch.device(device)
         lam, gamma = self._trained(adapter, device)
-        dtype = torch.float64 if lam.dtype == torch.float64 else torch.float32
+        dtype = at_least_fp32(lam.dtype)
         A, B, factor = self._tensors(adapter, dtype, device)
         return A, B, lam.to(device, dtype), gamma.to(device, dtype), scaling * factor
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..bases import hadamard
+from ..bases.definition import bases_for_full_rank
 from ..bases.random_bases import RandomBases
 from ..bases.shared import shared, shared_bases
 from ..config import RandLoraConfig
@@ -82,7 +83,7 @@ def required(config: RandLoraConfig, slots: dict[str, tuple[int, int]]) -> tuple
 
 
 def _num_bases(config: RandLoraConfig, min_dim: int) -> int:
-    return config.num_bases or -(-min_dim // config.r)
+    return config.num_bases or bases_for_full_rank(min_dim, config.r)
 
 
 def make_bases(config: RandLoraConfig, slots: dict[str, tuple[int, int]], peft: tuple[int, int]) -> RandomBases:

@@ -46,7 +46,8 @@ def test_threads_share_one_store():
                 thread.start()
             for thread in threads:
                 thread.join()
-            assert len(found) == 3 and len(set(map(id, found))) == 1, "two stores of one rank: layers would not share memory"
+            assert len(found) == 3
+            assert all(store is found[0] for store in found), "two stores of one rank: layers would not share memory"
     finally:
         sys.setswitchinterval(interval)
 
