@@ -86,6 +86,14 @@ def test_explain_names_what_the_layer_does(tokens, expected, capsys):
     assert forced == ["materialized"] * 2
 
 
+def test_explain_says_what_is_done_where_there_is_no_weight_to_merge_into():
+    """A base layer with a hook computes its product itself: the layer takes the cheapest strategy for the update."""
+    layer = randlora.Linear(make_base(256, 256), bases=randlora.RandomBases(256, 256, 32), strategy="merged")
+    layer.base_layer.register_forward_hook(lambda *_: None)
+    lines = randlora.explain(layer, 1).splitlines()
+    assert [line.split()[0] for line in lines if "<- chosen" in line] == ["factored"] * 2
+
+
 def test_explain_counts_inference_without_backward():
     layer = randlora.Linear(make_base(256, 256), bases=randlora.RandomBases(256, 256, 32))
     text = randlora.explain(layer, 100, training=False)

@@ -202,7 +202,7 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
             strategy, self.out_features, self.fan_in_fan_out, self.workspace, None, pattern,
         )  # fmt: skip
 
-    def _base_is_plain(self) -> bool:
+    def base_is_plain(self) -> bool:
         """Whether the base layer does nothing but its product with a frozen weight, so that the op may do it."""
         return self._plain_weight() is not None
 
