@@ -119,7 +119,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         before = [getattr(self, name) for name in self.projections]
         active = list(dict.fromkeys(name for layer in before for name in layer.active_adapters))
-        frozen = any(layer._inference_mode for layer in before)
+        frozen = any(layer.inference_mode for layer in before)
         with all_or_nothing(self):
             for name, layer in layers.items():
                 if isinstance(layer, RandLoraLayer):
@@ -130,7 +130,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                     if any(other.disable_adapters for other in before):
                         layer.enable_adapters(False)
                 wanted = [other for other in active if other in layer.randlora_lambda]
-                if active and (layer.active_adapters, layer._inference_mode) != (wanted, frozen):
+                if active and (layer.active_adapters, layer.inference_mode) != (wanted, frozen):
                     layer.set_adapter(wanted, inference_mode=frozen)
 
     @property

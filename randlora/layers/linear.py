@@ -198,7 +198,7 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
             pattern, factor = found
         p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
         return linear_of(
-            x, weight, bias, A, B, *self._trained(adapter, x.device), self.scaling[adapter] * factor, p, dtype,
+            x, weight, bias, A, B, *self.trained(adapter, x.device), self.scaling[adapter] * factor, p, dtype,
             strategy, self.out_features, self.fan_in_fan_out, self.workspace, None, pattern,
         )  # fmt: skip
 
@@ -233,7 +233,7 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
         for source in sources:
             if source.device != device:
                 for name in adapters:
-                    self._trained(name, device)  # raises for those that have no numbers
+                    self.trained(name, device)  # raises for those that have no numbers
                 return None
         patterns = (self._pattern(name, device) for name in adapters)
         if all(found is not None and is_hadamard(found[0]) for found in patterns):
@@ -243,7 +243,7 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
         settings = [(self.scaling[name], self._bases(name).version()) for name in adapters]
 
         def price() -> tuple[float, float]:
-            return self._price_of_update(x, dtype, adapters)
+            return self.price_of_update(x, dtype, adapters)
 
         def build() -> Tensor:
             update = sum(self.get_delta_weight(name) for name in adapters)
@@ -270,7 +270,7 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
         flat = torch.addmm(result.reshape(-1, self.out_features), rows, cached)
         return torch.ops.aten._unsafe_view(flat, result.shape)  # as torch.nn.functional.linear does: not a view
 
-    def _price_of_update(self, x: Tensor, dtype: torch.dtype, adapters: list[str]) -> tuple[float, float]:
+    def price_of_update(self, x: Tensor, dtype: torch.dtype, adapters: list[str]) -> tuple[float, float]:
         """What a call with `x` spends on the updates of `adapters`, and what building them costs."""
         tokens, size, device_type = x.numel() // self.in_features, (self.in_features, self.out_features), x.device.type
         prices = [

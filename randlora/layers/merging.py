@@ -88,7 +88,7 @@ class Mergeable:
             raise ValueError(_recomputed(base))
         base_layers.require_mergeable(base, self._weight_shape, self.fan_in_fan_out)
         for name in adapter_names:
-            self._trained(name, torch.device("cpu"))
+            self.trained(name, torch.device("cpu"))
         if getattr(self, "bypassed", False) and any(
             self.randlora_lambda[n].any() and self.randlora_gamma[n].any() for n in adapter_names
         ):
@@ -128,6 +128,11 @@ class Mergeable:
             return
         with unmerged([self]):
             pass
+
+
+    def forget_unmerged_weight(self) -> None:
+        """Free the weight as it was before merging: :meth:`unmerge` cannot give it back any more."""
+        self._unmerged_weight = None
 
 
 @contextlib.contextmanager

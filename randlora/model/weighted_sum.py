@@ -70,7 +70,7 @@ def _sum(path: str, layer: RandLoraLayer, present: list[tuple[str, float]], scal
     """lambda and gamma of the sum, for an adapter of this scaling."""
     real = torch.device("cpu")  # any device that has numbers: those on meta are refused
     with torch.no_grad():
-        lambdas, gammas = zip(*(layer._trained(name, real) for name, _ in present), strict=True)
+        lambdas, gammas = zip(*(layer.trained(name, real) for name, _ in present), strict=True)
     factors = [weight * layer.scaling[name] / scaling for name, weight in present]
     if all(torch.equal(gamma, gammas[0]) for gamma in gammas):
         return sum(f * lam for f, lam in zip(factors, lambdas, strict=True)), gammas[0]

@@ -59,7 +59,7 @@ class Linear(peft_randlora.Linear, OwnLinear):
 
     def _update_arguments(self, adapter: str, scaling: float, device: torch.device | None = None) -> tuple:
         device = self._device(adapter) if device is None else torch.device(device)
-        lam, gamma = self._trained(adapter, device)
+        lam, gamma = self.trained(adapter, device)
         dtype = at_least_fp32(lam.dtype)
         # In the dtype they are held in: a matrix is built once in a while, and an fp32 copy of them would stay.
         A, B = self._bases(adapter).tensors(device=device)
@@ -162,9 +162,9 @@ class Linear(peft_randlora.Linear, OwnLinear):
                 value = before.detach().to(moved.device, torch.float32)
                 held[adapter_name] = nn.Parameter(value, requires_grad=before.requires_grad)
         if new:
-            self._follow_to_meta(adapter_name)
+            self.follow_to_meta(adapter_name)
 
-    def _follow_to_meta(self, adapter_name: str) -> None:
+    def follow_to_meta(self, adapter_name: str) -> None:
         """New parameters of a layer that has no numbers have none either."""
         weight = tensor_weight(self.get_base_layer())
         if weight is not None and offload.device_of(self.get_base_layer(), weight).type == "meta":

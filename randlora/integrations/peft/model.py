@@ -203,7 +203,7 @@ class RandLoraModel(PeftRandLoraModel):
         with seen_where_it_computes(target):
             layer = convert(create(config, randlora_A, randlora_B, adapter_name, target, **kwargs))
         initialise_anew(layer, adapter_name, config.init_weights)
-        layer._follow_to_meta(adapter_name)
+        layer.follow_to_meta(adapter_name)
         return layer
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
