@@ -22,7 +22,7 @@ from ..config import RandLoraConfig
 from ..costs.lists import Lists
 from ..costs.strategies import Cost, LayerCall
 from ..dtypes import at_least_fp32
-from ..layers.linear import is_plain
+from ..layers.base_layer import is_plain
 from ..model import injection
 from ..model.injection import Plan
 from .trial_call import Call

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..checks import require_dtype
@@ -64,6 +66,29 @@ def own(module: nn.Module, name: str) -> Any:
     """``getattr(module, name)`` of what is a parameter in nearly all cases, which a module looks for last and long."""
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name)
+
+
+def is_plain(base: nn.Module) -> bool:
+    """Whether a layer does nothing but its product with an ordinary weight."""
+    return plain_weight(base) is not None
+
+
+def plain_weight(base: nn.Module) -> Tensor | None:
+    """The weight of such a layer, None of any other."""
+    cls = type(base)
+    if not (cls is nn.Linear or cls in conv1d_types()):
+        return None
+    if base._forward_hooks or base._forward_pre_hooks or forward_is_replaced(base):
+        return None
+    weight = own(base, "weight")
+    # torchao's quantised weights are subclasses; torch.export puts fake tensors in the place of all parameters.
+    return weight if type(weight) in (nn.Parameter, Tensor, FakeTensor) else None
+
+
+def conv1d_types() -> tuple[type, ...]:
+    """transformers' Conv1D, where transformers is in use at all; importing it here would be slow for those without."""
+    module = sys.modules.get("transformers.pytorch_utils")
+    return () if module is None else (module.Conv1D,)
 
 
 def tensor_weight(base_layer: nn.Module) -> Tensor | None:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import planner
-from ..bases.patterns import is_hadamard
 from ..bases.random_bases import RandomBases
 from ..functional import compute_dtype, linear_of
 from ..planner import STRATEGIES
@@ -18,11 +13,12 @@ from ..undo import all_or_nothing
 from . import base_layer as base_layers
 from . import offload, quantized, update_cache
 from .bypassed import Noticed
+from .cached_forward import CachedForward, stand_for_others
 from .mixed_batch import add_updates
 from .randlora_layer import BaseTensors, RandLoraLayer
 
 
-class Linear(nn.Linear, RandLoraLayer, Noticed):
+class Linear(nn.Linear, RandLoraLayer, CachedForward, Noticed):
     """Wraps an ``nn.Linear`` and adds ``dW = alpha / r * sum_i B_i diag(lambda_i) A diag(gamma_i)`` to its weight.
 
     The base layer is frozen; ``randlora_lambda[adapter_name]`` and ``randlora_gamma[adapter_name]`` are trained.
@@ -81,7 +77,7 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
             )
         if isinstance(base_layer, nn.Linear):
             features, transposed = (base_layer.in_features, base_layer.out_features), False
-        elif isinstance(base_layer, conv1d_types()):
+        elif isinstance(base_layer, base_layers.conv1d_types()):
             features, transposed = tuple(base_layer.weight.shape), True
         else:
             raise TypeError(
@@ -155,8 +151,8 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
         if weight is None:
             x = self._moved(x)
         dtype = compute_dtype(x)
-        if kept is not None and not (args or kwargs or x.is_meta or _stand_for_others(x)):
-            result = self._forward_with(kept, x, dtype, adapters, weight)
+        if kept is not None and not (args or kwargs or x.is_meta or stand_for_others(x)):
+            result = self.forward_with(kept, x, dtype, adapters, weight)
             if result is not None:
                 return result
         if weight is None:
@@ -208,78 +204,8 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
 
     def _plain_weight(self) -> Tensor | None:
         """The weight of such a base layer, not read by way of ``self.weight``, which would note that."""
-        weight = plain_weight(self._modules["base_layer"])
+        weight = base_layers.plain_weight(self._modules["base_layer"])
         return None if weight is None or weight.requires_grad else weight
-
-    def _forward_with(
-        self,
-        kept: update_cache.InferenceCache,
-        x: Tensor,
-        dtype: torch.dtype,
-        adapters: list[str],
-        weight: Tensor | None,
-    ) -> Tensor | None:
-        """The output by a matrix that `kept` holds, or None. `weight`: by :meth:`_plain_weight`."""
-        device, bias = x.device, None
-        sources = [part for name in adapters for part in self._held(name)]
-        if weight is not None:
-            bias = base_layers.own(self._modules["base_layer"], "bias")
-            base_layers.require_weight(weight, bias, x, self._weight_shape)
-        merged = weight is not None and weight.dtype == dtype
-        if merged and not planner.merges_exactly(dtype):
-            merged = self.strategy == "merged"
-        if merged:  # the update alone does not depend on the weight, which need not be an ordinary tensor
-            sources.append(weight)
-        for source in sources:
-            if source.device != device:
-                for name in adapters:
-                    self.trained(name, device)  # raises for those that have no numbers
-                return None
-        patterns = (self._pattern(name, device) for name in adapters)
-        if all(found is not None and is_hadamard(found[0]) for found in patterns):
-            return None  # one token costs little more than the base layer alone
-        stream = torch._C._cuda_getCurrentRawStream(device.index) if x.is_cuda else None  # others would have to wait
-        key = merged, dtype, device, stream, *adapters
-        settings = [(self.scaling[name], self._bases(name).version()) for name in adapters]
-
-        def price() -> tuple[float, float]:
-            return self.price_of_update(x, dtype, adapters)
-
-        def build() -> Tensor:
-            update = sum(self.get_delta_weight(name) for name in adapters)
-            built = (weight + update if merged else update).to(dtype)
-            # [out, in] in the place of a weight, otherwise [in, out], as it is multiplied.
-            return built.t() if self.fan_in_fan_out == merged else built
-
-        nbytes = self.in_features * self.out_features * dtype.itemsize  # a 4-bit weight has fewer elements
-        cached = kept.get(self, key, sources, settings, nbytes, price, build)
-        if cached is None:
-            return None
-        if merged:
-            return F.linear(x, cached, bias)
-        own = weight is not None
-        result = F.linear(x, weight.t() if self.fan_in_fan_out else weight, bias) if own else self._product(x)
-        if result.dtype != dtype:  # under autocast some quantised layers give the input's dtype
-            return result + F.linear(x, cached.t()).to(result.dtype)
-        # One accumulating product: the sum is rounded once, and no pass over the output is spent on adding.
-        rows = x.reshape(-1, self.in_features)
-        rows = rows if rows.dtype == dtype else rows.to(dtype)
-        if own and result.is_contiguous():
-            result.view(-1, self.out_features).addmm_(rows, cached)
-            return result
-        flat = torch.addmm(result.reshape(-1, self.out_features), rows, cached)
-        return torch.ops.aten._unsafe_view(flat, result.shape)  # as torch.nn.functional.linear does: not a view
-
-    def price_of_update(self, x: Tensor, dtype: torch.dtype, adapters: list[str]) -> tuple[float, float]:
-        """What a call with `x` spends on the updates of `adapters`, and what building them costs."""
-        tokens, size, device_type = x.numel() // self.in_features, (self.in_features, self.out_features), x.device.type
-        prices = [
-            planner.price_of_update(
-                tokens, *size, self.num_bases[name], self.r[name], dtype, device_type, self._pattern(name, x.device)
-            )
-            for name in adapters
-        ]
-        return sum(rent for rent, _ in prices), sum(building for _, building in prices)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -305,35 +231,3 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
         return f"in_features={self.in_features}, out_features={self.out_features}, {', '.join(state)}\n" + "\n".join(
             adapters
         )
-
-
-def is_plain(base: nn.Module) -> bool:
-    """Whether a layer does nothing but its product with an ordinary weight."""
-    return plain_weight(base) is not None
-
-
-def plain_weight(base: nn.Module) -> Tensor | None:
-    """The weight of such a layer, None of any other."""
-    cls = type(base)
-    if not (cls is nn.Linear or cls in conv1d_types()):
-        return None
-    if base._forward_hooks or base._forward_pre_hooks or base_layers.forward_is_replaced(base):
-        return None
-    weight = base_layers.own(base, "weight")
-    # torchao's quantised weights are subclasses; torch.export puts fake tensors in the place of all parameters.
-    return weight if type(weight) in (nn.Parameter, Tensor, FakeTensor) else None
-
-
-def conv1d_types() -> tuple[type, ...]:
-    """transformers' Conv1D, where transformers is in use at all; importing it here would be slow for those without."""
-    module = sys.modules.get("transformers.pytorch_utils")
-    return () if module is None else (module.Conv1D,)
-
-
-def _stand_for_others(x: Tensor) -> bool:
-    """Whether tensors here stand for others that come later: in torch.func, CUDA graphs, torch.jit.trace, make_fx."""
-    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
-        return True
-    if torch._C._len_torch_dispatch_stack() > 0:
-        return True
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -129,7 +129,6 @@ class Mergeable:
         with unmerged([self]):
             pass
 
-
     def forget_unmerged_weight(self) -> None:
         """Free the weight as it was before merging: :meth:`unmerge` cannot give it back any more."""
         self._unmerged_weight = None
