@@ -23,8 +23,7 @@ from ..costs.lists import Lists
 from ..costs.strategies import Cost, LayerCall
 from ..dtypes import at_least_fp32
 from ..layers.base_layer import is_plain
-from ..model import injection
-from ..model.injection import Plan
+from ..model.adapter_plan import Plan, own_bases, required
 from .trial_call import Call
 
 Shapes = dict[str, tuple[torch.dtype, Sequence[int]]]  # of named tensors
@@ -125,8 +124,8 @@ def randlora(step: Step, plan: Plan, kind: str, others: Beside, projections: boo
     same = kind == plan.config.kind
     sparsity, width = (plan.config.sparsity, plan.config.group_width) if same else (None, None)
     config = replace(plan.config, kind=kind, sparse=False, very_sparse=False, sparsity=sparsity, group_width=width)
-    max_dim, min_dim, num_bases = need = injection.required(config, plan.slots)
-    bases = injection.make_bases(config, plan.slots, plan.peft_dims)
+    max_dim, min_dim, num_bases = need = required(config, plan.slots)
+    config, bases = own_bases(config, plan.slots, plan.peft_dims)
     if bases.prng != "philox":
         max_dim, min_dim, num_bases = need = bases.max_dim, bases.min_dim, bases.num_bases
 
@@ -156,11 +155,8 @@ def randlora(step: Step, plan: Plan, kind: str, others: Beside, projections: boo
     in_file: Shapes = {}
     if projections:
         M, m = plan.peft_dims
-        for name, shape in (
-            ("randlora_A", (config.r, 1, m)),
-            ("randlora_B", (M, bases_for_full_rank(m, config.r), config.r)),
-        ):
-            in_file[f"base_model.{name}"] = torch.float32, shape
+        in_file["base_model.randlora_A"] = torch.float32, (config.r, 1, m)
+        in_file["base_model.randlora_B"] = torch.float32, (M, bases_for_full_rank(m, config.r), config.r)
     said = json.dumps(asdict(config))
     return {
         "trainable_parameters": _numbers(trained | others.trained),

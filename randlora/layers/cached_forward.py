@@ -40,7 +40,7 @@ class CachedForward:
         for source in sources:
             if source.device != device:
                 for name in adapters:
-                    self.trained(name, device)  # raises for those that have no numbers
+                    self._trained(name, device)  # raises for those that have no numbers
                 return None
         patterns = (self._pattern(name, device) for name in adapters)
         if all(found is not None and is_hadamard(found[0]) for found in patterns):

@@ -194,7 +194,7 @@ class Linear(nn.Linear, RandLoraLayer, CachedForward, Noticed):
             pattern, factor = found
         p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
         return linear_of(
-            x, weight, bias, A, B, *self.trained(adapter, x.device), self.scaling[adapter] * factor, p, dtype,
+            x, weight, bias, A, B, *self._trained(adapter, x.device), self.scaling[adapter] * factor, p, dtype,
             strategy, self.out_features, self.fan_in_fan_out, self.workspace, None, pattern,
         )  # fmt: skip
 

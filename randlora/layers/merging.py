@@ -88,7 +88,7 @@ class Mergeable:
             raise ValueError(_recomputed(base))
         base_layers.require_mergeable(base, self._weight_shape, self.fan_in_fan_out)
         for name in adapter_names:
-            self.trained(name, torch.device("cpu"))
+            self._trained(name, torch.device("cpu"))
         if getattr(self, "bypassed", False) and any(
             self.randlora_lambda[n].any() and self.randlora_gamma[n].any() for n in adapter_names
         ):
@@ -140,7 +140,8 @@ def unmerged(layers: Iterable[Mergeable]) -> Iterator[None]:
     layers = list(layers)
     for layer in layers:
         check_unmerge(layer)
-    names, exchanged, kept = [list(layer.merged_adapters) for layer in layers], 0, []
+    before = [(layer._merged_into, list(layer.merged_adapters)) for layer in layers]
+    exchanged, kept = 0, []
     try:
         for layer in layers:
             _exchange(layer)
@@ -153,7 +154,7 @@ def unmerged(layers: Iterable[Mergeable]) -> Iterator[None]:
     except BaseException:
         for i, layer in enumerate(layers[:exchanged]):
             layer._unmerged_weight = kept[i] if kept else layer._unmerged_weight
-            layer.merged_adapters[:] = names[i]
+            layer._merged_into, layer.merged_adapters[:] = before[i]
             _exchange(layer)
         raise
 

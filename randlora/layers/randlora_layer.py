@@ -231,6 +231,12 @@ class RandLoraLayer(Update, Mergeable):
     def disable_adapters(self) -> bool:
         return self._disable_adapters
 
+    def mixable_adapters(self) -> list[str]:
+        """See :class:`randlora.layers.mixed_batch.Mixable`."""
+        if self.merged:
+            raise ValueError("adapter_names cannot be used while adapters are merged: call unmerge_adapter() first")
+        return list(self.randlora_lambda)
+
     # ---- small things ----
 
     def get_base_layer(self) -> nn.Module:

@@ -46,7 +46,7 @@ class Update:
             arguments = self._update_arguments(adapter, self.scaling[adapter])
             update = delta_weight(*arguments, self.in_features, self.out_features)
         else:
-            lam, gamma = self.trained(adapter, self._device(adapter))
+            lam, gamma = self._trained(adapter, self._device(adapter))
             dtype = at_least_fp32(lam.dtype)
             update = sparse_delta_weight(
                 *found, lam.to(dtype), gamma.to(dtype), self.scaling[adapter], self.in_features, self.out_features
@@ -72,7 +72,7 @@ class Update:
 
     def _update_arguments(self, adapter: str, scaling: float, device: torch.device | None = None) -> tuple:
         device = self._device(adapter) if device is None else torch.device(device)
-        lam, gamma = self.trained(adapter, device)
+        lam, gamma = self._trained(adapter, device)
         dtype = at_least_fp32(lam.dtype)
         A, B, factor = self._tensors(adapter, dtype, device)
         return A, B, lam.to(device, dtype), gamma.to(device, dtype), scaling * factor
@@ -86,7 +86,7 @@ class Update:
         parts = self._modules
         return offload.held(parts["randlora_lambda"], adapter), offload.held(parts["randlora_gamma"], adapter)
 
-    def trained(self, adapter: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _trained(self, adapter: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """lambda and gamma for a call on `device`: see :func:`randlora.layers.offload.trained`."""
         parts = self._modules
         return (

@@ -1,7 +1,5 @@
 """Ternary bases as lists, planes and bits: the numbers of their dense expansion, at a fraction of the bytes."""
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,9 +17,7 @@ from helpers.saved_bytes import SavedBytes
 from helpers.ternary import FORMS, draw
 
 import randlora
-from randlora import costs, planner
 from randlora.bases.patterns import Bits, Lists, Planes, is_bits, is_planes
-from randlora.costs.strategies import LayerCall
 from randlora.functional import linear
 
 SHAPES = [(41, 64, 5), (64, 41, 5), (3, 1, 4), (1, 1, 1), (33, 33, 40), (130, 341, 32), (341, 130, 32), (600, 520, 7)]
@@ -470,37 +466,3 @@ def test_rows_outside_of_A(first, rows):
     pattern = randlora.RandomBases(41, 24, 5, "sign").pattern(24)[0]
     with pytest.raises(ValueError, match=r"rows must lie in \[0, r\) = \[0, 5\)"):
         torch.ops.randlora.packed_expand(pattern, 5, 24, 41, torch.float32, first, rows)
-
-
-def test_pattern_takes_less_arithmetic_than_dense():
-    """The model counts what the kernels do: a third of the build for planes, only what is non-zero for lists."""
-    form = planner.form(randlora.RandomBases(1024, 1024, 32, kind="very_sparse").pattern(1024)[0])
-    call = LayerCall(1024, 1024, 1024, 32, 32)
-    dense, planes, lists = (planner.costs_of(call, form) for form in (None, "planes", form))
-    for which, strategy in itertools.product((0, 1), ("materialized", "merged")):
-        found = [options[strategy][which].multiply_adds for options in (dense, planes, lists)]
-        assert found[0] > found[1] > found[2]
-
-
-@pytest.mark.parametrize("shape", [(512, 512), (128, 512), (512, 128)], ids=str)
-def test_density_is_told_from_the_shapes_of_a_pattern(shape):
-    """Also of a layer that uses part of a larger store."""
-    m, M = min(shape), max(shape)
-    bases = randlora.RandomBases(2048, 600, 32, kind="very_sparse", sparsity=20)
-    form = planner.form(bases.pattern(m)[0])
-    assert form.density(m, M, 32) == pytest.approx(1 / 20, rel=0.25)
-    full = costs.lists.Lists(m, 20.0)  # no empty column to tell from
-    assert full.density(m, M, 32) == pytest.approx(20 / M)
-
-
-def test_bits_cost_what_making_them_dense_takes():
-    """Traffic in every strategy; on the CPU not their dense size in temporaries."""
-    d = 4096
-    dense = planner.costs_of(LayerCall(512, d, d, d // 32, 32), None)
-    for device, limit in (("cpu", 8 << 20), ("cuda", 4 * d * d)):
-        bits = planner.costs_of(LayerCall(512, d, d, d // 32, 32, device_type=device), "bits")
-        for strategy, which in itertools.product(STRATEGIES, (0, 1)):
-            a, b = dense[strategy][which], bits[strategy][which]
-            assert a.multiply_adds == b.multiply_adds and a.traffic < b.traffic
-            assert b.workspace <= a.workspace + limit
-        assert (bits["factored"][0].workspace < dense["factored"][0].workspace) == (device == "cpu")
