@@ -3,8 +3,8 @@
     A[k, 0, j] = a_j W(k, (j // w) mod R)          B[o, i, k] = b_o c_q W(o, q)          q = i r + k, R = 2^ceil(log2 r)
 
 a, b and c are signs from Philox (csrc/bases.h). The group width w is part of the definition: columns of A with the same
-``(j // w) mod R``, a group, are equal but for their signs, and n bases tell at most n of them apart. So a group with
-more columns than that costs rank, and a store is made with the largest width by which no layer's groups have.
+``(j // w) mod R`` form a group. They are equal but for their signs, and n bases tell at most n of them apart. So a
+group of more than n columns costs rank. By default bases get the largest width at which no layer has such groups.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class RandomBases(Definition):
         ValueError, TypeError: for arguments outside the ranges above.
     """
 
-    watched = True  # whether it is looked at if given tensors have been written to
+    watched = True  # whether every use looks if given tensors have been written to meanwhile
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class RandomBases(Definition):
 
         They are kept in this form only (lists, planes, bits or signs: :mod:`randlora.bases.patterns`), unless
         :meth:`tensors` is called. Given bases are recognised where that makes them faster: the ternary ones that PEFT
-        stores dense. Raises ValueError where `min_dim` is larger than the store's, which :meth:`require` lets grow.
+        stores dense. Raises ``ValueError`` where `min_dim` is larger than the bases': call :meth:`require` first.
         """
         if self.kind == "dense" and self.prng == "philox":
             return None
@@ -179,7 +179,7 @@ class RandomBases(Definition):
             size = max(self.max_dim, max_dim), max(self.min_dim, min_dim), max(self.num_bases, num_bases)
             if size == (self.max_dim, self.min_dim, self.num_bases):
                 return  # another thread was first
-            # Before the size: who sees it may count on copies of it. The smaller ones are prefixes of the next ones.
+            # Before the size is set: who reads the new size, without the lock, must find no copies of the old one.
             self.copies.clear()
             self.max_dim, self.min_dim, self.num_bases = size
 
@@ -187,7 +187,7 @@ class RandomBases(Definition):
         """The same bases with another default ``dtype`` and/or ``device``, given as for ``nn.Module.to``."""
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         other = self.__class__.__new__(self.__class__)
-        with self.copies.lock:  # of one size
+        with self.copies.lock:  # all three numbers of one size
             other.__dict__.update(self.__dict__)
         other.dtype = self.dtype if dtype is None else require_dtype("dtype", dtype)
         other.device = self.device if device is None else canonical(device)
@@ -257,7 +257,7 @@ class RandomBases(Definition):
                 self._hashes, self._version = {}, version
 
     def _size(self) -> dict[str, int]:
-        with self.copies.lock:  # another thread may be letting it grow
+        with self.copies.lock:  # as another thread may be in the midst of require()
             return {name: getattr(self, name) for name in ("max_dim", "min_dim", "num_bases")}
 
     def __deepcopy__(self, memo) -> RandomBases:

@@ -63,7 +63,7 @@ def name_of(base_layer: nn.Module) -> str:
 
 
 def own(module: nn.Module, name: str) -> Any:
-    """``getattr(module, name)`` of what is a parameter in nearly all cases, which a module looks for last and long."""
+    """``getattr(module, name)``, but fast for parameters: ``nn.Module`` looks for them last."""
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name)
 
