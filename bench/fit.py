@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import randlora
 from bench import measure, records
-from randlora.bases.random_bases import KINDS
+from randlora.bases.definition import KINDS, bases_for_full_rank
 from randlora.functional import delta_weight, sparse_delta_weight
 
 SPECTRA: dict[str, Callable[[Tensor], Tensor]] = {
@@ -47,7 +47,7 @@ def target(spectrum: str, d: int, seed: int) -> Tensor:
 def update_of(kind: str, d: int, r: int, seed: int) -> tuple[list[Tensor], Callable[[], Tensor]]:
     """Parameters to be trained, and what makes a matrix of them."""
     generator = torch.Generator().manual_seed(1000 + seed)
-    n = -(-d // r)
+    n = bases_for_full_rank(d, r)
     if kind == LORA:
         rank = round(n * (r + d) / (2 * d))
         down, up = (torch.randn(rank, d, generator=generator) * rank**-0.25 for _ in range(2))

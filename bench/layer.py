@@ -92,7 +92,7 @@ class Layer:
         self.setting = Setting(["layer"], spec.r, self.dtype)
         self.scaling = self.setting.alpha / spec.r
         self.bases = self.make_bases(spec.kind)
-        n = -(-spec.d // spec.r)
+        n = self.bases.num_bases
         self.lam = torch.randn(spec.r, n, device=spec.device)
         self.gamma = torch.randn(n, spec.d, device=spec.device) / spec.d
         self.saved: dict[str, int] = {}  # method -> bytes, known after its provider was made
@@ -213,15 +213,14 @@ class Layer:
 
     def _randlora_work(self, kind: str, frozen: Work) -> Work:
         from randlora import planner
+        from randlora.costs.strategies import LayerCall
 
         spec, bases = self.spec, self.bases if kind == self.spec.kind else self.make_bases(kind)
         n = self.lam.shape[1]
         pattern = bases.pattern(spec.d, torch.device(spec.device))
         form = planner.form(pattern and pattern[0])
-        costs = planner.options_of(
-            spec.T, spec.d, spec.d, n, spec.r, self.dtype.itemsize, form, torch.device(spec.device).type, dropout=False,
-            has_weight=True, need_x=True, need_parameters=True,
-        )  # fmt: skip
+        call = LayerCall(spec.T, spec.d, spec.d, n, spec.r, self.dtype.itemsize, torch.device(spec.device).type)
+        costs = planner.costs_of(call, form)
         if self.dtype.itemsize == 2:
             costs.pop("merged", None)
         forward, backward = (min(cost[i].multiply_adds for cost in costs.values()) for i in (0, 1))

@@ -112,6 +112,7 @@ def plain_pytorch(
 ) -> nn.Module:
     """See :class:`bench.plain.Linear`."""
     import randlora
+    from randlora.bases.definition import bases_for_full_rank
 
     found = layers(model.requires_grad_(False), setting)
     sizes = [sorted(layer.weight.shape) for layer in found.values()]
@@ -122,7 +123,7 @@ def plain_pytorch(
     for name, layer in found.items():
         m, M = sorted(layer.weight.shape)
         if (m, M) not in flat:
-            flat[m, M] = B[:M, : -(-m // setting.rank)].flatten(1)
+            flat[m, M] = B[:M, : bases_for_full_rank(m, setting.rank)].flatten(1)
         adapted = plain.Linear(layer, A, flat[m, M], setting.alpha / setting.rank, function, strategy)
         model.set_submodule(name, adapted)
     return model
@@ -131,6 +132,7 @@ def plain_pytorch(
 def plain_transforms(model: nn.Module, setting: Setting, fast: bool = False) -> nn.Module:
     """Hadamard bases: see :class:`bench.plain_transforms.Linear`. `fast`: compiled."""
     import randlora
+    from randlora.bases.definition import bases_for_full_rank
 
     found = layers(model.requires_grad_(False), setting)
     sizes = [sorted(layer.weight.shape) for layer in found.values()]
@@ -138,7 +140,7 @@ def plain_transforms(model: nn.Module, setting: Setting, fast: bool = False) -> 
     for name, layer in found.items():
         A, B = bases.tensors(setting.dtype, layer.weight.device)
         m, M = sorted(layer.weight.shape)
-        own = A[:, :, :m], B[:M, : -(-m // setting.rank)], bases.group_width
+        own = A[:, :, :m], B[:M, : bases_for_full_rank(m, setting.rank)], bases.group_width
         model.set_submodule(name, transforms.Linear(layer, *own, setting.alpha / setting.rank, fast))
     return model
 
@@ -281,6 +283,8 @@ def bases(adapted: nn.Module) -> list[Tensor]:
     ]
     for pair in pairs(adapted):
         for held in getattr(pair.layer, "bases", {}).values():
-            found += [tensor for both in held._held.values() for tensor in both]
-            found += [t for form, _ in held._lists.values() for t in vars(form).values() if isinstance(t, Tensor)]
+            found += [tensor for both in held.copies.dense.values() for tensor in both]
+            found += [
+                t for form, _ in held.copies.packed.values() for t in vars(form).values() if isinstance(t, Tensor)
+            ]
     return list({tensor.untyped_storage().data_ptr(): tensor for tensor in found}.values())

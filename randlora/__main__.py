@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import RandLoraConfig, __version__
-from .bases.random_bases import KINDS
+from .bases.definition import KINDS
 from .estimation.estimate import estimate
 from .planner import STRATEGIES
 

@@ -7,10 +7,10 @@ import numbers
 
 import torch
 
+from .dtypes import FLOATS
+
 # Far above what any layer has a use for, and low enough that sizes stay numbers a machine can count with.
 MAX_RANK = 2**16
-
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def require_int(name: str, value: int, low: int, high: int | None = None) -> int:

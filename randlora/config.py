@@ -10,7 +10,7 @@ from dataclasses import MISSING, Field, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .bases.random_bases import KINDS, PEFT_KINDS, PRNGS, group_width_of
+from .bases.definition import KINDS, PEFT_KINDS, PRNGS, group_width_of
 from .checkpoint.hub import find_folder
 from .checkpoint.layout import CONFIG_NAME, DAMAGE, OWN_PEFT_TYPE, PEFT_TYPE, WEIGHTS_NAME, open_adapter, settings_of
 from .checkpoint.replace import write_text

@@ -7,6 +7,7 @@ import torch
 from . import planner
 from .bases import hadamard
 from .checks import require_int
+from .costs.strategies import LayerCall
 from .ops.pattern import SignTensors
 
 
@@ -25,15 +26,17 @@ def explain(layer: torch.nn.Module, tokens: int, training: bool = True) -> str:
         n, r = layer.num_bases[adapter], layer.r[adapter]
         dropout = training and getattr(layer.randlora_dropout[adapter], "p", 0.0) > 0
         shape = (tokens, layer.in_features, layer.out_features, n, r)
-        needs = {"dropout": dropout, "need_x": training, "need_parameters": training}
+        needs = {"dropout": int(dropout), "need_x": int(training), "need_parameters": int(training)}
         pattern = layer.pattern(adapter)
         bases = planner.form(pattern)
-        plain = layer._base_is_plain()  # a quantised base layer computes its product itself
-        options = planner.options_of(*shape, dtype.itemsize, bases, device.type, has_weight=plain, **needs)
+        plain = layer.base_is_plain()  # a quantised base layer computes its product itself
+        call = LayerCall(*shape, dtype.itemsize, device.type, has_weight=int(plain), **needs)
+        options = planner.costs_of(call, bases)
         chosen = planner.choose(*shape, dtype, dtype if plain else None, device.type, **needs, form=bases)
-        forced = layer.strategy != "auto"
+        strategy = layer.strategy if plain else planner.without_weight(layer.strategy)
+        forced = strategy != "auto"
         if forced:
-            chosen = layer.strategy, layer.strategy
+            chosen = strategy, strategy
         lines.append(
             f"adapter {adapter!r}: {layer.in_features} -> {layer.out_features}, {n} bases of rank {r}, {tokens} "
             f"tokens, {str(dtype).removeprefix('torch.')} on {device.type}, "
@@ -43,17 +46,17 @@ def explain(layer: torch.nn.Module, tokens: int, training: bool = True) -> str:
             lines.append(
                 "  " + _groups(min(layer.in_features, layer.out_features), n, r, len(SignTensors(*pattern).width))
             )
-        for which, name in enumerate(("forward", "backward") if training else ("forward",)):
-            lines.append(f"  {name:<13}{'multiply-adds':>15}{'temporaries':>15}{'cost':>7}")
+        for which, direction in enumerate(("forward", "backward") if training else ("forward",)):
+            lines.append(f"  {direction:<13}{'multiply-adds':>15}{'temporaries':>15}{'cost':>7}")
             least = min(cost[which].total(balance) for cost in options.values()) or 1
-            for strategy, cost in options.items():
+            for name, cost in options.items():
                 note = ""
-                if strategy == chosen[which]:
+                if name == chosen[which]:
                     note = "  <- forced" if forced else "  <- chosen"
-                elif strategy == "merged" and dtype.itemsize == 2:
+                elif name == "merged" and dtype.itemsize == 2:
                     note = "  (only on request: 16 bits round small updates away)"
                 lines.append(
-                    f"    {strategy:<13}{cost[which].multiply_adds / 1e6:>11.1f} M"
+                    f"    {name:<13}{cost[which].multiply_adds / 1e6:>11.1f} M"
                     f"{cost[which].workspace / 2**20:>11.1f} MiB{cost[which].total(balance) / least:>7.2f}{note}"
                 )
         kept = tokens * layer.in_features * dtype.itemsize if training else 0

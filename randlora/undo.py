@@ -50,7 +50,7 @@ class _Before:
 
     def restore(self) -> None:
         if type(self.module) is not self.cls:
-            self.module.__class__ = self.cls
+            self.module.__class__ = self.cls  # PEFT's modules are converted in place
         attributes = vars(self.module)
         attributes.clear()
         attributes.update(self.attributes)

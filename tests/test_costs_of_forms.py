@@ -10,6 +10,8 @@ from helpers.ternary import FORMS
 
 import randlora
 from randlora import planner
+from randlora.costs.lists import Lists
+from randlora.costs.strategies import LayerCall
 
 T, R = 40, 8
 STRATEGIES = planner.STRATEGIES
@@ -35,7 +37,7 @@ def products(form, in_features, out_features, strategy):
 def test_packed_bases_run_the_products_that_are_counted(form, packed, strategy, in_features, out_features):
     """Of planes, products that build an update are not dense ones: they count less, and the others in full."""
     *ran, _ = products(form, in_features, out_features, strategy)
-    said = planner.costs(T, in_features, out_features, 480 // R, R, **{packed: True})[strategy]
+    said = planner.costs_of(LayerCall(T, in_features, out_features, 480 // R, R), packed)[strategy]
     builds = (0, 0) if strategy == "factored" or packed == "bits" else (1, 2)
     build = 480 * in_features * out_features
     for counted, cost, times in zip(ran, said, builds, strict=True):
@@ -63,18 +65,17 @@ def test_lists_run_what_their_non_zeros_take(strategy, in_features, out_features
         "materialized": (0, down),
         "merged": (0, down),
     }[strategy]
-    said = planner.sparse_costs(T, in_features, out_features, 480 // R, R, lists)[strategy]
+    said = planner.costs_of(LayerCall(T, in_features, out_features, 480 // R, R), lists)[strategy]
     for counted, cost, more in zip(ran, said, additions, strict=True):
         assert cost.multiply_adds - counted == pytest.approx(more, rel=0.1)
 
 
 def test_packed_and_sparse_bases_take_less_arithmetic_than_dense_ones():
-    dense = planner.costs(1024, 1024, 1024, 32, 32)
-    planes = planner.costs(1024, 1024, 1024, 32, 32, planes=True)
-    form = planner.form(randlora.RandomBases(1024, 1024, 32, kind="very_sparse").pattern(1024)[0])
-    lists = planner.sparse_costs(1024, 1024, 1024, 32, 32, form)
+    lists = planner.form(randlora.RandomBases(1024, 1024, 32, kind="very_sparse").pattern(1024)[0])
+    call = LayerCall(1024, 1024, 1024, 32, 32)
+    options = [planner.costs_of(call, form) for form in (None, "planes", lists)]
     for which, strategy in itertools.product((0, 1), ("materialized", "merged")):
-        costs = [found[strategy][which].multiply_adds for found in (dense, planes, lists)]
+        costs = [found[strategy][which].multiply_adds for found in options]
         assert costs[0] > costs[1] > costs[2]
 
 
@@ -85,7 +86,7 @@ def test_density_is_told_from_the_shapes_of_a_pattern(shape):
     bases = randlora.RandomBases(2048, 600, 32, kind="very_sparse", sparsity=20)
     form = planner.form(bases.pattern(m)[0])
     assert form.density(m, M, 32) == pytest.approx(1 / 20, rel=0.25)
-    full = planner.Lists(m, 20.0)  # no empty column to tell from
+    full = Lists(m, 20.0)  # no empty column to tell from
     assert full.density(m, M, 32) == pytest.approx(20 / M)
 
 
@@ -95,8 +96,8 @@ def test_bits_cost_what_making_them_dense_takes(device):
     d, r, tokens = 4096, 32, 512
     unpacked = scaled = dense_update = 4 * d * d
     hidden, gradient = 4 * tokens * d, 4 * d * d
-    dense = planner.costs(tokens, d, d, d // r, r)
-    bits = planner.costs(tokens, d, d, d // r, r, bits=True, device_type=device)
+    dense = planner.costs_of(LayerCall(tokens, d, d, d // r, r), None)
+    bits = planner.costs_of(LayerCall(tokens, d, d, d // r, r, device_type=device), "bits")
     for strategy, which in itertools.product(STRATEGIES, (0, 1)):
         a, b = dense[strategy][which], bits[strategy][which]
         assert a.multiply_adds == b.multiply_adds

@@ -6,8 +6,12 @@ from helpers.common import make_base, make_layer, normal
 from helpers.products import multiply_adds
 
 import randlora
-from randlora import costs as cost_model
-from randlora.planner import Lists, choose, costs, plan
+from randlora.costs import hadamard
+from randlora.costs.dense import Dense
+from randlora.costs.hadamard import Hadamard
+from randlora.costs.lists import Lists
+from randlora.costs.strategies import LayerCall
+from randlora.planner import choose, plan
 
 D = 64
 
@@ -19,7 +23,7 @@ D = 64
 @pytest.mark.parametrize("T", [1, 10, 1000])
 def test_square_full_rank_costs_are_the_documented_ones(strategy, forward, backward, T):
     """a T + b d, in units of d^2."""
-    cost = costs(T, D, D, D // 4, 4)[strategy]
+    cost = Dense(LayerCall(T, D, D, D // 4, 4)).costs()[strategy]
     assert cost[0].multiply_adds == (forward[0] * T + forward[1] * D) * D * D
     assert cost[1].multiply_adds == (backward[0] * T + backward[1] * D) * D * D
 
@@ -35,7 +39,8 @@ def test_counts_are_those_of_the_products_that_run(in_features, out_features, ne
         x = normal(T, in_features).requires_grad_(need_x)
         for p in (*layer.randlora_lambda.values(), *layer.randlora_gamma.values()):
             p.requires_grad_(need_parameters)
-        expected = costs(T, in_features, out_features, n, r, need_x=need_x, need_parameters=need_parameters)[strategy]
+        call = LayerCall(T, in_features, out_features, n, r, need_x=int(need_x), need_parameters=int(need_parameters))
+        expected = Dense(call).costs()[strategy]
         with torch.profiler.profile(record_shapes=True) as forward:
             y = layer(x)
         assert multiply_adds(forward) == expected[0].multiply_adds, strategy
@@ -81,6 +86,14 @@ def test_explain_names_what_the_layer_does(tokens, expected, capsys):
     assert forced == ["materialized"] * 2
 
 
+def test_explain_says_what_is_done_where_there_is_no_weight_to_merge_into():
+    """A base layer with a hook computes its product itself: the layer takes the cheapest strategy for the update."""
+    layer = randlora.Linear(make_base(256, 256), bases=randlora.RandomBases(256, 256, 32), strategy="merged")
+    layer.base_layer.register_forward_hook(lambda *_: None)
+    lines = randlora.explain(layer, 1).splitlines()
+    assert [line.split()[0] for line in lines if "<- chosen" in line] == ["factored"] * 2
+
+
 def test_explain_counts_inference_without_backward():
     layer = randlora.Linear(make_base(256, 256), bases=randlora.RandomBases(256, 256, 32))
     text = randlora.explain(layer, 100, training=False)
@@ -116,13 +129,13 @@ def test_hadamard_bases_multiply_with_gamma_alone(i, o):
     """One product with gamma forward and three backward, whatever the rank; transforms beside them."""
     m, M, n, T, free = min(i, o), max(i, o), 32, 100, {"cpu": 0.0, "cuda": 0.0}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cost_model, "TRANSFORM", free)
-        found = cost_model.hadamard_costs(T, i, o, n, 32)
+        patch.setattr(hadamard, "TRANSFORM", free)
+        found = Hadamard(LayerCall(T, i, o, n, 32)).costs()
         forward, backward = found["factored"]
         assert forward.multiply_adds == T * (M * m + m * n)
         # A tall layer's dx needs no product, as v is there for dlambda.
         assert backward.multiply_adds == T * (M * m + (3 if i <= o else 2) * m * n)
-    for strategy, passes in cost_model.hadamard_costs(T, i, o, n, 32).items():
+    for strategy, passes in Hadamard(LayerCall(T, i, o, n, 32)).costs().items():
         assert passes[0].multiply_adds > found[strategy][0].multiply_adds, "transforms cost nothing"
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from helpers.common import FLOATS, make_layer, normal
 
-from randlora.planner import Lists, choose, plan
+from randlora.costs.lists import Lists
+from randlora.planner import choose, plan
 
 pytest.importorskip("hypothesis")
 from hypothesis import given

@@ -1,7 +1,4 @@
-"""Copies and patterns of bases that are kept: made once, complete before anyone reads them, never inside a graph.
-
-:class:`randlora.RandomBases` holds them; the functions here make them, at trace time under torch.compile.
-"""
+"""The copies of bases that are kept: each is made once, complete before anyone reads it, and never inside a graph."""
 
 from __future__ import annotations
 
@@ -13,46 +10,28 @@ import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from ..checks import require_int
 from ..private_torch import fake_mode, without_dispatch_modes, without_torch_function, without_transforms
-from . import patterns
-
-if TYPE_CHECKING:
-    from .random_bases import RandomBases
-
-_handles = itertools.count()
-_by_handle: weakref.WeakValueDictionary[str, RandomBases] = weakref.WeakValueDictionary()
+from .patterns import Form, Pattern
 
 
-def register(bases: RandomBases) -> str:
-    """A handle that is never given twice: torch.compile can take a string for a constant, not an object."""
-    handle = f"bases {next(_handles)}"
-    _by_handle[handle] = bases
-    return handle
+class Source(Protocol):
+    """Bases of which copies can be made."""
 
+    min_dim: int
 
-def renew_in_children(renew: Callable[[], None]) -> Callable[[], None]:
-    """Have `renew` make a lock anew in every forked child: a thread that held it is not there to give it back.
+    def draw(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]: ...
 
-    What such a lock guards is whole at any moment, not only while nobody holds it.
-    """
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=renew)
-    return renew
-
-
-@renew_in_children
-def _renew() -> None:
-    for bases in list(_by_handle.values()):
-        bases._lock = threading.Lock()
+    def pack(self, device: torch.device) -> tuple[Form, float] | None: ...
 
 
 class Ready:
-    """What layers take, as attributes: torch.compile reads them when they are asked for, but a dict once per graph."""
+    """The copies that layers take, as attributes: torch.compile guards an attribute, but the whole of a dict."""
 
     @staticmethod
     @functools.cache
@@ -60,10 +39,138 @@ class Ready:
         return re.sub(r"\W", "_", "_".join(map(str, key)))
 
 
+class Copies:
+    """What is kept of one store of bases: A and B per dtype and device, and a packed form per device.
+
+    Any number of threads may ask for copies. Whoever makes one, or changes the size of the bases, holds ``lock``.
+    ``handle`` is a string of this object alone: torch.compile can take a string for a constant, but no object.
+
+    Args:
+        bases: what the copies are made of; kept by a weak reference, as it holds its copies itself.
+        given: tensors that are the copy in their own dtype and on their own device.
+    """
+
+    def __init__(self, bases: Source, given: tuple[Tensor, Tensor] | None = None) -> None:
+        self.lock = threading.Lock()
+        self.handle = f"bases {next(_handles)}"
+        self._bases, self._given = weakref.ref(bases), given
+        self._dense: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+        self._packed: dict[torch.device, tuple[Form, float]] = {}
+        self.clear()
+        by_handle[self.handle] = self
+
+    def clear(self) -> None:
+        """Drop all copies. The caller holds ``lock``."""
+        self.ready = Ready()
+        self._dense.clear()
+        self._packed.clear()
+        self._not_packed: set[torch.device] = set()  # where given tensors were looked at in vain
+        if self._given is not None:
+            self._dense[self._given[0].dtype, canonical(self._given[0].device)] = self._given
+
+    # ---- looking at what there is ----
+
+    @property
+    def dense(self) -> dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]]:
+        """A and B as they are kept at the moment."""
+        return dict(self._dense)  # other threads may be adding to it
+
+    @property
+    def packed(self) -> dict[torch.device, tuple[Form, float]]:
+        """Packed forms with their scales as they are kept at the moment."""
+        return dict(self._packed)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(form.nbytes for form, _ in self.packed.values()) + sum(
+            A.nbytes + B.nbytes for A, B in self.dense.values()
+        )
+
+    # ---- taking ----
+
+    def kept(self, *key):
+        """What is ready under this key: the usual case in eager calls, in a few steps. None in a traced call."""
+        if torch.compiler.is_compiling() or are_wanted_fake():
+            return None
+        return getattr(self.ready, Ready.name(*key), None)
+
+    def tensors(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """A and B; None where nothing has numbers (:func:`are_wanted_fake`)."""
+        name = _make_sure(self.handle, dtype, device)
+        if name is None:
+            return None
+        found = getattr(self.ready, name, None)
+        return self.tensors(dtype, device) if found is None else found  # None: cleared by another thread in between
+
+    def pattern(self, min_dim: int, device: torch.device) -> tuple[Pattern, float] | None:
+        """The part of the packed form that `min_dim` asks for, and its scale; None as above, or if there is no form."""
+        name = _make_sure_pattern(self.handle, min_dim, device)
+        if name is None:
+            return None
+        found = getattr(self.ready, name, None)
+        return self.pattern(min_dim, device) if found is None else found
+
+    # ---- making ----
+
+    def make(self, dtype: torch.dtype, device: torch.device) -> str:
+        """Have A and B ready; returns the name that :class:`Ready` has them under."""
+        name = Ready.name(dtype, device)
+        if not hasattr(self.ready, name):
+            with self.lock, of_no_context():
+                if (dtype, device) not in self._dense:
+                    _refuse_capture(device)
+                    drawn = self._bases().draw(dtype, device)
+                    _synchronize(device)
+                    self._dense[dtype, device] = drawn
+                setattr(self.ready, name, self._dense[dtype, device])
+        return name
+
+    def make_pattern(self, min_dim: int, device: torch.device) -> str | None:
+        """The same for the part of the packed form that `min_dim` asks for; None if there is no form."""
+        name = Ready.name("pattern", min_dim, device)
+        if hasattr(self.ready, name):
+            return name
+        if device in self._not_packed:
+            return None
+        # A pattern of fewer columns than it claims would leave the rest of the features out.
+        require_int("min_dim", min_dim, 1, self._bases().min_dim)
+        with self.lock, of_no_context():
+            _refuse_capture(device)  # what is made is looked at, too
+            found = self._packed.get(device)
+            if found is None:
+                found = self._bases().pack(device)
+                if found is None:
+                    self._not_packed.add(device)
+                    return None
+                _synchronize(device)
+                self._packed[device] = found
+            setattr(self.ready, name, (found[0].of(min_dim), found[1]))
+        return name
+
+
+_handles = itertools.count()
+by_handle: weakref.WeakValueDictionary[str, Copies] = weakref.WeakValueDictionary()
+
+
+# At trace time under torch.compile, never in its graph.
+@torch.compiler.assume_constant_result
+def _make_sure(handle: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    return None if are_wanted_fake() else by_handle[handle].make(dtype, device)
+
+
+@torch.compiler.assume_constant_result
+def _make_sure_pattern(handle: str, min_dim: int, device: torch.device) -> str | None:
+    return None if are_wanted_fake() else by_handle[handle].make_pattern(min_dim, device)
+
+
+# ---- where copies are made ----
+
+
 @contextlib.contextmanager
 def of_no_context() -> Iterator[None]:
-    """For what outlives the context it is first asked for in: it must not be that context's inference tensor, wrapper
-    of torch.func, or fake tensor.
+    """What is made in here outlives the context it is first asked for in.
+
+    So it must not become that context's inference tensor, wrapper of torch.func, or fake tensor.
     """
     # An export would record the change of grad mode, were it not for the first of them.
     with (
@@ -83,59 +190,8 @@ def are_wanted_fake() -> bool:
     return mode is not None and not mode.allow_non_fake_inputs
 
 
-@torch.compiler.assume_constant_result
-def make_sure(handle: str, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Generates the copy of these bases if there is none: at trace time under torch.compile, never in its graph.
-
-    Returns the name that :class:`Ready` has it under; None where nothing has numbers (:func:`are_wanted_fake`).
-    """
-    if are_wanted_fake():
-        return None
-    bases = _by_handle[handle]
-    name = Ready.name(dtype, device)
-    if not hasattr(bases._ready, name):
-        with bases._lock, of_no_context():
-            if (dtype, device) not in bases._held:
-                _refuse_capture(device)
-                drawn = bases.draw(dtype, device)
-                settle(device)
-                bases._held[dtype, device] = drawn
-            setattr(bases._ready, name, bases._held[dtype, device])
-    return name
-
-
-@torch.compiler.assume_constant_result
-def make_sure_pattern(handle: str, device: torch.device, min_dim: int) -> str | None:
-    """As :func:`make_sure`, for the lists and the part of them that `min_dim` asks for; None if there are no lists."""
-    if are_wanted_fake():
-        return None
-    bases = _by_handle[handle]
-    name = Ready.name("pattern", min_dim, device)
-    if hasattr(bases._ready, name):
-        return name
-    if device in bases._without_lists:
-        return None
-    require_int("min_dim", min_dim, 1, bases.min_dim)  # a pattern of fewer columns than it claims would drop the rest
-    with bases._lock, of_no_context():
-        _refuse_capture(device)  # what is made is looked at, too
-        found = bases._lists.get(device)
-        if found is None:
-            if bases.prng == "philox":
-                found = patterns.make(bases, device), bases.scale
-            else:
-                values = bases.draw(torch.float32, device) if bases.given is None else bases.given
-                found = patterns.of_tensors(*(t.to(device) for t in values), held=bases.given is not None)
-            if found is None:
-                bases._without_lists.add(device)
-                return None
-            settle(device)
-            bases._lists[device] = found
-        setattr(bases._ready, name, (found[0].of(min_dim), found[1]))
-    return name
-
-
-def settle(device: torch.device) -> None:
-    """Wait for what the current stream has made to be kept: who reads it later, on any stream, knows of no wait."""
+def _synchronize(device: torch.device) -> None:
+    """Wait until the current stream has made what is kept: later readers may be on streams that wait for nothing."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
 
@@ -155,3 +211,22 @@ def canonical(device: torch.device | str) -> torch.device:
     if device.index is None and device.type == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+# ---- after a fork ----
+
+
+def renew_in_children(renew: Callable[[], None]) -> Callable[[], None]:
+    """Have `renew` make a lock anew in every forked child: the thread that held it is not there to release it.
+
+    What such a lock guards is whole at any moment, not only while nobody holds it.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=renew)
+    return renew
+
+
+@renew_in_children
+def _renew() -> None:
+    for copies in list(by_handle.values()):
+        copies.lock = threading.Lock()

@@ -3,22 +3,18 @@
     A[k, 0, j] = a_j W(k, (j // w) mod R)          B[o, i, k] = b_o c_q W(o, q)          q = i r + k, R = 2^ceil(log2 r)
 
 a, b and c are signs from Philox (csrc/bases.h). The group width w is part of the definition: columns of A with the same
-``(j // w) mod R``, a group, are equal but for their signs, and n bases tell at most n of them apart. So a group with
-more columns than that costs rank, and a store is made with the largest width by which no layer's groups have.
+``(j // w) mod R`` form a group. They are equal but for their signs, and n bases tell at most n of them apart. So a
+group of more than n columns costs rank. By default bases get the largest width at which no layer has such groups.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..ops.calls import fill_bases_
-
-if TYPE_CHECKING:
-    from .random_bases import RandomBases
 
 WIDTHS = (8, 4, 2, 1)
 SIGNS_A, SIGNS_B, SIGNS_C = 3, 4, 5  # streams of fill_bases_
@@ -48,38 +44,40 @@ def lost_rank(m: int, n: int, r: int, width: int) -> int:
     return max(0, min(m, n * r) - sum(count * min(n, size) for size, count in sizes))
 
 
-def signs(bases: RandomBases, stream: int, first: int, count: int, device: torch.device) -> Tensor:
+def signs(seed: int, stream: int, first: int, count: int, device: torch.device) -> Tensor:
     """int8 ``[count]``, -1 or +1: the signs of one stream from `first` on."""
     out = torch.empty((1, 1, count), dtype=torch.int8, device=device)
-    fill_bases_(out, bases.signed_seed, stream, (0, 0, first))
+    fill_bases_(out, seed, stream, (0, 0, first))
     return out[0, 0]
 
 
-def all_signs(bases: RandomBases, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """a, b and c of a whole store."""
+def all_signs(
+    seed: int, min_dim: int, max_dim: int, hidden: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """a, b and c of a whole store; `hidden` is ``num_bases * r``."""
     return (
-        signs(bases, SIGNS_A, 0, bases.min_dim, device),
-        signs(bases, SIGNS_B, 0, bases.max_dim, device),
-        signs(bases, SIGNS_C, 0, bases.num_bases * bases.r, device),
+        signs(seed, SIGNS_A, 0, min_dim, device),
+        signs(seed, SIGNS_B, 0, max_dim, device),
+        signs(seed, SIGNS_C, 0, hidden, device),
     )
 
 
-def fill(bases: RandomBases, out: Tensor, stream: int, offsets: tuple[int, int, int]) -> None:
+def fill(out: Tensor, seed: int, r: int, width: int, stream: int, offsets: tuple[int, int, int]) -> None:
     """Writes the slice of A (stream 0) or B (stream 1) that starts at `offsets` into `out`, as ``fill_bases_`` does."""
     rows, middle, columns = out.shape
     first, base, start = offsets
     x = torch.arange(first, first + rows, device=out.device)
     if stream == 0:
-        group = torch.arange(start, start + columns, device=out.device) // bases.group_width % groups(bases.r)
-        out[:, 0] = _walsh(x, groups(bases.r))[:, group] * signs(bases, SIGNS_A, start, columns, out.device)
+        group = torch.arange(start, start + columns, device=out.device) // width % groups(r)
+        out[:, 0] = _walsh(x, groups(r))[:, group] * signs(seed, SIGNS_A, start, columns, out.device)
         return
-    begin, end = base * bases.r, (base + middle) * bases.r
-    b, c = signs(bases, SIGNS_B, first, rows, out.device), signs(bases, SIGNS_C, begin, end - begin, out.device)
+    begin, end = base * r, (base + middle) * r
+    b, c = signs(seed, SIGNS_B, first, rows, out.device), signs(seed, SIGNS_C, begin, end - begin, out.device)
     step = max(1, _BLOCK // end)
     for row in range(0, rows, step):
         block = slice(row, row + step)
         values = _walsh(x[block], end)[:, begin:] * b[block, None] * c
-        out[block] = values.view(-1, middle, bases.r)[:, :, start : start + columns]
+        out[block] = values.view(-1, middle, r)[:, :, start : start + columns]
 
 
 def recognise(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor, int] | None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +26,7 @@ from torch import Tensor
 from ..ops.calls import check_pattern
 from ..ops.pattern import BitTensors, ListTensors, PlaneTensors, SignTensors
 from . import hadamard
-
-if TYPE_CHECKING:
-    from .random_bases import RandomBases
+from .definition import Definition
 
 # By sparsity, on the CPU: below the first, dense products win; from the second on, lists are built from faster than
 # planes.
@@ -204,12 +201,12 @@ def _bits(block: Tensor, planes: int = 2) -> Tensor:
     return torch.stack(found, 1).view(torch.int16)
 
 
-def make(bases: RandomBases, device: torch.device) -> Form:
+def make(bases: Definition, device: torch.device) -> Form:
     """`bases` in the form that fits them, generated on `device`."""
+    M, m, n, r = bases.max_dim, bases.min_dim, bases.num_bases, bases.r
     form = form_for(bases.kind, bases.sparsity, device)
     if form is StoredSigns:
-        return StoredSigns(*hadamard.all_signs(bases, device), bases.group_width, bases.r)
-    M, m, n, r = bases.max_dim, bases.min_dim, bases.num_bases, bases.r
+        return StoredSigns(*hadamard.all_signs(bases.signed_seed, m, M, n * r, device), bases.group_width, r)
     A = bases.fill(torch.empty((r, 1, m), dtype=torch.int8, device=device), 0, (0, 0, 0))[:, 0]
     step = max(1, _BLOCK // (M * r))
 

@@ -14,21 +14,15 @@ import weakref
 import torch
 from torch import Tensor
 
-from ..checks import require_dtype, require_float, require_int, require_size
-from ..ops.calls import fill_bases_
+from ..checks import require_dtype, require_int, require_size
 from ..private_torch import parse_to
-from . import fingerprint, hadamard, patterns, peft_prng
-from .copies import Ready, are_wanted_fake, canonical, make_sure, make_sure_pattern, register, renew_in_children
-from .patterns import Pattern
-
-KINDS = ("dense", "hadamard", "sparse", "very_sparse", "sign")
-PEFT_KINDS = ("dense", "sparse", "very_sparse")
-PRNGS = ("philox", "peft", "peft-fp16")
-
-STREAM_A, STREAM_B = 0, 1
+from . import fingerprint, patterns
+from .copies import Copies, canonical, renew_in_children
+from .definition import Definition
+from .patterns import Form, Pattern
 
 
-class RandomBases:
+class RandomBases(Definition):
     """The pair of random bases that RandLoRA layers share (arXiv 2502.00987; PEFT's ``randlora_A`` / ``randlora_B``).
 
     Args:
@@ -55,7 +49,7 @@ class RandomBases:
         ValueError, TypeError: for arguments outside the ranges above.
     """
 
-    watched = True  # whether it is looked at if given tensors have been written to
+    watched = True  # whether every use looks if given tensors have been written to meanwhile
 
     def __init__(
         self,
@@ -72,32 +66,11 @@ class RandomBases:
         sparsity: float | None = None,
         group_width: int | None = None,
     ) -> None:
-        self.r = require_size("r", r)
-        self.min_dim = require_size("min_dim", min_dim, 2**31 - 1)
-        self.max_dim = require_size("max_dim", max_dim, 2**31 - 1)
-        if self.max_dim < self.min_dim:
-            raise ValueError(f"max_dim must be at least min_dim = {min_dim}, got {max_dim}")
-        default_bases = -(-self.min_dim // self.r)
-        self.num_bases = default_bases if num_bases is None else require_size("num_bases", num_bases, 2**31 - 1)
-        if kind not in KINDS:
-            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-        if prng not in PRNGS:
-            raise ValueError(f"prng must be one of {', '.join(PRNGS)}, got {prng!r}")
-        if prng != "philox" and (kind not in PEFT_KINDS or sparsity is not None):
-            raise ValueError(
-                f"prng={prng!r} has the kinds dense, sparse and very_sparse with PEFT's own sparsity, "
-                f"got kind={kind!r}, sparsity={sparsity}"
-            )
-        self.kind, self.prng = kind, prng
-        self.seed = require_int("seed", seed, 0, 2**64 - 1)
-        self.sparsity = sparsity_of(kind, self.min_dim, sparsity)
-        self.group_width = group_width_of(kind, group_width)
-        if kind == "hadamard" and group_width is None:
-            self.group_width = hadamard.group_width([(self.min_dim, self.num_bases)], self.r)
+        super().__init__(max_dim, min_dim, r, kind, seed, num_bases, prng, sparsity, group_width)
         self.dtype = require_dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
         self.device = canonical(torch.device("cpu" if device is None else device))
         self.given: tuple[Tensor, Tensor] | None = None
-        self._reset()
+        self._keep_nothing()
 
     @classmethod
     def from_tensors(cls, A: Tensor, B: Tensor) -> RandomBases:
@@ -132,14 +105,19 @@ class RandomBases:
             known = _given_bases.get((id(A), id(B)))
             if known is not None:
                 return known
-            self = cls.__new__(cls)
-            self.r, self.min_dim, self.max_dim, self.num_bases = A.shape[0], A.shape[2], B.shape[0], B.shape[1]
-            self.kind, self.prng, self.seed, self.sparsity, self.group_width = "given", "none", 0, None, None
-            self.dtype, self.device = A.dtype, A.device
-            self.given = (A, B)
-            self._reset()
-            _given_bases[id(A), id(B)] = self  # while it lives, so do the tensors and their ids
-            return self
+            made = _given_bases[id(A), id(B)] = cls.around(A, B)  # while it lives, so do the tensors and their ids
+            return made
+
+    @classmethod
+    def around(cls, A: Tensor, B: Tensor) -> RandomBases:
+        """As :meth:`from_tensors`, of tensors that fit, but another object with casts of its own at every call."""
+        self = cls.__new__(cls)
+        self.r, self.min_dim, self.max_dim, self.num_bases = A.shape[0], A.shape[2], B.shape[0], B.shape[1]
+        self.kind, self.prng, self.seed, self.sparsity, self.group_width = "given", "none", 0, None, None
+        self.dtype, self.device = A.dtype, A.device
+        self.given = (A, B)
+        self._keep_nothing()
+        return self
 
     # ---- values ----
 
@@ -153,57 +131,38 @@ class RandomBases:
         """``[max_dim, num_bases, r]``, unit variance, in ``dtype`` on ``device``."""
         return self._unit_variance(self.tensors()[1])
 
-    @property
-    def scale(self) -> float:
-        """What a product of the stored A and B lacks: z for ternary bases, which are stored as -1, 0, +1; else 1."""
-        return 1.0 if self.sparsity is None or self.prng != "philox" else self.sparsity
-
     def tensors(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """The stored A and B (see :attr:`scale`), one shared copy per dtype and device. Not to be written to."""
         self._drop_outdated()
         key = dtype or self.dtype, canonical(device or self.device)
-        if (kept := self._kept(*key)) is not None:
-            return kept
-        name = make_sure(self._handle, *key)
-        if name is None:
-            return self.draw(*key)
-        held = getattr(self._ready, name, None)
-        return self.tensors(*key) if held is None else held  # none: another thread let the store grow in between
+        found = self.copies.kept(*key)
+        if found is None:
+            found = self.copies.tensors(*key)
+        return self.draw(*key) if found is None else found
 
     def pattern(self, min_dim: int, device: torch.device | None = None) -> tuple[Pattern, float] | None:
         """Packed bases for a layer of this smaller dimension, with their :attr:`scale`; None for dense ones.
 
         They are kept in this form only (lists, planes, bits or signs: :mod:`randlora.bases.patterns`), unless
         :meth:`tensors` is called. Given bases are recognised where that makes them faster: the ternary ones that PEFT
-        stores dense. Raises ValueError where `min_dim` is larger than the store's, which :meth:`require` lets grow.
+        stores dense. Raises ``ValueError`` where `min_dim` is larger than the bases': call :meth:`require` first.
         """
         if self.kind == "dense" and self.prng == "philox":
             return None
         self._drop_outdated()
         device = canonical(device or self.device)
-        if (kept := self._kept("pattern", min_dim, device)) is not None:
+        if (kept := self.copies.kept("pattern", min_dim, device)) is not None:
             return kept
         if self.prng == "philox" and patterns.form_for(self.kind, self.sparsity, device) is None:
             return None
         if device.type == "meta" or (self.given is not None and self.given[0].is_meta):  # no values to look at
             return None
-        name = make_sure_pattern(self._handle, device, min_dim)
-        if name is None:
-            return None
-        found = getattr(self._ready, name, None)
-        return self.pattern(min_dim, device) if found is None else found  # as in tensors()
-
-    def _kept(self, *key):
-        """What is ready under this key: the usual case, but for what is traced, in a few steps."""
-        if torch.compiler.is_compiling() or are_wanted_fake():
-            return None
-        return getattr(self._ready, Ready.name(*key), None)
+        return self.copies.pattern(min_dim, device)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all copies that exist at the moment, packed ones included."""
-        lists = sum(lists.nbytes for lists, _ in list(self._lists.values()))  # other threads may be adding to it
-        return lists + sum(A.nbytes + B.nbytes for A, B in list(self._held.values()))
+        return self.copies.nbytes
 
     def require(self, max_dim: int, min_dim: int, num_bases: int) -> None:
         """Make the store serve a layer of these dimensions: grows it, or raises ``ValueError`` where it cannot."""
@@ -217,25 +176,23 @@ class RandomBases:
             )
         asked = (("max_dim", max_dim), ("min_dim", min_dim), ("num_bases", num_bases))
         max_dim, min_dim, num_bases = (require_size(name, value, 2**31 - 1) for name, value in asked)
-        with self._lock:
+        with self.copies.lock:
             size = max(self.max_dim, max_dim), max(self.min_dim, min_dim), max(self.num_bases, num_bases)
             if size == (self.max_dim, self.min_dim, self.num_bases):
                 return  # another thread was first
-            # Before the size: who sees it may count on copies of it. The smaller ones are prefixes of the next ones.
-            self._ready = Ready()
-            self._held.clear()
-            self._lists.clear()
+            # Before the size is set: who reads the new size, without the lock, must find no copies of the old one.
+            self.copies.clear()
             self.max_dim, self.min_dim, self.num_bases = size
 
     def to(self, *args, **kwargs) -> RandomBases:
         """The same bases with another default ``dtype`` and/or ``device``, given as for ``nn.Module.to``."""
         device, dtype, *_ = parse_to(*args, **kwargs)
         other = self.__class__.__new__(self.__class__)
-        with self._lock:  # of one size
+        with self.copies.lock:  # all three numbers of one size
             other.__dict__.update(self.__dict__)
         other.dtype = self.dtype if dtype is None else require_dtype("dtype", dtype)
         other.device = self.device if device is None else canonical(device)
-        other._reset()
+        other._keep_nothing()
         return other
 
     # ---- identity ----
@@ -254,60 +211,41 @@ class RandomBases:
             for (name, limit), value in zip(limits.items(), asked, strict=True)
         )
         if dims not in self._hashes:
-            self._hashes[dims] = fingerprint.sha256(self, *dims)
+            self._hashes[dims] = fingerprint.sha256(self, *dims, self.device)
         return self._hashes[dims]
 
     # ---- generation ----
 
-    @property
-    def signed_seed(self) -> int:
-        """The seed as ops take it: their schemas carry signed 64-bit integers."""
-        return self.seed - 2**64 if self.seed >= 2**63 else self.seed
-
-    def fill(self, out: Tensor, stream: int, offsets: tuple[int, int, int]) -> Tensor:
-        """The slice of the stored A (stream 0) or B (stream 1) that begins at `offsets` and has the shape of `out`."""
-        if out.is_meta:  # a model without numbers still has shapes to compute
-            return out
-        if self.kind == "hadamard":
-            hadamard.fill(self, out, stream, offsets)
-        else:
-            fill_bases_(out, self.signed_seed, stream, offsets, self.sparsity)
-        return out
-
     def draw(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """A new copy of the stored A and B; :meth:`tensors` keeps one."""
-        if self.given is not None:
-            if any(t.is_meta for t in self.given) and device.type != "meta":
-                raise ValueError(f"these bases were given on the meta device: they have no numbers for {device}")
-            return tuple(t.to(device=device, dtype=dtype) for t in self.given)
-        if self.prng != "philox":
-            half = torch.bfloat16 if self.prng == "peft" else torch.float16
-            A, B = peft_prng.draw(self.max_dim, self.min_dim, self.num_bases, self.r, self.seed, self.sparsity, half)
-            return A.to(device=device, dtype=dtype), B.to(device=device, dtype=dtype)
-        A = torch.empty((self.r, 1, self.min_dim), dtype=dtype, device=device)
-        B = torch.empty((self.max_dim, self.num_bases, self.r), dtype=dtype, device=device)
-        return self.fill(A, STREAM_A, (0, 0, 0)), self.fill(B, STREAM_B, (0, 0, 0))
+        if self.given is None:
+            return super().draw(dtype, device)
+        if any(t.is_meta for t in self.given) and device.type != "meta":
+            raise ValueError(f"these bases were given on the meta device: they have no numbers for {device}")
+        return tuple(t.to(device=device, dtype=dtype) for t in self.given)
+
+    def pack(self, device: torch.device) -> tuple[Form, float] | None:
+        """A new copy in packed form, with its :attr:`scale`, if there is such a form; :meth:`pattern` keeps one."""
+        if self.prng == "philox":
+            return patterns.make(self, device), self.scale
+        values = self.draw(torch.float32, device) if self.given is None else self.given
+        return patterns.of_tensors(*(t.to(device) for t in values), held=self.given is not None)
 
     def _unit_variance(self, stored: Tensor) -> Tensor:
         return stored if self.scale == 1.0 else stored * math.sqrt(self.scale)
 
     # ---- housekeeping ----
 
-    def _reset(self) -> None:
-        self._held = self._own_copy()
-        self._lists: dict[torch.device, tuple[patterns.Form, float]] = {}
-        self._without_lists: set[torch.device] = set()  # where those not drawn here were looked at in vain
-        self._ready = Ready()
+    def _keep_nothing(self) -> None:
+        self.copies = Copies(self, self.given)
         self._hashes: dict[tuple[int, int, int], str] = {}
-        self._lock = threading.Lock()
-        self._handle = register(self)
         self._version = self.version()
 
     def version(self) -> tuple:
         """Equal as long as the values are, as far as version counters tell: given tensors may be written to."""
         if self.given is None:
-            return (self._handle,)
-        return self._handle, *(None if t.is_inference() else t._version for t in self.given)
+            return (self.copies.handle,)
+        return self.copies.handle, *(None if t.is_inference() else t._version for t in self.given)
 
     def _drop_outdated(self) -> None:
         """Drops copies of given tensors that have been written to since."""
@@ -315,17 +253,12 @@ class RandomBases:
             return
         version = self.version()
         if version != self._version:
-            with self._lock:
-                self._ready, self._hashes = Ready(), {}
-                self._held, self._lists, self._without_lists = self._own_copy(), {}, set()
-                self._version = version
-
-    def _own_copy(self) -> dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]]:
-        """Given tensors are the copy in their own dtype."""
-        return {} if self.given is None else {(self.given[0].dtype, canonical(self.given[0].device)): self.given}
+            with self.copies.lock:
+                self.copies.clear()
+                self._hashes, self._version = {}, version
 
     def _size(self) -> dict[str, int]:
-        with self._lock:  # another thread may be letting it grow
+        with self.copies.lock:  # as another thread may be in the midst of require()
             return {name: getattr(self, name) for name in ("max_dim", "min_dim", "num_bases")}
 
     def __deepcopy__(self, memo) -> RandomBases:
@@ -340,9 +273,7 @@ class RandomBases:
             arguments["sparsity"] = self.sparsity
         if self.kind == "hadamard":
             arguments["group_width"] = self.group_width
-        from .shared import is_shared, rebuild
-
-        return rebuild, (arguments, is_shared(self))
+        return _remake, (arguments,)
 
     def __repr__(self) -> str:
         own = f"group_width={self.group_width}" if self.kind == "hadamard" else f"sparsity={self.sparsity}"
@@ -352,23 +283,8 @@ class RandomBases:
         )
 
 
-def sparsity_of(kind: str, min_dim: int, sparsity: float | None) -> float | None:
-    if sparsity is None:
-        return {"sign": 1.0, "sparse": 3.0, "very_sparse": math.sqrt(min_dim)}.get(kind)
-    if kind not in ("sparse", "very_sparse"):
-        raise ValueError(f"kind={kind!r} has no free sparsity, got sparsity={sparsity}")
-    return require_float("sparsity", sparsity, 1.0, 2.0**31)
-
-
-def group_width_of(kind: str, group_width: int | None) -> int | None:
-    """`group_width`, or ``ValueError`` if bases of this kind cannot have it. None: left open."""
-    if group_width is None:
-        return None
-    if kind != "hadamard":
-        raise ValueError(f"kind={kind!r} has no group width, got group_width={group_width}")
-    if isinstance(group_width, bool) or group_width not in hadamard.WIDTHS:
-        raise ValueError(f"group_width must be 8, 4, 2 or 1, got {group_width!r}")
-    return int(group_width)
+def _remake(arguments: dict) -> RandomBases:
+    return RandomBases(**arguments)
 
 
 _given_bases: weakref.WeakValueDictionary[tuple[int, int], RandomBases] = weakref.WeakValueDictionary()

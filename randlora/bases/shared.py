@@ -7,7 +7,8 @@ import weakref
 from collections.abc import Callable
 
 from .copies import renew_in_children
-from .random_bases import RandomBases, group_width_of, sparsity_of
+from .definition import group_width_of, sparsity_of
+from .random_bases import RandomBases
 
 _lock = threading.Lock()
 _shared: weakref.WeakValueDictionary[tuple, RandomBases] = weakref.WeakValueDictionary()
@@ -17,6 +18,15 @@ _shared: weakref.WeakValueDictionary[tuple, RandomBases] = weakref.WeakValueDict
 def _renew() -> None:
     global _lock
     _lock = threading.Lock()
+
+
+class SharedBases(RandomBases):
+    """Bases that this process has once. Unpickled, they join those of the process they come to."""
+
+    def __reduce__(self):
+        remake, arguments = super().__reduce__()
+        is_shared = _shared.get((self.r, self.seed, self.kind, self.sparsity, self.group_width)) is self
+        return _join if is_shared else remake, arguments
 
 
 def shared_bases(
@@ -32,7 +42,7 @@ def shared_bases(
     if kind == "hadamard" and group_width is None:
         raise ValueError("a shared hadamard store needs its group_width, got None")
     key = r, seed, kind, sparsity_of(kind, 1, sparsity), group_width_of(kind, group_width)
-    return shared(key, lambda: RandomBases(1, 1, r, kind, seed, sparsity=sparsity, group_width=group_width))
+    return shared(key, lambda: SharedBases(1, 1, r, kind, seed, sparsity=sparsity, group_width=group_width))
 
 
 def shared(key: tuple, make: Callable[[], RandomBases]) -> RandomBases:
@@ -44,14 +54,7 @@ def shared(key: tuple, make: Callable[[], RandomBases]) -> RandomBases:
     return found
 
 
-def rebuild(arguments: dict, shared: bool) -> RandomBases:
-    """Unpickles bases; those of the process-wide store join the one of this process."""
-    if not shared:
-        return RandomBases(**arguments)
+def _join(arguments: dict) -> RandomBases:
     bases = shared_bases(*(arguments.get(name) for name in ("r", "seed", "kind", "sparsity", "group_width")))
     bases.require(arguments["max_dim"], arguments["min_dim"], arguments["num_bases"])
     return bases
-
-
-def is_shared(bases: RandomBases) -> bool:
-    return _shared.get((bases.r, bases.seed, bases.kind, bases.sparsity, bases.group_width)) is bases

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from ..bases.definition import bases_for_full_rank
 from ..bases.random_bases import RandomBases
 from ..bases.shared import shared
 from ..model.adapter_plan import Plan
@@ -24,7 +25,7 @@ from .weights import Place, Weights
 def check_sizes(path: Path, model: nn.Module, plan: Plan, shapes: Mapping[str, Place]) -> None:
     """PEFT sizes projections by the layers of the model's first adapter: none of this model's can need larger ones."""
     r, largest = plan.config.r, max(max(layer_sizes(m)) for m in model.modules() if is_supported(m))
-    num_bases = max(plan.config.num_bases or 0, -(-largest // r))
+    num_bases = max(plan.config.num_bases or 0, bases_for_full_rank(largest, r))
     for name, (key, shape, _) in shapes.items():
         limit = r * largest if name.endswith("A") else r * largest * num_bases
         if is_projection(name) and math.prod(shape) > limit:

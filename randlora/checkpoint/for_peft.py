@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..bases.definition import bases_for_full_rank
 from ..bases.random_bases import RandomBases
 from ..config import RandLoraConfig
 from ..layers.attention import MultiheadAttention
@@ -19,7 +20,7 @@ from ..names import plain_name
 def drawn_dims(config: RandLoraConfig, layers: Mapping[str, RandLoraLayer]) -> tuple[int, int, int]:
     """``(max_dim, min_dim, num_bases)`` of the bases that PEFT allocates for these layers."""
     max_dim, min_dim = peft_dims(layers)
-    return max_dim, min_dim, -(-min_dim // config.r)
+    return max_dim, min_dim, bases_for_full_rank(min_dim, config.r)
 
 
 def misread(
@@ -39,7 +40,7 @@ def misread(
             return f"{path} belongs to a torch.nn.MultiheadAttention, which PEFT's RandLoRA does not support"
         if len(known := names[id(layer)]) > 1:
             return f"{' and '.join(known)} are one layer, of which PEFT would adapt the first use only"
-        n = -(-min(layer.in_features, layer.out_features) // config.r)
+        n = bases_for_full_rank(min(layer.in_features, layer.out_features), config.r)
         if config.num_bases not in (None, n):
             return f"num_bases={config.num_bases}, where PEFT always takes {n} at {path}"
     has = bases.max_dim, bases.min_dim, bases.num_bases

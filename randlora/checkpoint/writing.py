@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..bases.definition import bases_for_full_rank
 from ..bases.random_bases import RandomBases
 from ..config import ALL_LINEAR, RandLoraConfig
 from ..layers.offload import with_numbers
@@ -175,7 +176,7 @@ def _same_everywhere(name: str, config: RandLoraConfig, layers: dict[str, RandLo
     for path, layer in layers.items():
         if layer.bases[name] is not bases:
             raise ValueError(f"adapter {name!r} cannot be saved as one: it has other bases at {path!r}")
-        expected = config.num_bases or -(-min(layer.in_features, layer.out_features) // config.r)
+        expected = config.num_bases or bases_for_full_rank(min(layer.in_features, layer.out_features), config.r)
         for what, here, said in (
             ("r", layer.r[name], config.r),
             ("scaling", layer.scaling[name], config.randlora_alpha / config.r),

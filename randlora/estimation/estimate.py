@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..bases.random_bases import KINDS, PEFT_KINDS, RandomBases
+from ..bases.definition import KINDS, PEFT_KINDS
+from ..bases.random_bases import RandomBases
 from ..checks import require_dtype, require_int
 from ..config import RandLoraConfig
 from ..model.adapter_plan import plan_adapter

@@ -13,14 +13,17 @@ from torch import Tensor, nn
 
 from .. import planner
 from ..bases import patterns
+from ..bases.definition import bases_for_full_rank
 from ..bases.patterns import Pattern
 from ..bases.random_bases import RandomBases
 from ..checkpoint import biases
 from ..checkpoint.layout import PARAMETERS, PREFIX
 from ..config import RandLoraConfig
-from ..layers.linear import is_plain
+from ..costs.lists import Lists
+from ..costs.strategies import Cost, LayerCall
+from ..dtypes import at_least_fp32
+from ..layers.base_layer import is_plain
 from ..model.adapter_plan import Plan, own_bases, required
-from ..planner import Cost
 from .trial_call import Call
 
 Shapes = dict[str, tuple[torch.dtype, Sequence[int]]]  # of named tensors
@@ -75,13 +78,11 @@ def layers_of(model: nn.Module, plan: Plan, autocast: torch.dtype | None) -> lis
         parent = modules[name.rpartition(".")[0]]
         attention = isinstance(parent, nn.MultiheadAttention)  # it is taken apart into plain layers
         weight = parent.out_proj.weight if attention else modules[name].weight
-        # The method looks at the base layer alone.
         plain = attention or is_plain(modules[name])
         own = weight.dtype if weight.dtype.is_floating_point else usual
         dtype = own if autocast is None or own == torch.float64 else autocast
-        parameters = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
         weight_dtype = weight.dtype if plain else None
-        found.append(Layer(name, *sizes, plan.num_bases(name), parameters, dtype, own, weight_dtype))
+        found.append(Layer(name, *sizes, plan.num_bases(name), at_least_fp32(weight.dtype), dtype, own, weight_dtype))
     return found
 
 
@@ -107,7 +108,11 @@ def writes_projections(model: nn.Module, plan: Plan) -> bool:
     uses = Counter(map(id, modules.values()))
     for name, sizes in plan.slots.items():
         attention = isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention)
-        if attention or uses[id(modules[name])] > 1 or plan.num_bases(name) != -(-min(sizes) // plan.config.r):
+        if (
+            attention
+            or uses[id(modules[name])] > 1
+            or plan.num_bases(name) != bases_for_full_rank(min(sizes), plan.config.r)
+        ):
             return False
     return plan.config.save_projection
 
@@ -150,8 +155,8 @@ def randlora(step: Step, plan: Plan, kind: str, others: Beside, projections: boo
     in_file: Shapes = {}
     if projections:
         M, m = plan.peft_dims
-        for name, shape in (("randlora_A", (config.r, 1, m)), ("randlora_B", (M, -(-m // config.r), config.r))):
-            in_file[f"base_model.{name}"] = torch.float32, shape
+        in_file["base_model.randlora_A"] = torch.float32, (config.r, 1, m)
+        in_file["base_model.randlora_B"] = torch.float32, (M, bases_for_full_rank(m, config.r), config.r)
     said = json.dumps(asdict(config))
     return {
         "trainable_parameters": _numbers(trained | others.trained),
@@ -168,17 +173,18 @@ def randlora(step: Step, plan: Plan, kind: str, others: Beside, projections: boo
 
 
 def _strategies(
-    step: Step, layer: Layer, config: RandLoraConfig, form: planner.Lists | str | None, need_x: bool
+    step: Step, layer: Layer, config: RandLoraConfig, form: Lists | str | None, need_x: bool
 ) -> tuple[tuple[str, str], tuple[Cost, Cost], bool]:
     """The strategies of both passes, their costs, and whether they take dense bases: decided as ``Linear`` does."""
     shape = step.tokens, layer.in_features, layer.out_features, layer.num_bases, config.r
-    strategy = "auto" if config.strategy == "merged" and layer.weight_dtype is None else config.strategy
-    needs = {"dropout": config.randlora_dropout > 0, "need_x": need_x, "need_parameters": True}
+    strategy = config.strategy if layer.weight_dtype is not None else planner.without_weight(config.strategy)
+    needs = {"dropout": int(config.randlora_dropout > 0), "need_x": int(need_x), "need_parameters": 1}
     chosen = strategy, strategy
     if strategy == "auto":
         chosen = planner.choose(*shape, layer.dtype, layer.weight_dtype, step.device.type, form=form, **needs)
-    has_weight = layer.weight_dtype is not None
-    options = planner.options_of(*shape, layer.dtype.itemsize, form, step.device.type, has_weight=has_weight, **needs)
+    has_weight = int(layer.weight_dtype is not None)
+    call = LayerCall(*shape, layer.dtype.itemsize, step.device.type, has_weight=has_weight, **needs)
+    options = planner.costs_of(call, form)
     return chosen, (options[chosen[0]][0], options[chosen[1]][1]), form is None
 
 

@@ -8,16 +8,16 @@ place would do nothing. Here the module is taken apart into four linear layers t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..private_torch import NonDynamicallyQuantizableLinear
 from ..undo import all_or_nothing
 from . import offload
+from .attention_masks import merged_mask
+from .attention_parts import OF_EVERY_MODULE, Origin, check_base, copied, linear_of
 from .fast_path import disable_fast_path, restore_fast_path
 from .linear import Linear
 from .randlora_layer import RandLoraLayer
@@ -25,21 +25,6 @@ from .randlora_layer import RandLoraLayer
 __all__ = ["PROJECTIONS", "MultiheadAttention", "disable_fast_path", "restore_fast_path"]
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
-
-_PARAMETERS = {"in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight", "bias_k", "bias_v"}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# What nn.Module keeps in every instance; the rest of an instance's attributes are its settings.
-_OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
-
-
-@dataclass(frozen=True)
-class _Origin:
-    """What the base layer was, apart from its numbers and settings: :meth:`MultiheadAttention.unwrap` needs it."""
-
-    cls: type[nn.MultiheadAttention]
-    out_proj_cls: type[nn.Linear]
-    packed: bool  # kdim = vdim = embed_dim: one weight for q, k and v
-    requires_grad: dict[str, bool | None]  # by parameter name; None: the parameter is None
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -81,23 +66,25 @@ class MultiheadAttention(nn.MultiheadAttention):
         **settings: Any,
     ) -> None:
         super(nn.MultiheadAttention, self).__init__()  # nn.MultiheadAttention's own would make a second set of weights
+        if isinstance(base_layer, MultiheadAttention):
+            raise TypeError("base_layer is adapted already: add an adapter with its add_adapter()")
         check_base(base_layer)
-        vars(self).update({key: value for key, value in vars(base_layer).items() if key not in _OF_EVERY_MODULE})
+        vars(self).update({key: value for key, value in vars(base_layer).items() if key not in OF_EVERY_MODULE})
         out_proj = base_layer.out_proj
         flags = {name: None if p is None else p.requires_grad for name, p in base_layer._parameters.items()}
         flags |= {f"out_proj.{name}": p.requires_grad for name, p in out_proj.named_parameters()}
         packed, bias = base_layer.in_proj_weight, base_layer.in_proj_bias
-        self._origin = _Origin(type(base_layer), type(out_proj), packed is not None, flags)
+        self._origin = Origin(type(base_layer), type(out_proj), packed is not None, flags)
         # True here, and it keeps nn.TransformerEncoderLayer from its fused path, which would read the weights.
         self._qkv_same_embed_dim = False
         for i, name in enumerate(PROJECTIONS[:3]):
             rows = slice(i * self.embed_dim, (i + 1) * self.embed_dim)
             weight = getattr(base_layer, f"{name}_weight") if packed is None else packed
-            setattr(self, name, _linear(nn.Linear, weight, bias, slice(None) if packed is None else rows, rows))
-        self.out_proj = _linear(nn.Linear, out_proj.weight, out_proj.bias)
+            setattr(self, name, linear_of(nn.Linear, weight, bias, slice(None) if packed is None else rows, rows))
+        self.out_proj = linear_of(nn.Linear, out_proj.weight, out_proj.bias)
         for name in ("bias_k", "bias_v"):
             if (parameter := getattr(base_layer, name)) is not None:
-                setattr(self, name, _copy(parameter, parameter.requires_grad))
+                setattr(self, name, copied(parameter, parameter.requires_grad))
         self.train(base_layer.training)
         self.add_adapter(adapter_name, projections, **settings)
 
@@ -125,7 +112,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         before = [getattr(self, name) for name in self.projections]
         active = list(dict.fromkeys(name for layer in before for name in layer.active_adapters))
-        frozen = any(layer._inference_mode for layer in before)
+        frozen = any(layer.inference_mode for layer in before)
         with all_or_nothing(self):
             for name, layer in layers.items():
                 if isinstance(layer, RandLoraLayer):
@@ -136,7 +123,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                     if any(other.disable_adapters for other in before):
                         layer.enable_adapters(False)
                 wanted = [other for other in active if other in layer.randlora_lambda]
-                if active and (layer.active_adapters, layer._inference_mode) != (wanted, frozen):
+                if active and (layer.active_adapters, layer.inference_mode) != (wanted, frozen):
                     layer.set_adapter(wanted, inference_mode=frozen)
 
     @property
@@ -154,12 +141,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         origin = self._origin
         module = origin.cls.__new__(origin.cls)
         nn.Module.__init__(module)
-        settings = {k: v for k, v in vars(self).items() if k not in _OF_EVERY_MODULE and k != "_origin"}
+        settings = {k: v for k, v in vars(self).items() if k not in OF_EVERY_MODULE and k != "_origin"}
         vars(module).update(settings, _qkv_same_embed_dim=origin.packed)
         for name, flag in origin.requires_grad.items():
             if not name.startswith("out_proj."):
-                module.register_parameter(name, None if flag is None else _copy(getattr(self, name), flag))
-        out_proj: Any = _linear(origin.out_proj_cls, self.out_proj.weight, self.out_proj.bias)
+                module.register_parameter(name, None if flag is None else copied(getattr(self, name), flag))
+        out_proj: Any = linear_of(origin.out_proj_cls, self.out_proj.weight, self.out_proj.bias)
         module.out_proj = out_proj
         for name, parameter in out_proj.named_parameters():
             parameter.requires_grad_(bool(origin.requires_grad[f"out_proj.{name}"]))
@@ -237,7 +224,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         if q.shape[0] != k.shape[0]:
             raise ValueError(f"query and key must have the same batch size, got {q.shape[0]} and {k.shape[0]}")
         causal = is_causal and key_padding_mask is None and not need_weights
-        mask = None if causal else self._merge(attn_mask, key_padding_mask, q, k)
+        mask = None if causal else merged_mask(attn_mask, key_padding_mask, q, k)
         if self.bias_k is not None and self.bias_v is not None:
             k, v = self._append(k, self.bias_k), self._append(v, self.bias_v)
         if self.add_zero_attn:
@@ -267,26 +254,6 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _append(self, t: Tensor, bias: Tensor) -> Tensor:
         row = bias.to(t.dtype).view(1, self.num_heads, 1, self.head_dim)
         return torch.cat([t, row.expand(t.shape[0], -1, -1, -1)], dim=2)
-
-    def _merge(self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-        """Both masks as one that is added to the scores ``[batch, heads, query length, key length]``."""
-        (batch, heads, length, _), keys = q.shape, k.shape[2]
-        merged = None
-        if attn_mask is not None:
-            shapes = {2: (length, keys), 3: (batch * heads, length, keys)}
-            if attn_mask.shape != shapes.get(attn_mask.dim()):
-                raise ValueError(f"attn_mask must have shape {shapes[2]} or {shapes[3]}, got {tuple(attn_mask.shape)}")
-            merged = _additive("attn_mask", attn_mask, q.dtype)
-            merged = merged[None, None] if merged.dim() == 2 else merged.unflatten(0, (batch, heads))
-        if key_padding_mask is not None:
-            if key_padding_mask.shape != (batch, keys):
-                raise ValueError(
-                    f"key_padding_mask must have shape {(batch, keys)} (unbatched: {(keys,)}), got "
-                    f"{tuple(key_padding_mask.shape)}"
-                )
-            padding = _additive("key_padding_mask", key_padding_mask, q.dtype)[:, None, None]
-            merged = padding if merged is None else merged + padding
-        return merged
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         if query.is_nested or key.is_nested or value.is_nested:
@@ -318,27 +285,6 @@ class MultiheadAttention(nn.MultiheadAttention):
         )
 
 
-def check_base(base_layer: nn.Module) -> None:
-    """Raises what :class:`MultiheadAttention` would raise for this base layer."""
-    if isinstance(base_layer, MultiheadAttention):
-        raise TypeError("base_layer is adapted already: add an adapter with its add_adapter()")
-    if not isinstance(base_layer, nn.MultiheadAttention):
-        raise TypeError(f"base_layer must be a torch.nn.MultiheadAttention, got {type(base_layer).__name__}")
-    if getattr(base_layer.forward, "__func__", None) is not nn.MultiheadAttention.forward:
-        raise TypeError(
-            f"base_layer must be a torch.nn.MultiheadAttention; {type(base_layer).__name__} has its own forward"
-        )
-    parts = {*base_layer._parameters, *base_layer._buffers, *base_layer._modules}
-    if unknown := sorted(parts - _PARAMETERS - {"out_proj"}):
-        raise TypeError(f"base_layer has parts that torch.nn.MultiheadAttention has not: {', '.join(unknown)}")
-    if type(base_layer.out_proj) not in (NonDynamicallyQuantizableLinear, nn.Linear):
-        raise TypeError(f"base_layer.out_proj must be torch's own, got {type(base_layer.out_proj).__name__}")
-    if recomputed := sorted({*base_layer.out_proj._parameters, *base_layer.out_proj._buffers} - {"weight", "bias"}):
-        raise TypeError(f"base_layer.out_proj has parts that torch's has not: {', '.join(recomputed)}")
-    if any(getattr(base_layer, hooks) for hooks in _HOOKS):
-        raise ValueError("base_layer has hooks, which would be lost: remove them and register them on the adapted one")
-
-
 def _check_projections(projections: Sequence[str]) -> tuple[str, ...]:
     if isinstance(projections, str) or not projections or (unknown := set(projections) - set(PROJECTIONS)):
         got = sorted(unknown) if not isinstance(projections, str) and projections else projections
@@ -346,32 +292,8 @@ def _check_projections(projections: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in PROJECTIONS if name in projections)
 
 
-def _copy(tensor: Tensor, requires_grad: bool) -> nn.Parameter:
-    return nn.Parameter(tensor.detach().clone(), requires_grad=requires_grad)
-
-
-def _linear(
-    cls: type[nn.Linear], weight: Tensor, bias: Tensor | None, rows: slice = slice(None), bias_rows: slice = slice(None)
-) -> nn.Linear:
-    """A layer with copies of these rows."""
-    layer = cls(1, 1, bias=bias is not None, device="meta")
-    layer.weight = _copy(weight[rows], weight.requires_grad)
-    layer.out_features, layer.in_features = layer.weight.shape
-    if bias is not None:
-        layer.bias = _copy(bias[bias_rows], bias.requires_grad)
-    return layer
-
-
 def _call(layer: Callable[[Tensor], Tensor], x: Tensor, length_first: bool) -> Tensor:
     # A batch of mixed adapters tells its samples apart by the first dimension.
     if length_first and getattr(layer, "mixed_batch", None) is not None:
         return layer(x.transpose(0, 1)).transpose(0, 1)
     return layer(x)
-
-
-def _additive(name: str, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    if mask.dtype == torch.bool:
-        return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))
-    if not mask.is_floating_point():
-        raise TypeError(f"{name} must have dtype bool or a floating dtype, got {mask.dtype}")
-    return mask.to(dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..checks import require_dtype
-from ..private_torch import unsafe_view
+from ..private_torch import FakeTensor, unsafe_view
 from . import offload, quantized
 from .quantized_kinds import kind_of
 
@@ -62,9 +63,32 @@ def name_of(base_layer: nn.Module) -> str:
 
 
 def own(module: nn.Module, name: str) -> Any:
-    """``getattr(module, name)`` of what is a parameter in nearly all cases, which a module looks for last and long."""
+    """``getattr(module, name)``, but fast for parameters: ``nn.Module`` looks for them last."""
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name)
+
+
+def is_plain(base: nn.Module) -> bool:
+    """Whether a layer does nothing but its product with an ordinary weight."""
+    return plain_weight(base) is not None
+
+
+def plain_weight(base: nn.Module) -> Tensor | None:
+    """The weight of such a layer, None of any other."""
+    cls = type(base)
+    if not (cls is nn.Linear or cls in conv1d_types()):
+        return None
+    if base._forward_hooks or base._forward_pre_hooks or forward_is_replaced(base):
+        return None
+    weight = own(base, "weight")
+    # torchao's quantised weights are subclasses; torch.export puts fake tensors in the place of all parameters.
+    return weight if type(weight) in (nn.Parameter, Tensor, FakeTensor) else None
+
+
+def conv1d_types() -> tuple[type, ...]:
+    """transformers' Conv1D, where transformers is in use at all; importing it here would be slow for those without."""
+    module = sys.modules.get("transformers.pytorch_utils")
+    return () if module is None else (module.Conv1D,)
 
 
 def tensor_weight(base_layer: nn.Module) -> Tensor | None:

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import functools
-import operator
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import planner
 from ..bases.random_bases import RandomBases
 from ..functional import compute_dtype, linear_of
-from ..ops.pattern import is_signs
 from ..planner import STRATEGIES
-from ..private_torch import FakeTensor, NonDynamicallyQuantizableLinear, current_stream, is_watched, unsafe_view
+from ..private_torch import NonDynamicallyQuantizableLinear
 from ..undo import all_or_nothing
 from . import base_layer as base_layers
 from . import offload, quantized, update_cache
 from .bypassed import Noticed
+from .cached_forward import CachedForward, stand_for_others
 from .mixed_batch import MixedBatch, add_updates
 from .randlora_layer import BaseTensors, RandLoraLayer
 
 
-class Linear(nn.Linear, RandLoraLayer, Noticed):
+class Linear(nn.Linear, RandLoraLayer, CachedForward, Noticed):
     """Wraps an ``nn.Linear`` and adds ``dW = alpha / r * sum_i B_i diag(lambda_i) A diag(gamma_i)`` to its weight.
 
     The base layer is frozen; ``randlora_lambda[adapter_name]`` and ``randlora_gamma[adapter_name]`` are trained.
@@ -85,7 +81,7 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
             )
         if isinstance(base_layer, nn.Linear):
             features, transposed = (base_layer.in_features, base_layer.out_features), False
-        elif isinstance(base_layer, conv1d_types()):
+        elif isinstance(base_layer, base_layers.conv1d_types()):
             features, transposed = tuple(base_layer.weight.shape), True
         else:
             raise TypeError(
@@ -161,8 +157,8 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
         if weight is None:
             x = self._moved(x)
         dtype = compute_dtype(x)
-        if kept is not None and not (args or kwargs or x.is_meta or _stand_for_others(x)):
-            result = self._forward_with(kept, x, dtype, adapters, weight)
+        if kept is not None and not (args or kwargs or x.is_meta or stand_for_others(x)):
+            result = self.forward_with(kept, x, dtype, adapters, weight)
             if result is not None:
                 return result
         if weight is None:
@@ -195,7 +191,7 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
         self, x: Tensor, dtype: torch.dtype, adapter: str, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
         dropout = self._modules["randlora_dropout"]._modules[adapter]
-        strategy = "auto" if self.strategy == "merged" and weight is None else self.strategy
+        strategy = self.strategy if weight is not None else planner.without_weight(self.strategy)
         found = self._pattern(adapter, x.device)
         A = B = pattern = None
         if found is None:
@@ -208,87 +204,14 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
             strategy, self.out_features, self.fan_in_fan_out, self.workspace, None, pattern,
         )  # fmt: skip
 
-    def _base_is_plain(self) -> bool:
+    def base_is_plain(self) -> bool:
         """Whether the base layer does nothing but its product with a frozen weight, so that the op may do it."""
         return self._plain_weight() is not None
 
     def _plain_weight(self) -> Tensor | None:
         """The weight of such a base layer, not read by way of ``self.weight``, which would note that."""
-        weight = plain_weight(self._modules["base_layer"])
+        weight = base_layers.plain_weight(self._modules["base_layer"])
         return None if weight is None or weight.requires_grad else weight
-
-    def _forward_with(
-        self,
-        kept: update_cache.InferenceCache,
-        x: Tensor,
-        dtype: torch.dtype,
-        adapters: list[str],
-        weight: Tensor | None,
-    ) -> Tensor | None:
-        """The output by a matrix that `kept` holds, or None. `weight`: by :meth:`_plain_weight`."""
-        device, bias = x.device, None
-        sources = [part for name in adapters for part in self._held(name)]
-        if weight is not None:
-            bias = base_layers.own(self._modules["base_layer"], "bias")
-            base_layers.require_weight(weight, bias, x, self._weight_shape)
-        into = weight if weight is not None and weight.dtype == dtype else None
-        if dtype not in (torch.float32, torch.float64) and self.strategy != "merged":
-            into = None
-        merged = into is not None
-        if into is not None:  # the update alone does not depend on the weight, which need not be an ordinary tensor
-            sources.append(into)
-        for source in sources:
-            if source.device != device:
-                for name in adapters:
-                    self._trained(name, device)  # raises for those that have no numbers
-                return None
-        patterns = (self._pattern(name, device) for name in adapters)
-        if all(found is not None and is_signs(found[0]) for found in patterns):
-            return None  # one token costs little more than the base layer alone
-        stream = current_stream(device.index) if x.is_cuda else None  # others would have to wait
-        key = merged, dtype, device, stream, *adapters
-        settings = [(self.scaling[name], self._bases(name).version()) for name in adapters]
-
-        def price() -> tuple[float, float]:
-            return self._price_of_update(x, dtype, adapters)
-
-        def build() -> Tensor:
-            update = functools.reduce(operator.add, map(self.get_delta_weight, adapters))
-            built = (update if into is None else into + update).to(dtype)
-            # [out, in] in the place of a weight, otherwise [in, out], as it is multiplied.
-            return built.t() if self.fan_in_fan_out == merged else built
-
-        nbytes = self.in_features * self.out_features * dtype.itemsize  # a 4-bit weight has fewer elements
-        cached = kept.get(self, key, sources, settings, nbytes, price, build)
-        if cached is None:
-            return None
-        if merged:
-            return F.linear(x, cached, bias)
-        if weight is None:
-            result = self._product(x)
-        else:
-            result = F.linear(x, weight.t() if self.fan_in_fan_out else weight, bias)
-        if result.dtype != dtype:  # under autocast some quantised layers give the input's dtype
-            return result + F.linear(x, cached.t()).to(result.dtype)
-        # One accumulating product: the sum is rounded once, and no pass over the output is spent on adding.
-        rows = x.reshape(-1, self.in_features)
-        rows = rows if rows.dtype == dtype else rows.to(dtype)
-        if weight is not None and result.is_contiguous():
-            result.view(-1, self.out_features).addmm_(rows, cached)
-            return result
-        flat = torch.addmm(result.reshape(-1, self.out_features), rows, cached)
-        return unsafe_view(flat, result.shape)  # as torch.nn.functional.linear does: not a view
-
-    def _price_of_update(self, x: Tensor, dtype: torch.dtype, adapters: list[str]) -> tuple[float, float]:
-        """What a call with `x` spends on the updates of `adapters`, and what building them costs."""
-        tokens, size, device_type = x.numel() // self.in_features, (self.in_features, self.out_features), x.device.type
-        prices = [
-            planner.price_of_update(
-                tokens, *size, self.num_bases[name], self.r[name], dtype, device_type, self._pattern(name, x.device)
-            )
-            for name in adapters
-        ]
-        return sum(rent for rent, _ in prices), sum(building for _, building in prices)
 
     def _apply(self, fn: Callable[[Tensor], Any], recurse: bool = True) -> Linear:
         super()._apply(fn, recurse)
@@ -314,31 +237,3 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
         return f"in_features={self.in_features}, out_features={self.out_features}, {', '.join(state)}\n" + "\n".join(
             adapters
         )
-
-
-def is_plain(base: nn.Module) -> bool:
-    """Whether a layer does nothing but its product with an ordinary weight."""
-    return plain_weight(base) is not None
-
-
-def plain_weight(base: nn.Module) -> Tensor | None:
-    """The weight of such a layer, None of any other."""
-    cls = type(base)
-    if not (cls is nn.Linear or cls in conv1d_types()):
-        return None
-    if base._forward_hooks or base._forward_pre_hooks or base_layers.forward_is_replaced(base):
-        return None
-    weight = base_layers.own(base, "weight")
-    # torchao's quantised weights are subclasses; torch.export puts fake tensors in the place of all parameters.
-    return weight if type(weight) in (nn.Parameter, Tensor, FakeTensor) else None
-
-
-def conv1d_types() -> tuple[type, ...]:
-    """transformers' Conv1D, where transformers is in use at all; importing it here would be slow for those without."""
-    module = sys.modules.get("transformers.pytorch_utils")
-    return () if module is None else (module.Conv1D,)
-
-
-def _stand_for_others(x: Tensor) -> bool:
-    """Whether tensors here stand for others that come later: in torch.func, CUDA graphs, torch.jit.trace, make_fx."""
-    return is_watched() or (x.is_cuda and torch.cuda.is_current_stream_capturing())

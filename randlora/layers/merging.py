@@ -153,6 +153,10 @@ class Mergeable(Mixin):
         with unmerged([self]):
             pass
 
+    def forget_unmerged_weight(self) -> None:
+        """Free the weight as it was before merging: :meth:`unmerge` cannot give it back any more."""
+        self._unmerged_weight = None
+
 
 @contextlib.contextmanager
 def unmerged(layers: Iterable[Mergeable]) -> Iterator[None]:

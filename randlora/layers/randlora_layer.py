@@ -7,27 +7,28 @@ bases and bases, and merging keeps the base weight, so that unmerging restores i
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..bases.patterns import Pattern
+from ..bases.definition import bases_for_full_rank
 from ..bases.random_bases import RandomBases
 from ..bases.shared import shared_bases
 from ..checks import require_float, require_size
-from ..functional import delta_weight, flat_bases, sparse_delta_weight
+from ..dtypes import at_least_fp32
 from ..names import check_adapter_name
 from ..undo import all_or_nothing
 from . import offload
 from .base_layer import tensor_weight
 from .merging import Mergeable
 from .mixed_batch import MixedBatch
+from .update import Update
 
 BaseTensors = Tensor | Mapping[str, Tensor] | None
 
 
-class RandLoraLayer(Mergeable):
+class RandLoraLayer(Update, Mergeable):
     """Mixin for a module that wraps ``base_layer`` and adds RandLoRA updates to it.
 
     Attributes (dicts are keyed by adapter name):
@@ -97,7 +98,7 @@ class RandLoraLayer(Mergeable):
         alpha = require_float("randlora_alpha", randlora_alpha)
         dropout = require_float("randlora_dropout", randlora_dropout, 0.0, 1.0)
         m, M = min(self.in_features, self.out_features), max(self.in_features, self.out_features)
-        n = -(-m // r) if num_bases is None else require_size("num_bases", num_bases)
+        n = bases_for_full_rank(m, r) if num_bases is None else require_size("num_bases", num_bases)
         if init_weights not in (True, False):
             raise TypeError(f"init_weights must be True or False, got {init_weights!r}")
         bases = self._choose_bases(adapter_name, randlora_A, randlora_B, bases, r)
@@ -118,8 +119,7 @@ class RandLoraLayer(Mergeable):
     def _parameters_like(self) -> tuple[torch.dtype, torch.device]:
         """What parameters that go with the base layer are: on meta only if the layer has no numbers itself."""
         dtype, device = self.compute_dtype_and_device()
-        # 16-bit and quantised weights get fp32 parameters: their updates would vanish in 16 bits.
-        return dtype if dtype in (torch.float32, torch.float64) else torch.float32, device
+        return at_least_fp32(dtype), device
 
     def compute_dtype_and_device(self) -> tuple[torch.dtype, torch.device]:
         """What the layer computes in outside of autocast, and where; fp32 where the weight does not tell."""
@@ -222,6 +222,11 @@ class RandLoraLayer(Mergeable):
         self.set_adapter(self._active_adapters, self._inference_mode)
 
     @property
+    def inference_mode(self) -> bool:
+        """Whether the active adapters were activated without becoming trainable."""
+        return self._inference_mode
+
+    @property
     def disable_adapters(self) -> bool:
         return self._disable_adapters
 
@@ -230,87 +235,6 @@ class RandLoraLayer(Mergeable):
         if self.merged:
             raise ValueError("adapter_names cannot be used while adapters are merged: call unmerge_adapter() first")
         return list(self.randlora_lambda)
-
-    # ---- the update as a matrix ----
-
-    @property
-    def randlora_A(self) -> Mapping[str, Tensor]:
-        return _Values(self.bases, "A")
-
-    @property
-    def randlora_B(self) -> Mapping[str, Tensor]:
-        return _Values(self.bases, "B")
-
-    def get_scaled_bases(self, adapter: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """The two factors that the input passes through in turn: ``F.linear(F.linear(x, first), second) * scaling``.
-
-        ``in <= out``: the scaled base ``[n*r, in]`` and B ``[out, n*r]``; otherwise the transposes of B and of the
-        scaled base. fp32 (fp64 for fp64 parameters), on `device` or that of the parameters.
-        """
-        self._check_adapter(adapter)
-        S2, B2 = flat_bases(*self._update_arguments(adapter, 1.0, device), self.in_features, self.out_features)
-        return (S2, B2) if self.in_features <= self.out_features else (B2.T, S2.T)
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """``dW`` of one adapter in the weight's layout (``[out, in]``, or ``[in, out]`` where `fan_in_fan_out`).
-
-        fp32 (fp64 for fp64 parameters), whatever the weight's dtype.
-        """
-        self._check_adapter(adapter)
-        found = self._pattern(adapter)
-        if found is None:
-            arguments = self._update_arguments(adapter, self.scaling[adapter])
-            update = delta_weight(*arguments, self.in_features, self.out_features)
-        else:
-            lam, gamma = self._trained(adapter, self._device(adapter))
-            dtype = torch.float64 if lam.dtype == torch.float64 else torch.float32
-            update = sparse_delta_weight(
-                *found, lam.to(dtype), gamma.to(dtype), self.scaling[adapter], self.in_features, self.out_features
-            )
-        return update.T if self.fan_in_fan_out else update
-
-    def pattern(self, adapter: str) -> Pattern | None:
-        """The packed bases of an adapter (:meth:`randlora.RandomBases.pattern`), or None for dense ones."""
-        found = self._pattern(adapter)
-        return None if found is None else found[0]
-
-    def _bases(self, adapter: str) -> RandomBases:
-        return self.bases[adapter]
-
-    def _pattern(self, adapter: str, device: torch.device | None = None) -> tuple[Pattern, float] | None:
-        device = self._device(adapter) if device is None else device
-        return self._bases(adapter).pattern(min(self.in_features, self.out_features), device)
-
-    def _tensors(self, adapter: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, float]:
-        """A, B and the factor that their product lacks."""
-        bases = self._bases(adapter)
-        return *bases.tensors(dtype, device), bases.scale
-
-    def _update_arguments(
-        self, adapter: str, scaling: float, device: torch.device | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
-        device = self._device(adapter) if device is None else torch.device(device)
-        lam, gamma = self._trained(adapter, device)
-        dtype = torch.float64 if lam.dtype == torch.float64 else torch.float32
-        A, B, factor = self._tensors(adapter, dtype, device)
-        return A, B, lam.to(device, dtype), gamma.to(device, dtype), scaling * factor
-
-    def _device(self, adapter: str) -> torch.device:
-        """Where the adapter's numbers are, or would be in a call if they are offloaded."""
-        return offload.device_of(self.randlora_lambda, self.randlora_lambda[adapter])
-
-    def _held(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """lambda and gamma as they are between calls."""
-        parts = self._modules
-        return offload.held(parts["randlora_lambda"], adapter), offload.held(parts["randlora_gamma"], adapter)
-
-    def _trained(self, adapter: str, device: torch.device) -> tuple[Tensor, Tensor]:
-        """lambda and gamma for a call on `device`: see :func:`randlora.layers.offload.trained`."""
-        parts = self._modules
-        return (
-            offload.trained(parts["randlora_lambda"], adapter, "randlora_lambda", device),
-            offload.trained(parts["randlora_gamma"], adapter, "randlora_gamma", device),
-        )
 
     # ---- small things ----
 
@@ -329,23 +253,6 @@ class RandLoraLayer(Mergeable):
         if adapter_name not in self.randlora_lambda:
             known = ", ".join(self.randlora_lambda) or "none"
             raise ValueError(f"this layer has no adapter named {adapter_name!r}; it has: {known}")
-
-
-class _Values(Mapping[str, Tensor]):
-    """Adapter name -> A or B of its bases."""
-
-    def __init__(self, bases: dict[str, RandomBases], which: str) -> None:
-        self._bases, self._which = bases, which
-
-    def __getitem__(self, adapter: str) -> Tensor:
-        tensor: Tensor = getattr(self._bases[adapter], self._which)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._bases)
-
-    def __len__(self) -> int:
-        return len(self._bases)
 
 
 def _of_adapter(name: str, tensors: Tensor | Mapping[str, Tensor], adapter_name: str) -> Tensor:

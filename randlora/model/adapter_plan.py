@@ -12,6 +12,7 @@ from typing import Any, cast
 from torch import nn
 
 from ..bases import hadamard
+from ..bases.definition import bases_for_full_rank
 from ..bases.random_bases import RandomBases
 from ..bases.shared import shared, shared_bases
 from ..config import RandLoraConfig
@@ -109,7 +110,7 @@ def required(config: RandLoraConfig, slots: dict[str, tuple[int, int]]) -> tuple
 
 
 def _num_bases(config: RandLoraConfig, min_dim: int) -> int:
-    return config.num_bases or -(-min_dim // config.r)
+    return config.num_bases or bases_for_full_rank(min_dim, config.r)
 
 
 def own_bases(

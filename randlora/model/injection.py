@@ -134,7 +134,7 @@ def _merge(wanted: Iterable[tuple[RandLoraLayer, list[str]]], safe_merge: bool, 
     for layer, names in wanted:
         layer.merge(safe_merge, names)
         if not keep:
-            layer._unmerged_weight = None
+            layer.forget_unmerged_weight()
 
 
 class Places:

@@ -13,7 +13,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from ..config import ALL_LINEAR, RandLoraConfig
 from ..expressions import Expression
 from ..layers.attention import PROJECTIONS, MultiheadAttention
-from ..layers.linear import conv1d_types
+from ..layers.base_layer import conv1d_types
 from ..layers.randlora_layer import RandLoraLayer
 from ..names import is_wrapper, plain_name
 

@@ -13,7 +13,7 @@ from helpers.common import KINDS, make_base, normal, randomize
 
 import randlora
 from randlora import RandomBases
-from randlora.bases.copies import _by_handle
+from randlora.bases.copies import by_handle
 from randlora.bases.shared import shared_bases
 
 
@@ -31,7 +31,7 @@ def test_the_shared_store_lives_as_long_as_a_layer():
 
 
 def test_threads_share_one_store():
-    interval, rank = sys.getswitchinterval(), 100_000
+    interval, rank = sys.getswitchinterval(), 60_000
     sys.setswitchinterval(1e-6)
     try:
         for r in range(rank, rank + 300):
@@ -46,6 +46,7 @@ def test_threads_share_one_store():
                 thread.start()
             for thread in threads:
                 thread.join()
+            assert len(found) == 3
             assert all(store is found[0] for store in found), "two stores of one rank: layers would not share memory"
     finally:
         sys.setswitchinterval(interval)
@@ -121,11 +122,11 @@ def test_given_tensors_that_are_written_to(ternary, write):
         else:
             torch.testing.assert_close(a, b)
             assert not torch.allclose(a, c)
-    count = len(_by_handle)
+    count = len(by_handle)
     for _ in range(3):
         buffers.A.add_(0)
         assert torch.equal(bases.tensors(torch.bfloat16)[0], buffers.A.bfloat16())
-    assert len(_by_handle) == count
+    assert len(by_handle) == count
 
 
 # ---- contexts and threads ----

@@ -10,9 +10,9 @@ import torch
 from helpers.common import KINDS, normal, run_python
 
 from randlora import RandomBases
+from randlora.bases.copies import Copies
 from randlora.bases.random_bases import _given_bases
 
-CPU = torch.device("cpu")
 SMALL, LARGE = (9, 7, 2), (120, 81, 21)  # max_dim, min_dim, num_bases
 
 
@@ -60,11 +60,11 @@ def test_copies_serve_the_size_at_any_moment(kind):
         def check(seen=seen):
             max_dim, min_dim, num_bases = size(bases)
             for A, B in [
-                *bases._held.values(),
-                *(t for t in vars(bases._ready).values() if isinstance(t[0], torch.Tensor)),
+                *bases.copies.dense.values(),
+                *(t for t in vars(bases.copies.ready).values() if isinstance(t[0], torch.Tensor)),
             ]:
                 assert A.shape[2] >= min_dim and B.shape[0] >= max_dim and B.shape[1] >= num_bases
-            for lists, _ in bases._lists.values():
+            for lists, _ in bases.copies.packed.values():
                 if hasattr(lists, "b_indices"):
                     assert lists.b_starts.numel() == 2 * num_bases * 4 + 1
                 elif kind == "hadamard":
@@ -75,7 +75,8 @@ def test_copies_serve_the_size_at_any_moment(kind):
             seen.append(size(bases))
 
         bases.tensors(), bases.pattern(1)
-        at_every_instruction(check, lambda wanted=wanted: bases.require(*wanted), RandomBases.require.__code__)
+        growing = RandomBases.require.__code__, Copies.clear.__code__
+        at_every_instruction(check, lambda wanted=wanted: bases.require(*wanted), *growing)
         check()
         assert seen[-1] == wanted
 
@@ -92,12 +93,11 @@ def test_a_layer_that_finds_its_size_gets_it(kind):
         A, B = bases.tensors()
         found.append((A.shape[2], *B.shape[:2]))
 
-    class Copies(dict):
-        def clear(self):
-            threads.append(in_another_thread(use, patience=0.5))
-            super().clear()
+    def clear(drop=bases.copies.clear):
+        threads.append(in_another_thread(use, patience=0.5))
+        drop()
 
-    bases._held = Copies(bases._held)
+    bases.copies.clear = clear
     bases.require(*LARGE)
     (thread,) = threads
     thread.join()
@@ -168,11 +168,13 @@ def test_bytes_are_counted_while_copies_are_made():
     class Growing:
         @property
         def nbytes(self):
+            bases.draw = draw
             bases.tensors(torch.bfloat16)
             return 0
 
     bases.tensors()
-    bases._held[torch.float64, CPU] = Growing(), Growing()
+    draw, bases.draw = bases.draw, lambda *_: (Growing(), Growing())
+    bases.tensors(torch.float64)
     elements = 4 * SMALL[1] + SMALL[0] * SMALL[2] * 4
     assert bases.nbytes == 4 * elements
     assert bases.nbytes == 6 * elements
@@ -180,18 +182,18 @@ def test_bytes_are_counted_while_copies_are_made():
 
 def test_equal_tensors_give_one_object_to_all_threads(monkeypatch):
     A, B = normal(5, 1, 41), normal(64, 9, 5)
-    found, threads, reset = [], [], RandomBases._reset
+    found, threads, around = [], [], RandomBases.around
 
     def ask():
         found.append(RandomBases.from_tensors(A, B))
 
-    def slow(self):
+    def slow(*tensors):
         if not threads:
             threads.append(None)
             threads[0] = in_another_thread(ask, patience=0.5)
-        reset(self)
+        return around(*tensors)
 
-    monkeypatch.setattr(RandomBases, "_reset", slow)
+    monkeypatch.setattr(RandomBases, "around", slow)
     ask()
     threads[0].join()
     assert found[0] is found[1] is _given_bases[id(A), id(B)]
@@ -258,11 +260,8 @@ def use():
     "it grows": """
 bases = RandomBases(64, 41, 5)
 bases.tensors()
-class Copies(dict):
-    def clear(self):
-        wait()
-        super().clear()
-bases._held = Copies(bases._held)
+clear = bases.copies.clear
+bases.copies.clear = lambda: (wait(), clear())
 def hold():
     bases.require(100, 80, 20)
 def use():
@@ -279,12 +278,12 @@ kept = []
 """,
     "tensors are taken": """
 tensors = torch.ones(5, 1, 41), torch.ones(64, 9, 5)
-reset = RandomBases._reset
+around = RandomBases.around
 def hold():
-    RandomBases._reset = lambda self: (wait(), reset(self))[1]
+    RandomBases.around = lambda *a: (wait(), around(*a))[1]
     kept.append(RandomBases.from_tensors(*tensors))
 def use():
-    RandomBases._reset = reset
+    RandomBases.around = around
     kept.append(RandomBases.from_tensors(*tensors))
 kept = []
 """,

@@ -101,7 +101,7 @@ def test_bases_take_what_they_are_said_to(kind, dtype):
     else:
         assert told["bases_bytes"] == pytest.approx(bases.nbytes, rel=0.03) and bases.nbytes > 0
     assert told["bases_form"] == next(
-        (type(held).__name__.lower() for held, _ in bases._lists.values()), "dense"
+        (type(held).__name__.lower() for held, _ in bases.copies.packed.values()), "dense"
     )  # fmt: skip
 
 
@@ -357,12 +357,12 @@ def test_nothing_is_changed_and_no_bases_are_made(monkeypatch):
     monkeypatch.setattr(RandomBases, "fill", no)
     model, settings = net(torch.float32), config(kind="very_sparse", modules_to_save=["head"])
     before = {n: (id(p), p.clone(), p.requires_grad) for n, p in model.named_parameters()}
-    kinds, said, held = [type(m) for m in model.modules()], settings.to_dict(), dict(mine._held)
+    kinds, said, held = [type(m) for m in model.modules()], settings.to_dict(), mine.copies.dense
     estimate(model, settings, TOKENS, inputs=IDS)
     assert [type(m) for m in model.modules()] == kinds and settings.to_dict() == said
     for name, p in model.named_parameters():
         assert (id(p), p.requires_grad) == (before[name][0], before[name][2]) and torch.equal(p, before[name][1])
-    assert (mine.max_dim, mine.min_dim) == (3, 3) and mine._held.keys() == held.keys()
+    assert (mine.max_dim, mine.min_dim) == (3, 3) and mine.copies.dense.keys() == held.keys()
 
 
 # ---- what cannot be told ----

@@ -308,7 +308,7 @@ def test_a_layer_keeps_its_input_and_never_expands_its_bases(form, dtype, dropou
         y = layer(x)
     y.sum().backward()
     assert saved.bytes == x.nbytes
-    assert not bases._held and layer.get_delta_weight("default").shape == (130, 96) and not bases._held
+    assert not bases.copies.dense and layer.get_delta_weight("default").shape == (130, 96) and not bases.copies.dense
 
 
 @on_devices
@@ -327,7 +327,7 @@ def test_bytes_of_the_bases(kind, limit, device):
 def test_which_form_is_taken(sparsity, form, planes):
     bases = randlora.RandomBases(64, 48, 4, "sparse", sparsity=sparsity)
     pattern, _ = bases.pattern(48)
-    assert type(bases._lists[torch.device("cpu")][0]) is form and pattern[-1].shape == (48, planes, 4)
+    assert type(bases.copies.packed[torch.device("cpu")][0]) is form and pattern[-1].shape == (48, planes, 4)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert randlora.bases.patterns.form_of(sparsity, cuda) is StoredBits
     assert [randlora.bases.patterns.form_of(10.0, device) for device in (cpu, cuda)] == [StoredLists, StoredBits]

@@ -29,10 +29,14 @@ class Bases(BufferDict):
 
     @classmethod
     def make_pair(cls, A: BufferDict | None = None, B: BufferDict | None = None) -> tuple[Bases, Bases]:
-        """Two new containers, or PEFT's own `A` and `B` turned into them in place."""
-        A, B = (BufferDict({}) if store is None else store for store in (A, B))
+        """Two new containers, or PEFT's own `A` and `B` turned into them in place.
+
+        PEFT's are in use: its tuner and every layer have them, and the tuner hands them to the layers to come.
+        """
+        A, B = (cls({}) if store is None else store for store in (A, B))
         for kind, store, partner in (("randlora_A", A, B), ("randlora_B", B, A)):
-            store.__class__ = cls
+            if not isinstance(store, cls):
+                store.__class__ = cls
             # Not by setattr, which would register the partner as a child.
             store.__dict__.update(kind=kind, partner=partner, owner=None, pairs={})
         A.refresh()
@@ -172,7 +176,7 @@ class Pair:
         if A.dtype.itemsize > 2 and not A.is_meta:
             sizes = _ternary_size(A), _ternary_size(B)
             if None not in sizes:
-                self.signs, self.factor = _Signs.of(self.bases), sizes[0] * sizes[1]
+                self.signs, self.factor = _Signs.around(A, B), sizes[0] * sizes[1]
 
     @classmethod
     def of(cls, A: Tensor, B: Tensor) -> Pair:
@@ -191,11 +195,7 @@ class Pair:
 class _Signs(RandomBases):
     """The signs of given bases."""
 
-    @classmethod
-    def of(cls, bases: RandomBases) -> _Signs:
-        signs = bases.to(bases.device)  # another object on the same tensors
-        signs.__class__ = cls
-        return signs
+    watched = False  # as for the bases of a Pair
 
     def draw(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         return tuple(t.to(device).sign().to(dtype) for t in self.given)

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ...bases.random_bases import RandomBases
+from ...dtypes import at_least_fp32
 from ...layers import offload, quantized
 from ...layers.base_layer import first_argument, has_weight_method, tensor_weight
 from ...layers.linear import Linear as OwnLinear
@@ -60,7 +61,7 @@ class Linear(peft_randlora.Linear, OwnLinear):
     def _update_arguments(self, adapter: str, scaling: float, device: torch.device | None = None) -> tuple:
         device = self._device(adapter) if device is None else torch.device(device)
         lam, gamma = self._trained(adapter, device)
-        dtype = torch.float64 if lam.dtype == torch.float64 else torch.float32
+        dtype = at_least_fp32(lam.dtype)
         # In the dtype they are held in: a matrix is built once in a while, and an fp32 copy of them would stay.
         A, B = self._bases(adapter).tensors(device=device)
         return A, B, lam.to(device, dtype), gamma.to(device, dtype), scaling
@@ -164,9 +165,9 @@ class Linear(peft_randlora.Linear, OwnLinear):
                 value = before.detach().to(moved.device, torch.float32)
                 held[adapter_name] = nn.Parameter(value, requires_grad=before.requires_grad)
         if new:
-            self._follow_to_meta(adapter_name)
+            self.follow_to_meta(adapter_name)
 
-    def _follow_to_meta(self, adapter_name: str) -> None:
+    def follow_to_meta(self, adapter_name: str) -> None:
         """New parameters of a layer that has no numbers have none either."""
         weight = tensor_weight(self.get_base_layer())
         if weight is not None and offload.device_of(self.get_base_layer(), weight).type == "meta":
@@ -268,7 +269,8 @@ def seen_where_it_computes(base_layer: Any) -> Iterator[None]:
 def convert(layer: Any) -> Linear:
     """Turn a RandLoRA layer of PEFT, whatever its base layer, into a :class:`Linear` in place.
 
-    Its containers of bases must be :class:`Bases`. Its parameters stay the objects they are.
+    Its containers of bases must be :class:`Bases`. The layer stays the object that PEFT made: its parent, its hooks and
+    users' variables refer to it, and its parameters are in an optimizer. So it is given another class, not replaced.
     """
     layer.__class__ = Linear
     layer.__dict__.setdefault("is_target_conv_1d_layer", False)

@@ -13,6 +13,7 @@ from peft.tuners.randlora.model import RandLoraModel as PeftRandLoraModel
 from torch import nn
 
 from ...bases import peft_prng
+from ...bases.definition import bases_for_full_rank
 from ...checks import require_int, require_size
 from ...layers.bypassed import first_calls, forget_calls
 from ...layers.fast_path import disable_fast_path, restore_fast_path
@@ -79,7 +80,7 @@ class RandLoraModel(PeftRandLoraModel):
         check_targets(self, config)
         sparsity = math.sqrt(min(dims)) if config.very_sparse else 3.0 if config.sparse else None
         with torch.device("cpu"):  # PEFT's generator is there, whatever the default device is
-            num_bases = -(-min(dims) // config.r)
+            num_bases = bases_for_full_rank(min(dims), config.r)
             seed = config.projection_prng_key
             drawn = peft_prng.draw(max(dims), min(dims), num_bases, config.r, seed, sparsity, self.half)
         for store, tensor in zip((self.randlora_A, self.randlora_B), drawn, strict=True):
@@ -209,7 +210,7 @@ class RandLoraModel(PeftRandLoraModel):
         with seen_where_it_computes(target):
             layer = convert(create(config, randlora_A, randlora_B, adapter_name, target, **kwargs))
         initialise_anew(layer, adapter_name, config.init_weights)
-        layer._follow_to_meta(adapter_name)
+        layer.follow_to_meta(adapter_name)
         return layer
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: Any) -> None:
@@ -245,7 +246,7 @@ def accelerate(model: nn.Module) -> nn.Module:
             if not isinstance(A, Bases):
                 Bases.make_pair(A, B)
         for tuner in tuners.values():
-            tuner.__class__ = RandLoraModel
+            tuner.__class__ = RandLoraModel  # in place, as layers are: a new one would inject its adapters once more
             tuner._own_bases()
         for layer in layers.values():
             if not isinstance(layer, own):

@@ -11,8 +11,7 @@ from torch import nn
 
 from ...expressions import Expression
 from ...layers import offload
-from ...layers.base_layer import check
-from ...layers.linear import conv1d_types
+from ...layers.base_layer import check, conv1d_types
 from ...model.targets import layer_sizes
 
 

@@ -60,7 +60,7 @@ def test_layers_on_two_devices():
     for _ in range(2):
         torch.testing.assert_close(inner.b(inner.a(x).cuda()).cpu(), expected, rtol=1e-4, atol=1e-3)
     pair = inner.b._pair("default")
-    assert sorted(device.type for _, device in pair.bases._held) == ["cpu", "cuda"]
+    assert sorted(device.type for _, device in pair.bases.copies.dense) == ["cpu", "cuda"]
 
 
 def test_hooks_of_accelerate():

@@ -58,8 +58,8 @@ def held(model):
     pairs = {id(layer._pair("default")): layer._pair("default") for layer in (getattr(inner(model), n) for n in SHAPES)}
     assert len(pairs) == 1
     (pair,) = pairs.values()
-    dense = len(pair.bases._held) + (len(pair.signs._held) - 1 if pair.signs else 0)
-    return dense, len(pair.bases._lists)
+    dense = len(pair.bases.copies.dense) + (len(pair.signs.copies.dense) - 1 if pair.signs else 0)
+    return dense, len(pair.bases.copies.packed)
 
 
 @pytest.mark.parametrize("mode", ["fp32", "bf16", "autocast"])
@@ -205,7 +205,7 @@ def test_copies(kind, copied):
     assert len(file()) - size < 1024  # layers note that they were called
     other = copy.deepcopy(model) if copied == "deepcopy" else torch.load(io.BytesIO(file()), weights_only=False)
     theirs, ours = (inner(m).a._pair("default").bases for m in (model, other))
-    assert ours is not theirs and not ours._lists
+    assert ours is not theirs and not ours.copies.packed
     randomize(model, seed=50)
     assert torch.equal(other(x), before) and len(inner(other).a.pattern("default")) == KINDS[kind]
 

@@ -1,0 +1,111 @@
+"""The update of one adapter: its bases and parameters as a call takes them, and what they make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from ..bases.patterns import Pattern
+from ..bases.random_bases import RandomBases
+from ..dtypes import at_least_fp32
+from ..functional import delta_weight, flat_bases, sparse_delta_weight
+from . import offload
+
+
+class Update:
+    """The arithmetic half of :class:`randlora.RandLoraLayer`, whose attributes it uses."""
+
+    @property
+    def randlora_A(self) -> Mapping[str, Tensor]:
+        return _Values(self.bases, "A")
+
+    @property
+    def randlora_B(self) -> Mapping[str, Tensor]:
+        return _Values(self.bases, "B")
+
+    def get_scaled_bases(self, adapter: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """The two factors that the input passes through in turn: ``F.linear(F.linear(x, first), second) * scaling``.
+
+        ``in <= out``: the scaled base ``[n*r, in]`` and B ``[out, n*r]``; otherwise the transposes of B and of the
+        scaled base. fp32 (fp64 for fp64 parameters), on `device` or that of the parameters.
+        """
+        self._check_adapter(adapter)
+        S2, B2 = flat_bases(*self._update_arguments(adapter, 1.0, device), self.in_features, self.out_features)
+        return (S2, B2) if self.in_features <= self.out_features else (B2.T, S2.T)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """``dW`` of one adapter in the weight's layout (``[out, in]``, or ``[in, out]`` where `fan_in_fan_out`).
+
+        fp32 (fp64 for fp64 parameters), whatever the weight's dtype.
+        """
+        self._check_adapter(adapter)
+        found = self._pattern(adapter)
+        if found is None:
+            arguments = self._update_arguments(adapter, self.scaling[adapter])
+            update = delta_weight(*arguments, self.in_features, self.out_features)
+        else:
+            lam, gamma = self._trained(adapter, self._device(adapter))
+            dtype = at_least_fp32(lam.dtype)
+            update = sparse_delta_weight(
+                *found, lam.to(dtype), gamma.to(dtype), self.scaling[adapter], self.in_features, self.out_features
+            )
+        return update.T if self.fan_in_fan_out else update
+
+    def pattern(self, adapter: str) -> Pattern | None:
+        """The packed bases of an adapter (:meth:`randlora.RandomBases.pattern`), or None for dense ones."""
+        found = self._pattern(adapter)
+        return None if found is None else found[0]
+
+    def _bases(self, adapter: str) -> RandomBases:
+        return self.bases[adapter]
+
+    def _pattern(self, adapter: str, device: torch.device | None = None) -> tuple[Pattern, float] | None:
+        device = self._device(adapter) if device is None else device
+        return self._bases(adapter).pattern(min(self.in_features, self.out_features), device)
+
+    def _tensors(self, adapter: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, float]:
+        """A, B and the factor that their product lacks."""
+        bases = self._bases(adapter)
+        return *bases.tensors(dtype, device), bases.scale
+
+    def _update_arguments(self, adapter: str, scaling: float, device: torch.device | None = None) -> tuple:
+        device = self._device(adapter) if device is None else torch.device(device)
+        lam, gamma = self._trained(adapter, device)
+        dtype = at_least_fp32(lam.dtype)
+        A, B, factor = self._tensors(adapter, dtype, device)
+        return A, B, lam.to(device, dtype), gamma.to(device, dtype), scaling * factor
+
+    def _device(self, adapter: str) -> torch.device:
+        """Where the adapter's numbers are, or would be in a call if they are offloaded."""
+        return offload.device_of(self.randlora_lambda, self.randlora_lambda[adapter])
+
+    def _held(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """lambda and gamma as they are between calls."""
+        parts = self._modules
+        return offload.held(parts["randlora_lambda"], adapter), offload.held(parts["randlora_gamma"], adapter)
+
+    def _trained(self, adapter: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """lambda and gamma for a call on `device`: see :func:`randlora.layers.offload.trained`."""
+        parts = self._modules
+        return (
+            offload.trained(parts["randlora_lambda"], adapter, "randlora_lambda", device),
+            offload.trained(parts["randlora_gamma"], adapter, "randlora_gamma", device),
+        )
+
+
+class _Values(Mapping):
+    """Adapter name -> A or B of its bases."""
+
+    def __init__(self, bases: dict[str, RandomBases], which: str) -> None:
+        self._bases, self._which = bases, which
+
+    def __getitem__(self, adapter: str) -> Tensor:
+        return getattr(self._bases[adapter], self._which)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bases)
+
+    def __len__(self) -> int:
+        return len(self._bases)
