@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
 from . import planner
 from .bases import hadamard
 from .checks import require_int
 from .costs.strategies import LayerCall
+from .layers.linear import Linear
 from .ops.pattern import SignTensors
 
 
-def explain(layer: torch.nn.Module, tokens: int, training: bool = True) -> str:
+def explain(layer: Linear, tokens: int, training: bool = True) -> str:
     """Print, and return, what a :class:`randlora.Linear` would choose for a call with `tokens` tokens, and why.
 
     One line per active adapter, pass and strategy: multiply-adds, bytes of temporaries, and the modelled cost relative
@@ -26,7 +27,7 @@ def explain(layer: torch.nn.Module, tokens: int, training: bool = True) -> str:
         n, r = layer.num_bases[adapter], layer.r[adapter]
         dropout = training and getattr(layer.randlora_dropout[adapter], "p", 0.0) > 0
         shape = (tokens, layer.in_features, layer.out_features, n, r)
-        needs = {"dropout": int(dropout), "need_x": int(training), "need_parameters": int(training)}
+        needs: dict[str, Any] = {"dropout": int(dropout), "need_x": int(training), "need_parameters": int(training)}
         pattern = layer.pattern(adapter)
         bases = planner.form(pattern)
         plain = layer.base_is_plain()  # a quantised base layer computes its product itself
@@ -42,7 +43,7 @@ def explain(layer: torch.nn.Module, tokens: int, training: bool = True) -> str:
             f"tokens, {str(dtype).removeprefix('torch.')} on {device.type}, "
             f"{'training' if training else 'inference'}"
         )
-        if bases == "signs":
+        if bases == "signs" and pattern is not None:
             lines.append(
                 "  " + _groups(min(layer.in_features, layer.out_features), n, r, len(SignTensors(*pattern).width))
             )

@@ -29,8 +29,11 @@ graph serves all sizes, and takes for each what an eager call would take.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .costs.dense import Dense
 from .costs.hadamard import Hadamard
@@ -74,20 +77,22 @@ def choose(
         T, in_features, out_features, n, r, dtype, weight_dtype, device_type, dropout=dropout, need_x=need_x,
         need_parameters=need_parameters, form=form,
     )  # fmt: skip
-    return tuple(_lowest({name: passes[which] for name, passes in totals.items()}) for which in (0, 1))
+    forward, backward = (_lowest({name: passes[which] for name, passes in totals.items()}) for which in (0, 1))
+    return forward, backward
 
 
-def plan(*shape, **needs) -> tuple[str, str]:
+def plan(*shape: Any, **needs: Any) -> tuple[str, str]:
     """The strategies that :func:`choose` gives, for all T at once, as the op reads them.
 
     ``"factored<340,merged"`` means factored below 340 tokens and merged from there on. Arguments as for `choose`,
     without T.
     """
     at_0, at_1 = (_totals(T, *shape, **needs) for T in (0, 1))
-    return tuple(
+    forward, backward = (
         _envelope({name: (start[which], at_1[name][which] - start[which]) for name, start in at_0.items()})
         for which in (0, 1)
     )
+    return forward, backward
 
 
 remembered_plan = functools.lru_cache(maxsize=4096)(plan)
@@ -95,7 +100,8 @@ remembered_plan = functools.lru_cache(maxsize=4096)(plan)
 
 def _envelope(lines: dict[str, tuple[int, int]]) -> str:
     """The plan that takes the lowest of the lines ``start + slope * T`` for every T >= 0; of equal ones the first."""
-    T, parts = 0, []
+    T = 0
+    parts: list[str] = []
     while True:
         found = _lowest({name: start + slope * T for name, (start, slope) in lines.items()})
         start, slope = lines[found]
@@ -134,7 +140,14 @@ def merges_exactly(dtype: torch.dtype) -> bool:
 
 
 def price_of_update(
-    T: int, in_features: int, out_features: int, n: int, r: int, dtype: torch.dtype, device_type: str, pattern
+    T: int,
+    in_features: int,
+    out_features: int,
+    n: int,
+    r: int,
+    dtype: torch.dtype,
+    device_type: str,
+    pattern: Sequence[Tensor] | None,
 ) -> tuple[float, float]:
     """The least that a call with T tokens under ``no_grad`` spends on its update, and what building ``dW`` costs.
 
@@ -145,7 +158,14 @@ def price_of_update(
 
 @functools.lru_cache(maxsize=4096)  # a layer asks at every word until its update is built
 def _price_of_update(
-    T: int, in_features: int, out_features: int, n: int, r: int, dtype: torch.dtype, device_type: str, bases_form
+    T: int,
+    in_features: int,
+    out_features: int,
+    n: int,
+    r: int,
+    dtype: torch.dtype,
+    device_type: str,
+    bases_form: Lists | str | None,
 ) -> tuple[float, float]:
     def costs(tokens: int) -> dict[str, tuple[Cost, Cost]]:
         call = LayerCall(
@@ -154,13 +174,13 @@ def _price_of_update(
         )  # fmt: skip
         return costs_of(call, bases_form)
 
-    balance = BALANCE.get((device_type, dtype.itemsize), 10.0)
+    balance = BALANCE.get((device_type, dtype.itemsize), 10)
     forwards = [forward for forward, _ in costs(T).values()]
     build, _ = costs(0)["materialized"]
     return min(forward.total(balance) for forward in forwards), build.total(balance)
 
 
-def form(pattern) -> Lists | str | None:
+def form(pattern: Sequence[Tensor] | None) -> Lists | str | None:
     """The form of the bases, as costs take it: :class:`Lists`, ``"planes"``, ``"bits"``, ``"signs"``; None if dense."""
     if pattern is None:
         return None
@@ -184,15 +204,25 @@ def costs_of(call: LayerCall, form: Lists | str | None) -> dict[str, tuple[Cost,
 
 
 def _totals(
-    T, in_features, out_features, n, r, dtype, weight_dtype, device_type, *, form=None, **needs
+    T: int,
+    in_features: int,
+    out_features: int,
+    n: int,
+    r: int,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype | None,
+    device_type: str,
+    *,
+    form: Lists | str | None = None,
+    **needs: bool,
 ) -> dict[str, tuple[int, int]]:
     """Cost forward and backward of the strategies that `auto` takes for this call."""
     # As numbers: see LayerCall.
-    needs = {name: int(value) for name, value in needs.items()}
+    numbers = {name: int(value) for name, value in needs.items()}
     has_weight = int(weight_dtype is not None)
-    call = LayerCall(T, in_features, out_features, n, r, dtype.itemsize, device_type, has_weight=has_weight, **needs)
+    call = LayerCall(T, in_features, out_features, n, r, dtype.itemsize, device_type, has_weight=has_weight, **numbers)
     options = costs_of(call, form)
     if not (weight_dtype == dtype and merges_exactly(dtype)):
         options.pop("merged", None)
     balance = BALANCE.get((device_type, dtype.itemsize), 10)
-    return {name: tuple(cost.total(balance) for cost in passes) for name, passes in options.items()}
+    return {name: (forward.total(balance), backward.total(balance)) for name, (forward, backward) in options.items()}

@@ -10,7 +10,7 @@ import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class Ready:
 
     @staticmethod
     @functools.cache
-    def name(*key) -> str:
+    def name(*key: object) -> str:
         return re.sub(r"\W", "_", "_".join(map(str, key)))
 
 
@@ -53,7 +53,8 @@ class Copies:
     def __init__(self, bases: Source, given: tuple[Tensor, Tensor] | None = None) -> None:
         self.lock = threading.Lock()
         self.handle = f"bases {next(_handles)}"
-        self._bases, self._given = weakref.ref(bases), given
+        self._bases: Callable[[], Any] = weakref.ref(bases)  # a Source: while it is asked, it is there
+        self._given = given
         self._dense: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
         self._packed: dict[torch.device, tuple[Form, float]] = {}
         self.clear()
@@ -88,7 +89,7 @@ class Copies:
 
     # ---- taking ----
 
-    def kept(self, *key):
+    def kept(self, *key: object) -> Any:
         """What is ready under this key: the usual case in eager calls, in a few steps. None in a traced call."""
         if torch.compiler.is_compiling() or are_wanted_fake():
             return None

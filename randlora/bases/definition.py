@@ -75,6 +75,7 @@ class Definition:
         if out.is_meta:  # a model without numbers still has shapes to compute
             return out
         if self.kind == "hadamard":
+            assert self.group_width is not None
             hadamard.fill(out, self.signed_seed, self.r, self.group_width, stream, offsets)
         else:
             fill_bases_(out, self.signed_seed, stream, offsets, self.sparsity)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,7 @@ class Pattern(tuple[Tensor, ...]):
         self.r, self.num_bases, self.min_dim, self.max_dim = r, num_bases, min_dim, max_dim
         return self
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return Pattern, (tuple(self), self.r, self.num_bases, self.min_dim, self.max_dim)
 
     def require(self, parameters: torch.Size, in_features: int, out_features: int) -> None:
@@ -172,8 +173,12 @@ class StoredSigns(_Whole):
 
     def __init__(self, a: Tensor, b: Tensor, c: Tensor, width: int, r: int) -> None:
         """int8 -1 and +1: `a` [min_dim], `b` [max_dim], `c` [num_bases * r]."""
-        words = (_bits(F.pad(t, (0, -len(t) % 32), value=1)[:, None], 1).view(torch.int32).flatten() for t in (a, b, c))
-        self.tensors = SignTensors(*words, width=torch.empty((width, 0), dtype=torch.int8, device=a.device))
+        a_bits, b_bits, c_bits = (
+            _bits(F.pad(t, (0, -len(t) % 32), value=1)[:, None], 1).view(torch.int32).flatten() for t in (a, b, c)
+        )
+        self.tensors = SignTensors(
+            a_bits, b_bits, c_bits, width=torch.empty((width, 0), dtype=torch.int8, device=a.device)
+        )
         self._pattern = Pattern(self.tensors, r, len(c) // r, len(a), len(b))
 
 
@@ -204,18 +209,23 @@ def _bits(block: Tensor, planes: int = 2) -> Tensor:
 def make(bases: Definition, device: torch.device) -> Form:
     """`bases` in the form that fits them, generated on `device`."""
     M, m, n, r = bases.max_dim, bases.min_dim, bases.num_bases, bases.r
-    form = form_for(bases.kind, bases.sparsity, device)
+    form: Any = form_for(bases.kind, bases.sparsity, device)
     if form is StoredSigns:
+        assert bases.group_width is not None
         return StoredSigns(*hadamard.all_signs(bases.signed_seed, m, M, n * r, device), bases.group_width, r)
     A = bases.fill(torch.empty((r, 1, m), dtype=torch.int8, device=device), 0, (0, 0, 0))[:, 0]
     step = max(1, _BLOCK // (M * r))
 
-    def blocks():
+    def blocks() -> Iterator[Tensor]:
         for i in range(0, n, step):
             block = torch.empty((M, min(step, n - i), r), dtype=torch.int8, device=device)
             yield bases.fill(block, 1, (0, i, 0)).flatten(1)
 
-    return StoredBits(A, blocks(), M, planes_of(bases.sparsity)) if form is StoredBits else form(A, blocks(), M)
+    if form is StoredBits:
+        assert bases.sparsity is not None
+        return StoredBits(A, blocks(), M, planes_of(bases.sparsity))
+    made: Form = form(A, blocks(), M)
+    return made
 
 
 def of_tensors(A: Tensor, B: Tensor, held: bool = True) -> tuple[Form, float] | None:
@@ -234,7 +244,7 @@ def of_tensors(A: Tensor, B: Tensor, held: bool = True) -> tuple[Form, float] | 
         full = full and density == 1
     if full and (found := hadamard.recognise(A.sign().to(torch.int8)[:, 0], B.sign().to(torch.int8).flatten(1))):
         return StoredSigns(*found, A.shape[0]), scale
-    form = form_of(1 / density, B.device)
+    form: Any = form_of(1 / density, B.device)
     if form is StoredBits and held:
         return None
     A, columns = A.sign().to(torch.int8)[:, 0], iter([B.sign().to(torch.int8).flatten(1)])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,7 +152,8 @@ class RandomBases(Definition):
             return None
         self._drop_outdated()
         device = canonical(device or self.device)
-        if (kept := self.copies.kept("pattern", min_dim, device)) is not None:
+        kept: tuple[Pattern, float] | None = self.copies.kept("pattern", min_dim, device)
+        if kept is not None:
             return kept
         if self.prng == "philox" and patterns.form_for(self.kind, self.sparsity, device) is None:
             return None
@@ -184,7 +186,7 @@ class RandomBases(Definition):
             self.copies.clear()
             self.max_dim, self.min_dim, self.num_bases = size
 
-    def to(self, *args, **kwargs) -> RandomBases:
+    def to(self, *args: Any, **kwargs: Any) -> RandomBases:
         """The same bases with another default ``dtype`` and/or ``device``, given as for ``nn.Module.to``."""
         device, dtype, *_ = parse_to(*args, **kwargs)
         other = self.__class__.__new__(self.__class__)
@@ -206,13 +208,13 @@ class RandomBases(Definition):
         self._drop_outdated()
         limits = self._size()
         asked = (max_dim, min_dim, num_bases)
-        dims = tuple(
+        M, m, n = (
             limit if value is None else require_int(name, value, 1, limit)
             for (name, limit), value in zip(limits.items(), asked, strict=True)
         )
-        if dims not in self._hashes:
-            self._hashes[dims] = fingerprint.sha256(self, *dims, self.device)
-        return self._hashes[dims]
+        if (M, m, n) not in self._hashes:
+            self._hashes[M, m, n] = fingerprint.sha256(self, M, m, n, self.device)
+        return self._hashes[M, m, n]
 
     # ---- generation ----
 
@@ -222,14 +224,15 @@ class RandomBases(Definition):
             return super().draw(dtype, device)
         if any(t.is_meta for t in self.given) and device.type != "meta":
             raise ValueError(f"these bases were given on the meta device: they have no numbers for {device}")
-        return tuple(t.to(device=device, dtype=dtype) for t in self.given)
+        A, B = (t.to(device=device, dtype=dtype) for t in self.given)
+        return A, B
 
     def pack(self, device: torch.device) -> tuple[Form, float] | None:
         """A new copy in packed form, with its :attr:`scale`, if there is such a form; :meth:`pattern` keeps one."""
         if self.prng == "philox":
             return patterns.make(self, device), self.scale
-        values = self.draw(torch.float32, device) if self.given is None else self.given
-        return patterns.of_tensors(*(t.to(device) for t in values), held=self.given is not None)
+        A, B = self.draw(torch.float32, device) if self.given is None else self.given
+        return patterns.of_tensors(A.to(device), B.to(device), held=self.given is not None)
 
     def _unit_variance(self, stored: Tensor) -> Tensor:
         return stored if self.scale == 1.0 else stored * math.sqrt(self.scale)
@@ -261,13 +264,13 @@ class RandomBases(Definition):
         with self.copies.lock:  # as another thread may be in the midst of require()
             return {name: getattr(self, name) for name in ("max_dim", "min_dim", "num_bases")}
 
-    def __deepcopy__(self, memo) -> RandomBases:
+    def __deepcopy__(self, memo: dict[int, Any]) -> RandomBases:
         return self
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         if self.given is not None:
             return RandomBases.from_tensors, self.given
-        arguments = self._size()
+        arguments: dict[str, Any] = dict(self._size())
         arguments |= {name: getattr(self, name) for name in ("r", "kind", "seed", "prng", "dtype", "device")}
         if self.prng == "philox" and self.kind in ("sparse", "very_sparse"):
             arguments["sparsity"] = self.sparsity

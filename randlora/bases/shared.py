@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 from .copies import renew_in_children
 from .definition import group_width_of, sparsity_of
@@ -23,7 +24,7 @@ def _renew() -> None:
 class SharedBases(RandomBases):
     """Bases that this process has once. Unpickled, they join those of the process they come to."""
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         remake, arguments = super().__reduce__()
         is_shared = _shared.get((self.r, self.seed, self.kind, self.sparsity, self.group_width)) is self
         return _join if is_shared else remake, arguments
@@ -54,7 +55,8 @@ def shared(key: tuple, make: Callable[[], RandomBases]) -> RandomBases:
     return found
 
 
-def _join(arguments: dict) -> RandomBases:
-    bases = shared_bases(*(arguments.get(name) for name in ("r", "seed", "kind", "sparsity", "group_width")))
+def _join(arguments: dict[str, Any]) -> RandomBases:
+    names = ("r", "seed", "kind", "sparsity", "group_width")
+    bases = shared_bases(**{name: arguments[name] for name in names if name in arguments})
     bases.require(arguments["max_dim"], arguments["min_dim"], arguments["num_bases"])
     return bases

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..checks import FLOATS
+from ..dtypes import FLOATS
 from .opening import OpenFile
 from .replace import is_replacing
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import FLOATS
+from ..dtypes import FLOATS
 from ..names import plain_name
 from .layout import BASES, DAMAGE, WEIGHTS_NAME, check_numbers, is_projection, open_adapter
 

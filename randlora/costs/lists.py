@@ -35,7 +35,7 @@ class Lists(NamedTuple):
     def density(self, m: int, M: int, r: int) -> float:
         """Of A and B: from the columns that r rows of it leave empty, as B may have more rows than the layer."""
         if self.columns < m:
-            return 1 - (1 - self.columns / m) ** (1 / r)
+            return float(1 - (1 - self.columns / m) ** (1 / r))
         return min(1.0, self.per_column / M)
 
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from .. import planner
 from ..bases import patterns
 from ..bases.definition import bases_for_full_rank
-from ..bases.patterns import Pattern
 from ..bases.random_bases import RandomBases
 from ..checkpoint import biases
 from ..checkpoint.layout import PARAMETERS, PREFIX
@@ -87,7 +86,7 @@ def layers_of(model: nn.Module, plan: Plan, autocast: torch.dtype | None) -> lis
 
 
 def beside(model: nn.Module, plan: Plan) -> Beside:
-    trained = {
+    trained: Shapes = {
         f"{PREFIX}{name}": (bias.dtype, bias.shape)
         for name, bias in biases.trained(model, plan.config.bias, plan.slots, plan.saved).items()
     }
@@ -147,7 +146,8 @@ def randlora(step: Step, plan: Plan, kind: str, others: Beside, projections: boo
         frozen = 0 if layer.weight_dtype is None else step.tokens * sizes[0] * sizes[1]
         multiply_adds += sum(cost.multiply_adds for cost in costs) - frozen * (1 + call.need_x)
         workspace = max(workspace, *(cost.workspace for cost in costs))
-        shapes[(*sizes, layer.num_bases, call.need_x, *chosen)] += 1
+        row = *sizes, layer.num_bases, call.need_x, *chosen
+        shapes[row] += 1
 
     pattern = expected_pattern(bases, need, min_dim, step.device)
     elements = config.r * (min_dim + max_dim * num_bases)
@@ -178,7 +178,7 @@ def _strategies(
     """The strategies of both passes, their costs, and whether they take dense bases: decided as ``Linear`` does."""
     shape = step.tokens, layer.in_features, layer.out_features, layer.num_bases, config.r
     strategy = config.strategy if layer.weight_dtype is not None else planner.without_weight(config.strategy)
-    needs = {"dropout": int(config.randlora_dropout > 0), "need_x": int(need_x), "need_parameters": 1}
+    needs: dict[str, Any] = {"dropout": int(config.randlora_dropout > 0), "need_x": int(need_x), "need_parameters": 1}
     chosen = strategy, strategy
     if strategy == "auto":
         chosen = planner.choose(*shape, layer.dtype, layer.weight_dtype, step.device.type, form=form, **needs)
@@ -190,18 +190,19 @@ def _strategies(
 
 def expected_pattern(
     bases: RandomBases, need: tuple[int, int, int], min_dim: int, device: torch.device
-) -> Pattern | None:
+) -> tuple[Tensor, ...] | None:
     """What ``bases.pattern(min_dim, device)`` would give, grown to `need`: meta tensors, of expected sizes."""
     z, form = bases.sparsity, patterns.form_for(bases.kind, bases.sparsity, device)
     if form is None:
         return None
-    (M, m, n), r = need, bases.r
+    (M, m, n), r, width = need, bases.r, bases.group_width or 0
+    z = z or 1.0  # Hadamard bases have none
 
     def empty(*shape: float, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty([round(size) for size in shape], dtype=dtype, device="meta")
 
     if form is patterns.StoredSigns:
-        return *(empty(-(-count // 32)) for count in (m, M, n * r)), empty(bases.group_width, 0, dtype=torch.int8)
+        return *(empty(-(-count // 32)) for count in (m, M, n * r)), empty(width, 0, dtype=torch.int8)
     if form is not patterns.StoredLists:
         planes = patterns.planes_of(z) if form is patterns.StoredBits else 2
         b_planes = empty(n * r, planes, -(-M // 16), dtype=torch.int16)

@@ -141,9 +141,10 @@ def _without_numbers(model: nn.Module) -> nn.Module:
             elif isinstance(value, Tensor):
                 memo[id(value)] = _fake(value)
     twin = copy.deepcopy(model, memo)
-    for module in twin.modules():
-        if getattr(module, "gradient_checkpointing", False):
-            module.gradient_checkpointing = False
+    part: Any
+    for part in twin.modules():
+        if getattr(part, "gradient_checkpointing", False):
+            part.gradient_checkpointing = False
     return twin
 
 

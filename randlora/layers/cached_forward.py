@@ -14,9 +14,10 @@ from ..ops.pattern import is_signs
 from ..private_torch import current_stream, is_watched, unsafe_view
 from . import base_layer as base_layers
 from . import update_cache
+from .shared_state import SharedState
 
 
-class CachedForward:
+class CachedForward(SharedState):
     """The cached half of :class:`randlora.Linear`'s forward, whose attributes it uses."""
 
     def forward_with(
@@ -89,11 +90,12 @@ class CachedForward:
     def price_of_update(self, x: Tensor, dtype: torch.dtype, adapters: list[str]) -> tuple[float, float]:
         """What a call with `x` spends on the updates of `adapters`, and what building them costs."""
         tokens, size, device_type = x.numel() // self.in_features, (self.in_features, self.out_features), x.device.type
+        patterns = {name: self._pattern(name, x.device) for name in adapters}
         prices = [
             planner.price_of_update(
-                tokens, *size, self.num_bases[name], self.r[name], dtype, device_type, self._pattern(name, x.device)
+                tokens, *size, self.num_bases[name], self.r[name], dtype, device_type, found and found[0]
             )
-            for name in adapters
+            for name, found in patterns.items()
         ]
         return sum(rent for rent, _ in prices), sum(building for _, building in prices)
 

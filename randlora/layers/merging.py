@@ -5,44 +5,23 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import base_layer as base_layers
 from . import offload, quantized
-
-if TYPE_CHECKING:
-    Mixin = nn.Module  # with which it is always mixed
-else:
-    Mixin = object
+from .shared_state import SharedState
 
 
-class Mergeable(Mixin):
+class Mergeable(SharedState):
     """The merging half of :class:`randlora.RandLoraLayer`, whose attributes it uses.
 
     ``merged_adapters`` names what is in the weight; ``_unmerged_weight`` is the weight as it was before: a tensor, or
     for quantised layers the parameter itself in a tuple. It is None in a merged layer whose weight was not kept.
     ``_merged_into`` has the base layer that it is of.
     """
-
-    base_layer: nn.Module
-    fan_in_fan_out: bool
-    randlora_lambda: nn.ParameterDict
-    randlora_gamma: nn.ParameterDict
-    merged_adapters: list[str]
-    _unmerged_weight: Tensor | tuple[nn.Parameter] | None
-    _merged_into: tuple[nn.Module] | None
-    if TYPE_CHECKING:  # of RandLoraLayer
-        _modules: dict[str, Any]
-        active_adapters: Any
-        _weight_shape: Any
-
-        def get_base_layer(self) -> Any: ...
-        def get_delta_weight(self, adapter: str) -> Tensor: ...
-        def _check_adapter(self, adapter_name: str) -> None: ...
-        def _trained(self, adapter: str, device: torch.device) -> tuple[Tensor, Tensor]: ...
 
     @property
     def merged(self) -> bool:

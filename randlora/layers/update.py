@@ -12,9 +12,10 @@ from ..bases.random_bases import RandomBases
 from ..dtypes import at_least_fp32
 from ..functional import delta_weight, flat_bases, sparse_delta_weight
 from . import offload
+from .shared_state import SharedState
 
 
-class Update:
+class Update(SharedState):
     """The arithmetic half of :class:`randlora.RandLoraLayer`, whose attributes it uses."""
 
     @property
@@ -70,7 +71,9 @@ class Update:
         bases = self._bases(adapter)
         return *bases.tensors(dtype, device), bases.scale
 
-    def _update_arguments(self, adapter: str, scaling: float, device: torch.device | None = None) -> tuple:
+    def _update_arguments(
+        self, adapter: str, scaling: float, device: torch.device | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
         device = self._device(adapter) if device is None else torch.device(device)
         lam, gamma = self._trained(adapter, device)
         dtype = at_least_fp32(lam.dtype)
@@ -95,14 +98,15 @@ class Update:
         )
 
 
-class _Values(Mapping):
+class _Values(Mapping[str, Tensor]):
     """Adapter name -> A or B of its bases."""
 
     def __init__(self, bases: dict[str, RandomBases], which: str) -> None:
         self._bases, self._which = bases, which
 
     def __getitem__(self, adapter: str) -> Tensor:
-        return getattr(self._bases[adapter], self._which)
+        tensor: Tensor = getattr(self._bases[adapter], self._which)
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._bases)

@@ -17,7 +17,8 @@ from ..bases.random_bases import RandomBases
 from ..bases.shared import shared, shared_bases
 from ..config import RandLoraConfig
 from ..layers import offload
-from ..layers.attention import PROJECTIONS, MultiheadAttention, check_base
+from ..layers.attention import PROJECTIONS, MultiheadAttention
+from ..layers.attention_parts import check_base
 from ..layers.base_layer import check
 from ..layers.randlora_layer import RandLoraLayer
 from ..names import plain_name

@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 from helpers.cache_cases import assert_exact, call_until_kept, relative_error
-from helpers.common import KINDS, make_bases, make_layer, normal, on_devices, randomize, reference_forward
+from helpers.common import FORMS, KINDS, make_bases, make_layer, normal, on_devices, randomize, reference_forward
 
 import randlora
 
@@ -56,6 +56,15 @@ def test_many_tokens_build_at_once_and_few_when_they_have_cost_as_much(shape, ki
                 rent, building = layer.price_of_update(x, x.dtype, ["default"])
                 assert rent * (calls - 1) < building <= rent * calls * (1 + 1e-9)
             assert tokens == 1 or calls == 1
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_price_is_that_of_the_form_of_the_bases(form):
+    layer = make_layer(48, 64, 5, bases=make_bases(48, 64, 5, **FORMS[form]))
+    expected = randlora.planner.price_of_update(
+        3, 48, 64, layer.num_bases["default"], 5, torch.float32, "cpu", layer.pattern("default")
+    )
+    assert layer.price_of_update(torch.ones(3, 48), torch.float32, ["default"]) == expected
 
 
 def test_two_dtypes_have_an_entry_each():

@@ -172,11 +172,12 @@ class Pair:
         self.bases = RandomBases.from_tensors(A, B)
         # Bases are replaced, never written to; but DistributedDataParallel copies a model's buffers over themselves.
         self.bases.watched = False
-        self.signs, self.factor = None, 1.0
+        self.signs: RandomBases | None = None
+        self.factor = 1.0
         if A.dtype.itemsize > 2 and not A.is_meta:
-            sizes = _ternary_size(A), _ternary_size(B)
-            if None not in sizes:
-                self.signs, self.factor = _Signs.around(A, B), sizes[0] * sizes[1]
+            of_A, of_B = _ternary_size(A), _ternary_size(B)
+            if of_A is not None and of_B is not None:
+                self.signs, self.factor = _Signs.around(A, B), of_A * of_B
 
     @classmethod
     def of(cls, A: Tensor, B: Tensor) -> Pair:
@@ -198,7 +199,9 @@ class _Signs(RandomBases):
     watched = False  # as for the bases of a Pair
 
     def draw(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        return tuple(t.to(device).sign().to(dtype) for t in self.given)
+        assert self.given is not None
+        A, B = (t.to(device).sign().to(dtype) for t in self.given)
+        return A, B
 
 
 def _ternary_size(tensor: Tensor) -> float | None:
