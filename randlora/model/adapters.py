@@ -59,7 +59,7 @@ class Adapters(nn.Module):
             self._set_active(self._active, self._inference_mode)
         else:
             self._set_active([adapter_name], config.inference_mode)
-        restore(flags)  # what was there before keeps its trainability
+        restore(flags)  # what was there before is trained, or frozen, as before
         if not self._enabled:
             self._enable(False)
         forget_calls(self)

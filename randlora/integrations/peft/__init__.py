@@ -5,6 +5,9 @@
 
 From there on PEFT's ``RandLoraConfig`` gives models whose layers keep their input for backward and nothing else, and
 whose files hold the bases once; scripts stay as they are. ``docs/peft.md`` lists what changes.
+
+Names of PEFT that begin with an underscore are used here where its tuners and wrappers can be extended in no other
+way. They may change with any version: :data:`TESTED` says with which ones this is tested.
 """
 
 from __future__ import annotations

@@ -24,9 +24,9 @@ from .wrappers import Trainability
 class AcceleratedLinear(peft_randlora.Linear, Linear):
     """What PEFT's RandLoRA layer becomes, on float and on quantised base layers alike (see :func:`convert`).
 
-    PEFT's classes come first: what adapters there are, which act and what is trained is theirs. The methods below let
-    randlora's arithmetic through. Attributes of PEFT's layer keep their meaning, but ``num_bases`` is a dict, as
-    adapters may differ in it.
+    PEFT's classes come first: what adapters there are, which act and what is trained is theirs. The methods below put
+    randlora's arithmetic in the place of PEFT's. Attributes of PEFT's layer keep their meaning, but ``num_bases`` is a
+    dict, as adapters may differ in it.
     """
 
     other_param_names = (*peft_randlora.RandLoraLayer.other_param_names, "num_bases")
