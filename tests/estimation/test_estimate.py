@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.common import KINDS, normal, run_python
 from helpers.models import IDS, Net, net, tiny_gpt2, tiny_llama
-from helpers.planned import multiply_adds
+from helpers.products import multiply_adds
 from helpers.saved_bytes import SavedBytes
 from torch import nn
 

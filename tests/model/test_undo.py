@@ -20,9 +20,13 @@ EVERYTHING = {"r": 3, "target_modules": ["q_proj", "up_proj"], "modules_to_save"
 def state(model):
     """All of a model: :func:`snapshot`, the very objects that it is made of, and what its layers know."""
     objects = {name: (module, dict(module._parameters)) for name, module in model.named_modules()}
-    plain = (bool, int, float, str, list, tuple, dict, type(None))
+    plain = (bool, int, float, str, list, tuple, dict, type(None), torch.Tensor)
     known = {
-        name: {key: copy.copy(v) for key, v in vars(module).items() if type(v) in plain and not key.endswith("_hooks")}
+        name: {
+            key: v.clone() if isinstance(v, torch.Tensor) else copy.copy(v)
+            for key, v in vars(module).items()
+            if type(v) in plain and not key.endswith("_hooks")
+        }
         for name, module in model.named_modules()
     }
     for attributes in known.values():
@@ -40,10 +44,13 @@ def assert_same_state(model, before):
         assert objects[name][0] is module and objects[name][1].keys() == parameters.keys(), name
         assert all(objects[name][1][key] is parameter for key, parameter in parameters.items()), name
     for name, attributes in before[2].items():
+        assert known[name].keys() == attributes.keys()
         for key, value in attributes.items():
-            kept = isinstance(value, torch.Tensor) or (isinstance(value, tuple) and len(value) == 1)
-            assert known[name].keys() == attributes.keys()
-            assert kept or repr(known[name][key]) == repr(value), (name, key)
+            now = known[name][key]
+            if isinstance(value, torch.Tensor):
+                assert isinstance(now, torch.Tensor) and torch.equal(now, value), (name, key)
+            else:
+                assert repr(now) == repr(value), (name, key)
     assert hooks == before[3]
 
 
