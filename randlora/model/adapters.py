@@ -35,7 +35,7 @@ class Adapters(nn.Module):
         """Add an adapter, initialised as `config` says. It acts once :meth:`set_adapter` names it.
 
         Raises:
-            TypeError, ValueError: as :func:`get_peft_model`, and for a second adapter with ``bias`` other than
+            TypeError, ValueError: as :func:`randlora.get_peft_model`, and for a second adapter with ``bias`` other than
                 ``"none"``; nothing has been changed then.
         """
         injection.check_name(adapter_name, self.peft_config)
