@@ -61,7 +61,7 @@ def find_targets(model: nn.Module, config: RandLoraConfig) -> dict[str, nn.Modul
     """
     wanted = config.target_modules
     assert wanted is not None
-    modules = dict(_modules(model))
+    modules = dict(_named_modules(model))
     names: dict[int, list[str]] = {}
     for name, module in modules.items():
         names.setdefault(id(module), []).append(name)
@@ -146,7 +146,7 @@ def is_supported(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, RandLoraLayer, *conv1d_types())) or is_attention(module)
 
 
-def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """All modules under all the names that they have in the unadapted model."""
     inner: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):
@@ -220,7 +220,7 @@ def _some(
 
 
 def _meant(wanted: list[str] | str, model: nn.Module) -> str:
-    names = [plain_name(name) for name, module in _modules(model) if is_supported(module) and name]
+    names = [plain_name(name) for name, module in _named_modules(model) if is_supported(module) and name]
     short = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
     if not short:
         return ", which has no layer that could be adapted"

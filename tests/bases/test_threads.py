@@ -71,7 +71,7 @@ def test_copies_serve_the_size_at_any_moment(kind):
                     a, b, c, _ = lists.of(min_dim)
                     assert 32 * len(a) >= min_dim and 32 * len(b) >= max_dim and 32 * len(c) >= num_bases * 4
                 else:
-                    assert lists.b_planes.shape[0] == num_bases * 4
+                    assert lists.tensors.b_planes.shape[0] == num_bases * 4
             seen.append(size(bases))
 
         bases.tensors(), bases.pattern(1)
