@@ -31,7 +31,8 @@ def functions(module):
             value = value.fget if isinstance(value, property) else inspect.unwrap(getattr(value, "__func__", value))
             if not inspect.isfunction(value) or value.__module__ != module.__name__:
                 continue
-            if value.__code__.co_filename == module.__file__:  # and not a dataclass's
+            # Not a dataclass's, and not the fake kernels: what calls them is torch, by their schemas.
+            if value.__code__.co_filename == module.__file__ and value.__name__ != "_":
                 yield f"{module.__name__}.{value.__qualname__}", value
 
 

@@ -124,7 +124,15 @@ def _(narrow, wide, into_narrow, into_wide, pattern, randlora_lambda, randlora_g
     return _gradients_of_tokens(narrow, wide, into_narrow, into_wide, pattern, randlora_lambda, randlora_gamma)
 
 
-def _gradients_of_tokens(narrow, wide, into_narrow, into_wide, pattern, randlora_lambda, randlora_gamma):
+def _gradients_of_tokens(
+    narrow: Tensor,
+    wide: Tensor,
+    into_narrow: Tensor | None,
+    into_wide: Tensor | None,
+    pattern: Sequence[Tensor],
+    randlora_lambda: Tensor,
+    randlora_gamma: Tensor,
+) -> tuple[Tensor, ...]:
     require_one_device(
         narrow=narrow, wide=wide, into_narrow=into_narrow, into_wide=into_wide, randlora_lambda=randlora_lambda,
         randlora_gamma=randlora_gamma, pattern=pattern,

@@ -65,8 +65,8 @@ def test_copies_serve_the_size_at_any_moment(kind):
             ]:
                 assert A.shape[2] >= min_dim and B.shape[0] >= max_dim and B.shape[1] >= num_bases
             for lists, _ in bases.copies.packed.values():
-                if hasattr(lists, "b_indices"):
-                    assert lists.b_starts.numel() == 2 * num_bases * 4 + 1
+                if hasattr(lists.tensors, "b_indices"):
+                    assert lists.tensors.b_starts.numel() == 2 * num_bases * 4 + 1
                 elif kind == "hadamard":
                     a, b, c, _ = lists.of(min_dim)
                     assert 32 * len(a) >= min_dim and 32 * len(b) >= max_dim and 32 * len(c) >= num_bases * 4
