@@ -61,7 +61,8 @@ ctest: $(VENV)/.installed
 
 # The sanitizers' runtime must come first in a process, before Python. What PyTorch keeps until its end is no leak of ours,
 # and a size that cannot be had is an error, not the end.
-ASAN_TESTS ?= op_fuzz op_memory unique_base bases dropout linear ternary hadamard hadamard_ops update_alone pattern_sizes
+ASAN_TESTS ?= ops/test_fuzz ops/test_memory ops/test_unique_base bases/test_bases ops/test_dropout layers/test_linear \
+	ops/test_ternary ops/test_hadamard ops/test_hadamard_ops ops/test_update_alone ops/test_pattern_sizes
 asan: $(VENV)/.installed
 	@echo "== Compiling with sanitizers into build/asan"
 	RANDLORA_SANITIZE=1 RANDLORA_CUDA=0 $(BIN)/python setup.py -q build --build-lib build/asan
@@ -69,7 +70,7 @@ asan: $(VENV)/.installed
 	LD_PRELOAD="$$($(or $(CXX),c++) -print-file-name=libasan.so) $$($(or $(CXX),c++) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4096 \
 		UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(CURDIR)/build/asan RANDLORA_FUZZ_SECONDS=$(FUZZ_SECONDS) \
-		$(BIN)/pytest -p no:cacheprovider $(ASAN_TESTS:%=tests/test_%.py) $(PYTEST_ARGS)
+		$(BIN)/pytest -p no:cacheprovider $(ASAN_TESTS:%=tests/%.py) $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed $(VENV)/.model
 	@set -e; all=$$($(BIN)/python -c 'from bench.__main__ import QUESTIONS; print(*QUESTIONS)'); \

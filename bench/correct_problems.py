@@ -47,7 +47,7 @@ def forms(kind: str, device: torch.device) -> Names:
 
 def given(bases: Any, form: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any, list[Tensor]]:
     """A, B and pattern, as the layer op takes them."""
-    from randlora import patterns
+    from randlora.bases import patterns
 
     if form == "dense":
         return *bases.draw(dtype, device), []

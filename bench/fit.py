@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import randlora
 from bench import measure, records
-from randlora.bases import KINDS
+from randlora.bases.random_bases import KINDS
 from randlora.functional import delta_weight, sparse_delta_weight
 
 SPECTRA: dict[str, Callable[[Tensor], Tensor]] = {

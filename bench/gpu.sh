@@ -3,7 +3,7 @@
 #
 #   bench/gpu.sh correct RESULTS     is it right, does the host ever wait; then one layer, Llama-3.2-3B and decoding
 #   bench/gpu.sh deep RESULTS        sanitizer, all of the tests, ncu, the other models, bases, UniqueBaseGrad
-#   bench/gpu.sh CALL RESULTS --device cpu      every step at tiny sizes, to try the script (tests/test_gpu_script.py)
+#   bench/gpu.sh CALL RESULTS --device cpu      every step at tiny sizes, to try the script (tests/bench/test_gpu_script.py)
 #
 # In the folder RESULTS: CALL.txt, a table of at most 60 lines that is printed as well, and CALL.tar.gz, everything else
 # (logs, CSV files). Both are written anew after every step, and every step has a time limit, so that a call that is cut

@@ -29,7 +29,7 @@ Case = tuple[str, float, Callable[[], object]]  # title, bytes that must move, c
 def cases(device: torch.device, d: int, tokens: int, r: int = 32) -> list[Case]:
     """`d` features, `tokens` rows of the input; bytes count what the call reads and writes at least once."""
     import randlora
-    from randlora import patterns
+    from randlora.bases import patterns
 
     ops, n, bf16 = torch.ops.randlora, d // r, torch.bfloat16
     found: list[Case] = []

@@ -54,7 +54,7 @@ def build_only(options: argparse.Namespace) -> Case:
         return Setup(
             {kind: functools.partial(make, kind, made) for kind in KINDS},
             baseline="dense",
-            check=lambda result: None,  # tests/test_ternary.py and tests/test_hadamard.py compare them
+            check=lambda result: None,  # tests/ops/test_ternary.py and tests/ops/test_hadamard.py compare them
             work={"dense": written + Work(spec.d**3)} | dict.fromkeys(layer.KINDS, written),
         )
 

@@ -164,8 +164,9 @@ def saved_bytes(adapted: nn.Module, forward: Callable[[], Tensor]) -> tuple[int,
     kept: list[Tensor] = []  # held, so that no address comes twice
 
     def pack(t: Tensor) -> Tensor:
-        kept.append(t)
-        return t
+        # Detached: a tensor with its graph, in a list that the graph's hooks refer to, would keep both for ever.
+        kept.append(t.detach())
+        return kept[-1]
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         result = forward()

@@ -1,7 +1,7 @@
 // The layer op under autograd: a node in C++, as one in Python costs the host more than all kernels of a small layer.
 // What it keeps is the input as it came, references to the weight, the bases and the parameters, and the seed of the
 // dropout mask. Its backward is the op linear_backward, below autograd; for those who want a graph of it, too, that op
-// has a backward of its own (randlora/linear_op.py).
+// has a backward of its own (randlora/ops/linear.py).
 #include <tuple>
 #include <utility>
 #include <vector>

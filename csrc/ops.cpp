@@ -1,5 +1,5 @@
 // The schemas of torch.ops.randlora.*. Implementations stand at the end of cpu/<op>.cpp and cuda/<op>.cu; fake kernels,
-// autograd and vmap in randlora/ops.py.
+// autograd and vmap in randlora/ops/.
 #include "ops.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>

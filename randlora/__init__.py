@@ -5,16 +5,16 @@ from . import _load
 _C = _load.load()  # registers torch.ops.randlora, or says what is missing
 
 from . import functional  # noqa: E402
-from .attention import MultiheadAttention  # noqa: E402
-from .bases import RandomBases  # noqa: E402
-from .cache import inference_cache  # noqa: E402
+from .bases.random_bases import RandomBases  # noqa: E402
 from .config import RandLoraConfig  # noqa: E402
-from .estimate import Estimate, estimate  # noqa: E402
+from .estimation.estimate import Estimate, estimate  # noqa: E402
 from .explanation import explain  # noqa: E402
-from .layer import RandLoraLayer  # noqa: E402
-from .linear import Linear  # noqa: E402
-from .model import RandLoraModel, get_peft_model  # noqa: E402
-from .ops import UniqueBaseGrad  # noqa: E402
+from .layers.attention import MultiheadAttention, disable_fast_path  # noqa: E402
+from .layers.linear import Linear  # noqa: E402
+from .layers.randlora_layer import RandLoraLayer  # noqa: E402
+from .layers.update_cache import inference_cache  # noqa: E402
+from .model.model import RandLoraModel, get_peft_model  # noqa: E402
+from .ops.unique_base import UniqueBaseGrad  # noqa: E402
 
 __version__ = _C.build_info()["version"]
 
@@ -28,6 +28,7 @@ __all__ = [
     "RandomBases",
     "UniqueBaseGrad",
     "build_info",
+    "disable_fast_path",
     "estimate",
     "explain",
     "functional",

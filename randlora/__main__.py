@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import RandLoraConfig, __version__, estimate
-from .bases import KINDS
+from . import RandLoraConfig, __version__
+from .bases.random_bases import KINDS
+from .estimation.estimate import estimate
 from .planner import STRATEGIES
 
 if TYPE_CHECKING:

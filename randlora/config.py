@@ -10,7 +10,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .bases import KINDS, PEFT_KINDS, PRNGS, group_width_of
+from .bases.random_bases import KINDS, PEFT_KINDS, PRNGS, group_width_of
 from .checks import require_float, require_int, require_size
 from .expressions import Expression
 from .planner import STRATEGIES

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from . import hadamard, planner
+from . import planner
+from .bases import hadamard
 from .checks import require_int
 
 

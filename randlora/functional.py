@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import fake_kernels, linear_op, planner  # noqa: F401
-from .fake_kernels import require_one_device
-from .ops import UniqueBaseGrad, in_transform
-from .patterns import Pattern, is_hadamard, is_lists
+from . import planner
+from .bases.patterns import Pattern, is_hadamard, is_lists
+from .ops import fake_kernels  # noqa: F401
+from .ops import linear as linear_op
+from .ops.fake_kernels import require_one_device
+from .ops.unique_base import UniqueBaseGrad, in_transform
 
 
 def unique_base(

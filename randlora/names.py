@@ -6,7 +6,7 @@ import unicodedata
 
 from torch import nn
 
-from .mixed import BASE
+from .layers.mixed_batch import BASE
 
 LONGEST = 200  # bytes of UTF-8: file systems take 255
 _CONTAINERS = nn.ParameterDict(), nn.ModuleDict()  # what layers keep their adapters in, as attributes

@@ -19,8 +19,8 @@ backward by itself, as nothing passes between them: between T = d/2 and T = d th
 the weight itself is fp32 or fp64 and so is the computation: in 16 bits, W + dW rounds away updates below half a unit
 in the last place of W.
 
-Very sparse bases (:mod:`randlora.patterns`) build the update from what is non-zero, at the price of moving it; of the
-dimension m only the c columns that A has a non-zero in take part in products with the update:
+Very sparse bases (:mod:`randlora.bases.patterns`) build the update from what is non-zero, at the price of moving it; of
+the dimension m only the c columns that A has a non-zero in take part in products with the update:
 
     ============  ====================================  =======================================================
     materialized  T (M m + M c)                         T (M m + 2 M c)
@@ -50,8 +50,8 @@ import functools
 
 import torch
 
+from .bases.patterns import is_bits, is_hadamard, is_planes
 from .costs import Cost, Lists, costs, hadamard_costs, sparse_costs
-from .patterns import is_bits, is_hadamard, is_planes
 
 STRATEGIES = ("factored", "materialized", "merged")
 

@@ -4,8 +4,8 @@ import dataclasses
 import json
 
 import pytest
-from common import KINDS
-from models import adapt, net
+from helpers.common import KINDS
+from helpers.models import adapt, net
 
 from randlora import RandLoraConfig, get_peft_model
 

@@ -5,9 +5,9 @@ The other modules' tests run on CUDA too: `pytest -m cuda`.
 
 import pytest
 import torch
-from common import FLOATS, KINDS, draw_factors, make_bases, normal, over
-from test_dropout import reference_mask
-from test_training_step import bases_of, make_network, trained
+from helpers.common import FLOATS, KINDS, draw_factors, make_bases, normal, over
+from helpers.dropout import reference_mask
+from helpers.training import bases_of, make_network, trained
 
 import randlora
 from randlora.functional import unique_base

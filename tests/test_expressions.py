@@ -9,10 +9,10 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from damaged import TARGETS, assert_refused, edit_config, make_adapters
+from helpers.damaged import TARGETS, assert_refused, edit_config, make_adapters
+from helpers.models import adapt, assert_unchanged, net, snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import adapt, assert_unchanged, net, snapshot
 from torch import nn
 
 import randlora

@@ -1,7 +1,7 @@
 """What generation, hashing and UniqueBaseGrad take at their peak, buffers outside of tensors included."""
 
 import pytest
-from common import run_python
+from helpers.common import run_python
 
 MB = 1 << 20
 MEASURE = """

@@ -4,10 +4,10 @@ import warnings
 
 import pytest
 import torch
-from checkpoints import load
+from helpers.checkpoints import load
+from helpers.models import adapt, assert_unchanged, net, snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import adapt, assert_unchanged, net, snapshot
 from torch import nn
 
 import randlora

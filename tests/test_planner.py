@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from common import make_base, make_layer, normal
+from helpers.common import make_base, make_layer, normal
+from helpers.planned import multiply_adds
 
 import randlora
-from randlora import costs as hadamard
+from randlora import costs as cost_model
 from randlora.planner import Lists, choose, costs, plan
 
 D = 64
@@ -21,13 +22,6 @@ def test_square_full_rank_costs_are_the_documented_ones(strategy, forward, backw
     cost = costs(T, D, D, D // 4, 4)[strategy]
     assert cost[0].multiply_adds == (forward[0] * T + forward[1] * D) * D * D
     assert cost[1].multiply_adds == (backward[0] * T + backward[1] * D) * D * D
-
-
-def multiply_adds(profile):
-    """Of all matrix products that ran."""
-    products = [e.input_shapes for e in profile.events() if e.name in ("aten::mm", "aten::addmm", "aten::addmm_")]
-    operands = [[shape for shape in shapes if len(shape) == 2][-2:] for shapes in products]
-    return sum(a[0] * a[1] * b[1] for a, b in operands)
 
 
 @pytest.mark.parametrize("in_features, out_features", [(48, 96), (96, 48)])
@@ -122,13 +116,13 @@ def test_hadamard_bases_multiply_with_gamma_alone(i, o):
     """One product with gamma forward and three backward, whatever the rank; transforms beside them."""
     m, M, n, T, free = min(i, o), max(i, o), 32, 100, {"cpu": 0.0, "cuda": 0.0}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hadamard, "TRANSFORM", free)
-        found = hadamard.hadamard_costs(T, i, o, n, 32)
+        patch.setattr(cost_model, "TRANSFORM", free)
+        found = cost_model.hadamard_costs(T, i, o, n, 32)
         forward, backward = found["factored"]
         assert forward.multiply_adds == T * (M * m + m * n)
         # A tall layer's dx needs no product, as v is there for dlambda.
         assert backward.multiply_adds == T * (M * m + (3 if i <= o else 2) * m * n)
-    for strategy, passes in hadamard.hadamard_costs(T, i, o, n, 32).items():
+    for strategy, passes in cost_model.hadamard_costs(T, i, o, n, 32).items():
         assert passes[0].multiply_adds > found[strategy][0].multiply_adds, "transforms cost nothing"
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common import FLOATS, make_layer, normal
+from helpers.common import FLOATS, make_layer, normal
 
 from randlora.planner import Lists, choose, plan
 

@@ -10,8 +10,8 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..attention import MultiheadAttention
-from ..injection import adapted_layers
+from ..layers.attention import MultiheadAttention
+from ..model.injection import adapted_layers
 from ..names import plain_name
 
 _WRAPPERS = ("base_layer", "original_module")

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import fingerprint
-from ..bases import RandomBases
+from ..bases import fingerprint
+from ..bases.random_bases import RandomBases
 from ..config import RandLoraConfig
 from .layout import PROJECTIONS, checksum, make_config, open_file, read_given
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from ..attention import MultiheadAttention
-from ..bases import RandomBases
+from ..bases.random_bases import RandomBases
 from ..config import RandLoraConfig
-from ..layer import RandLoraLayer
+from ..layers.attention import MultiheadAttention
+from ..layers.randlora_layer import RandLoraLayer
+from ..model.targets import peft_dims
 from ..names import plain_name
-from ..targets import peft_dims
 
 
 def drawn_dims(model: nn.Module, config: RandLoraConfig, layers: Mapping[str, RandLoraLayer]) -> tuple[int, int, int]:

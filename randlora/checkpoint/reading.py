@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import injection, offload
-from ..bases import RandomBases
+from ..bases.random_bases import RandomBases
+from ..bases.shared import shared
 from ..checks import FLOATS
-from ..injection import Plan, adapted_layers
+from ..layers import offload
+from ..model import injection
+from ..model.injection import Plan, adapted_layers
+from ..model.targets import is_supported, layer_sizes
 from ..names import plain_name
-from ..store import shared
-from ..targets import is_supported, layer_sizes
 from . import biases
 from .hub import find_folder
 from .layout import (

@@ -17,20 +17,20 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .. import injection
-from ..bases import RandomBases
+from ..bases.random_bases import RandomBases
 from ..config import ALL_LINEAR, CONFIG_NAME, OWN_PEFT_TYPE, RandLoraConfig
-from ..injection import adapted_layers, saved_modules
-from ..layer import RandLoraLayer
+from ..layers.offload import with_numbers
+from ..layers.randlora_layer import RandLoraLayer
+from ..model import injection
+from ..model.injection import adapted_layers, saved_modules
 from ..names import plain_name
-from ..offload import with_numbers
 from . import biases
 from .for_peft import drawn_dims, exact_targets, misread
 from .layout import FORMAT, METADATA_KEY, OWN_SETTINGS, PARAMETERS, PREFIX, WEIGHTS_NAME, check_numbers, checksum
 from .replace import replace_files
 
 if TYPE_CHECKING:
-    from ..model import RandLoraModel
+    from ..model.model import RandLoraModel
 
 
 def save(

@@ -1,0 +1,262 @@
+"""Bases in the forms that are stored and multiplied: index lists, one or two bits per element, or signs alone.
+
+Lists (csrc/sparse_update.h): at density 1/z an entry of 16 bits per non-zero takes less room than two bits per element
+from z = 8 on, and on the CPU from about 10 on the update is built faster by walking the lists: at z = 45 with some
+thousand times fewer additions than the dense product has. Planes (csrc/packed_update.h): below that, on the CPU, A as
+lists of its rows and B at two bits per element. Bits (there too): where dense products are faster still, below z = 2.5
+on the CPU and everywhere on CUDA with its tensor cores (bench/NOTES-cuda.md), both at two bits per element or, where
+nothing is zero, one; they are made dense for every call. Signs (csrc/hadamard.h): of Hadamard bases, one bit per row
+and column. All are generated from the seed in blocks of int8, never through a dense float tensor.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import hadamard
+
+if TYPE_CHECKING:
+    from .random_bases import RandomBases
+
+# By sparsity, on the CPU: below the first, dense products win; from the second on, lists are built from faster than
+# planes.
+PLANES_FROM, LISTS_FROM = 2.5, 10.0
+_BLOCK = 1 << 22  # elements of B generated at a time
+
+
+class Pattern(tuple[Tensor, ...]):
+    """What the ops take. Lists: columns, a_starts, a_entries, b_starts, b_indices. Planes: a_starts, a_entries,
+    b_planes. Bits: a_planes, b_planes. Signs: a, b, c, and an empty tensor ``[group_width, 0]``.
+
+    Their contents are checked here, once (ValueError, TypeError), and again by the op that gets tensors which were
+    written to meanwhile. The sizes are those of the bases, which the tensors alone do not tell in every form.
+    """
+
+    r: int
+    num_bases: int
+    min_dim: int
+    max_dim: int
+
+    def __new__(cls, tensors: Sequence[Tensor], r: int, num_bases: int, min_dim: int, max_dim: int) -> Pattern:
+        self = super().__new__(cls, tensors)
+        torch.ops.randlora.check_pattern(list(self))
+        self.r, self.num_bases, self.min_dim, self.max_dim = r, num_bases, min_dim, max_dim
+        return self
+
+    def __reduce__(self):
+        return Pattern, (tuple(self), self.r, self.num_bases, self.min_dim, self.max_dim)
+
+    def require(self, parameters: torch.Size, in_features: int, out_features: int) -> None:
+        """Raises ``ValueError`` unless a layer of these sizes, of lambda's shape and features, can have these bases."""
+        m, M = min(in_features, out_features), max(in_features, out_features)
+        fits = len(parameters) == 2 and parameters[0] == self.r and parameters[1] <= self.num_bases
+        if not fits or m > self.min_dim or self.max_dim < M:
+            raise ValueError(
+                f"this pattern is of bases with r = {self.r}, at most {self.num_bases} of them, for layers of up to "
+                f"{self.min_dim} and {self.max_dim} features, got randlora_lambda {list(parameters)} and a "
+                f"{in_features} -> {out_features} layer: take the pattern of bases that are large enough"
+            )
+
+
+def is_planes(pattern: Sequence[Tensor]) -> bool:
+    """Whether a pattern is one of planes or bits (csrc/packed_update.h: ``is_packed``)."""
+    return len(pattern) in (2, 3)
+
+
+def is_lists(pattern: Sequence[Tensor]) -> bool:
+    """Whether a pattern is one of lists, whose updates have some of the m rows alone."""
+    return len(pattern) == 5
+
+
+def is_hadamard(pattern: Sequence[Tensor]) -> bool:
+    """Whether a pattern is one of signs, of Hadamard bases (csrc/hadamard.h: ``is_hadamard``)."""
+    return len(pattern) == 4
+
+
+def is_bits(pattern: Sequence[Tensor]) -> bool:
+    """Whether a pattern is one of bits, which are made dense for every call."""
+    return len(pattern) == 2
+
+
+def form_for(kind: str, sparsity: float | None, device: torch.device) -> type[Form] | None:
+    """The form that bases of this kind are kept in on `device`; None: as dense tensors."""
+    if device.type not in ("cpu", "cuda"):
+        return None
+    if kind == "hadamard":
+        return Signs
+    return None if sparsity is None else form_of(sparsity, device)
+
+
+def form_of(sparsity: float, device: torch.device) -> type[Form]:
+    """The form that ternary bases of this sparsity have on `device`."""
+    if device.type != "cpu" or sparsity < PLANES_FROM:
+        return Bits
+    return Lists if sparsity >= LISTS_FROM else Planes
+
+
+def planes_of(sparsity: float) -> int:
+    """Of bits, per element: one says all of bases that have no zeros."""
+    return 1 if sparsity == 1 else 2
+
+
+class Lists:
+    """The non-zeros of one store on one device; :meth:`of` gives the part that a layer needs."""
+
+    def __init__(self, A: Tensor, columns_of_B: Iterator[Tensor], max_dim: int) -> None:
+        """`A` is int8 ``[r, m]``; `columns_of_B` yields int8 ``[max_dim, columns]`` blocks of B2, in order."""
+        self.r, self.max_dim = A.shape[0], max_dim
+        entries = A.t().nonzero()  # (j, k), ascending
+        j, k = entries.unbind(1)
+        columns, counts = torch.unique_consecutive(j, return_counts=True)
+        self.columns, self.a_starts = columns.int(), _starts(counts)
+        self.a_entries = (2 * k + (A[k, j] < 0)).int()
+        counts, indices = [], []
+        for block in columns_of_B:
+            flat = block.t().flatten()
+            where = flat.nonzero()[:, 0]  # column by column
+            lists = 2 * (where // max_dim) + (flat[where] < 0)
+            counts.append(torch.bincount(lists, minlength=2 * block.shape[1]))
+            rows = (where % max_dim)[lists.argsort(stable=True)]
+            indices.append(rows.to(torch.int16 if max_dim <= 1 << 16 else torch.int32))
+        self.b_starts, self.b_indices = _starts(torch.cat(counts)), torch.cat(indices)
+        self._sorted_columns = columns.tolist()
+        self._parts: dict[int, Pattern] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.columns, self.a_starts, self.a_entries, self.b_starts, self.b_indices))
+
+    def of(self, min_dim: int) -> Pattern:
+        part = self._parts.get(min_dim)
+        if part is None:
+            count = bisect.bisect_left(self._sorted_columns, min_dim)  # columns of A with a non-zero
+            tensors = self.columns[:count], self.a_starts[: count + 1], self.a_entries, self.b_starts, self.b_indices
+            num_bases = self.b_starts.numel() // (2 * self.r)
+            part = self._parts[min_dim] = Pattern(tensors, self.r, num_bases, min_dim, self.max_dim)
+        return part
+
+
+class Planes:
+    """Bases of medium density on the CPU, as :class:`Lists`."""
+
+    def __init__(self, A: Tensor, columns_of_B: Iterator[Tensor], max_dim: int) -> None:
+        k, j = A.nonzero().unbind(1)  # ascending
+        self.a_starts = _starts(torch.bincount(k, minlength=A.shape[0]))
+        self.a_entries = (2 * j + (A[k, j] < 0)).int()
+        self.b_planes = torch.cat([_bits(block) for block in columns_of_B])
+        self._pattern = _whole((self.a_starts, self.a_entries, self.b_planes), A, max_dim)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.a_starts, self.a_entries, self.b_planes))
+
+    def of(self, min_dim: int) -> Pattern:
+        return self._pattern
+
+
+class Bits:
+    """Bases that are multiplied dense, on one device, as :class:`Lists`. `planes` is 1 where none is zero."""
+
+    def __init__(self, A: Tensor, columns_of_B: Iterator[Tensor], max_dim: int, planes: int = 2) -> None:
+        self.a_planes = _bits(A.t(), planes)
+        self.b_planes = torch.cat([_bits(block, planes) for block in columns_of_B])
+        self._pattern = _whole((self.a_planes, self.b_planes), A, max_dim)
+
+    @property
+    def nbytes(self) -> int:
+        return self.a_planes.nbytes + self.b_planes.nbytes
+
+    def of(self, min_dim: int) -> Pattern:
+        return self._pattern
+
+
+class Signs:
+    """The signs of Hadamard bases on one device, a bit each, as :class:`Lists`."""
+
+    def __init__(self, a: Tensor, b: Tensor, c: Tensor, width: int, r: int) -> None:
+        """int8 -1 and +1: `a` [min_dim], `b` [max_dim], `c` [num_bases * r]."""
+        words = (_bits(F.pad(t, (0, -len(t) % 32), value=1)[:, None], 1).view(torch.int32).flatten() for t in (a, b, c))
+        empty = torch.empty((width, 0), dtype=torch.int8, device=a.device)  # its shape says all
+        self._pattern = Pattern((*words, empty), r, len(c) // r, len(a), len(b))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self._pattern)
+
+    def of(self, min_dim: int) -> Pattern:
+        return self._pattern
+
+
+Form = Lists | Planes | Bits | Signs
+
+
+def _whole(tensors: tuple[Tensor, ...], A: Tensor, max_dim: int) -> Pattern:
+    """Planes or bits, which layers of any size take as they are."""
+    r, min_dim = A.shape
+    return Pattern(tensors, r, tensors[-1].shape[0] // r, min_dim, max_dim)
+
+
+def _bits(block: Tensor, planes: int = 2) -> Tensor:
+    """int8 ``[length, columns]`` to int16 ``[columns, planes, words]``: bit o % 16 of word o / 16, for +1 and for -1.
+
+    One plane: for -1 alone.
+    """
+    length, columns = block.shape
+    # Made anew, as a view in another dtype needs its strides: those of an axis of size 1 are anything in a transpose.
+    rows = block.new_zeros((columns, length + -length % 16))
+    rows[:, :length] = block.t()
+    # Eight bytes of 0 or 1 at a time: the factor moves byte i's bit to bit 56 + i, and never two to the same place.
+    gather = sum(1 << 56 - 7 * i for i in range(8))
+    found = [((rows == sign).view(torch.int64) * gather >> 56).to(torch.uint8) for sign in (1, -1)[-planes:]]
+    return torch.stack(found, 1).view(torch.int16)
+
+
+def make(bases: RandomBases, device: torch.device) -> Form:
+    """`bases` in the form that fits them, generated on `device`."""
+    form = form_for(bases.kind, bases.sparsity, device)
+    if form is Signs:
+        return Signs(*hadamard.all_signs(bases, device), bases.group_width, bases.r)
+    M, m, n, r = bases.max_dim, bases.min_dim, bases.num_bases, bases.r
+    A = bases.fill(torch.empty((r, 1, m), dtype=torch.int8, device=device), 0, (0, 0, 0))[:, 0]
+    step = max(1, _BLOCK // (M * r))
+
+    def blocks():
+        for i in range(0, n, step):
+            block = torch.empty((M, min(step, n - i), r), dtype=torch.int8, device=device)
+            yield bases.fill(block, 1, (0, i, 0)).flatten(1)
+
+    return Bits(A, blocks(), M, planes_of(bases.sparsity)) if form is Bits else form(A, blocks(), M)
+
+
+def of_tensors(A: Tensor, B: Tensor, held: bool = True) -> tuple[Form, float] | None:
+    """The form of bases that exist as tensors, if they are ternary or Hadamard ones, and the scale of their product.
+
+    PEFT stores ternary bases dense, divided by their standard deviation: -v, 0, +v, and those of adapters that were
+    made here as they are. `held`: the tensors stay, so that bits would save nothing; there is no form then.
+    """
+    scale, density, full = 1.0, 0.0, True
+    for t in (A, B):
+        size, nonzero = t.abs().max(), int(t.count_nonzero())
+        if not nonzero or int((t.abs() == size).sum()) != nonzero:
+            return None
+        scale *= float(size)
+        density = nonzero / t.numel()
+        full = full and density == 1
+    if full and (found := hadamard.recognise(A.sign().to(torch.int8)[:, 0], B.sign().to(torch.int8).flatten(1))):
+        return Signs(*found, A.shape[0]), scale
+    form = form_of(1 / density, B.device)
+    if form is Bits and held:
+        return None
+    A, columns = A.sign().to(torch.int8)[:, 0], iter([B.sign().to(torch.int8).flatten(1)])
+    made = Bits(A, columns, B.shape[0], 1 if full else 2) if form is Bits else form(A, columns, B.shape[0])
+    return made, scale
+
+
+def _starts(counts: Tensor) -> Tensor:
+    return torch.cat((counts.new_zeros(1), counts.cumsum(0))).int()

@@ -1,0 +1,1 @@
+"""What adapting a model would cost, told without adapting it."""

@@ -1,0 +1,178 @@
+"""Which inputs the adapted layers of a model would get: seen in a call of a copy of the model that has no numbers.
+
+The copy is made of torch's fake tensors: it takes no memory and computes nothing, and neither the model nor any bases
+are touched. (On the meta device transformers would look at numbers that are not there.) Used by
+:mod:`randlora.estimate`.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
+
+from ..bases.random_bases import RandomBases
+from ..layers import quantized
+from ..model import injection
+from ..model.injection import Plan, adapted_layers
+from ..model.model import RandLoraModel
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an adapted layer in a training step.
+
+    Attributes:
+        input: equal for calls that get the same tensor. kept: something else than an adapted layer keeps that tensor
+            for backward anyway. need_x: its gradient is needed, too.
+    """
+
+    input: int
+    kept: bool
+    need_x: bool
+
+
+def trial_call(model: nn.Module, plan: Plan, tokens: int, inputs: Any = None) -> dict[str, list[Call]]:
+    """The calls of every slot of `plan`, in a training step of `model` with the adapter on it.
+
+    Args:
+        inputs: the model's arguments: a tensor, a tuple, or a dict of keyword arguments. Default: what a model of
+            transformers takes; there is none for others.
+
+    Raises:
+        Exception: whatever makes this impossible: no `inputs`, a model that cannot be copied, or needs numbers to run.
+    """
+    arguments = _arguments(model, tokens) if inputs is None else inputs
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return _call_twin(model, plan, tree_map(lambda v: _fake(v) if isinstance(v, Tensor) else v, arguments))
+
+
+def _call_twin(model: nn.Module, plan: Plan, arguments: Any) -> dict[str, list[Call]]:
+    twin = _without_numbers(model)
+    # Layers get the same inputs whatever the bases are: those of this process stay as they are.
+    config = replace(plan.config, strategy="auto", inference_mode=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said already, about the model itself
+        adapted = RandLoraModel(twin, injection.plan(twin, config, _NoBases(1, 1, config.r))).train()
+    with torch.enable_grad(), _watched(adapted_layers(twin)) as calls:
+        if isinstance(arguments, Mapping):
+            adapted(**arguments)
+        else:
+            adapted(*(arguments if isinstance(arguments, (tuple, list)) else (arguments,)))
+    return calls
+
+
+class _NoBases(RandomBases):
+    def fill(self, out: Tensor, *_: Any) -> Tensor:
+        return out
+
+
+class _NoHook:
+    no_grad = False
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        return output
+
+
+@contextmanager
+def _watched(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Call]]]:
+    """Fills the dict it gives when the block ends."""
+    calls: dict[str, list[Call]] = {}
+    seen: list[tuple[str, Tensor]] = []
+    elsewhere: list[Tensor] = []
+    inside = []
+
+    def enter(name: str):
+        def hook(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+            seen.append((name, args[0] if args else next(iter(kwargs.values()))))
+            inside.append(name)
+
+        return hook
+
+    def leave(*_) -> None:
+        inside.pop()
+
+    def pack(tensor: Tensor) -> Tensor:
+        # Without its graph: in a list that the graph's hooks refer to, it would keep all of the graph for ever.
+        alone = tensor.detach()
+        if not inside:
+            elsewhere.append(alone)
+        return alone
+
+    handles = []
+    for name, layer in layers.items():
+        handles.append(layer.register_forward_pre_hook(enter(name), with_kwargs=True))
+        handles.append(layer.register_forward_hook(leave))
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+    # All of these tensors are alive, so no two storages have one address.
+    kept = {_storage(tensor) for tensor in elsewhere}
+    for name, x in seen:
+        calls.setdefault(name, []).append(Call(_storage(x), _storage(x) in kept, x.requires_grad))
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _without_numbers(model: nn.Module) -> nn.Module:
+    """A copy of `model` with fake tensors, in which quantised layers are plain ones of their size."""
+    memo: dict[int, Any] = {}
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and quantized.is_quantized(module):
+            bias = module.bias is not None
+            memo[id(module)] = nn.Linear(module.in_features, module.out_features, bias, dtype=dtype)
+        if (hook := vars(module).get("_hf_hook")) is not None:
+            memo[id(hook)] = _NoHook()  # accelerate's would bring in, and the copy would take along, its weights
+        for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+            if isinstance(value, nn.Parameter):
+                memo[id(value)] = nn.Parameter(_fake(value), value.requires_grad)
+            elif isinstance(value, Tensor):
+                memo[id(value)] = _fake(value)
+    twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.gradient_checkpointing = False
+    return twin
+
+
+def _fake(tensor: Tensor) -> Tensor:
+    flag = tensor.requires_grad and tensor.is_leaf
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", requires_grad=flag)
+
+
+def _arguments(model: nn.Module, tokens: int) -> dict[str, Tensor]:
+    """Arguments for a model of transformers, `tokens` tokens in all."""
+    config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
+    if config is None or main not in ("input_ids", "pixel_values"):
+        raise ValueError(f"it is not known how to call a {type(model).__name__}: give its inputs")
+    text, image = getattr(config, "text_config", None), getattr(config, "vision_config", None)
+    limit = getattr(text or config, "max_position_embeddings", None) or tokens
+    limit = max(1, limit - 2)  # RoBERTa counts positions from 2
+    length = next(n for n in range(min(limit, tokens), 0, -1) if tokens % n == 0)
+    ids = torch.zeros(tokens // length, length, dtype=torch.long)
+    arguments = {"input_ids": ids} if main == "input_ids" else {}
+    if getattr(config, "is_encoder_decoder", False):
+        arguments["decoder_input_ids"] = ids
+    if main == "pixel_values" or image is not None:
+        image = image or config
+        size = image.image_size if isinstance(image.image_size, (tuple, list)) else (image.image_size,) * 2
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        arguments["pixel_values"] = torch.zeros(1, image.num_channels, *size, dtype=dtype)
+    return arguments

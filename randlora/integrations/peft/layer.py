@@ -1,0 +1,265 @@
+"""PEFT's RandLoRA layer, computed by randlora: PEFT keeps the adapters, randlora does the arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft.tuners import randlora as peft_randlora
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from ...bases.random_bases import RandomBases
+from ...layers import offload, quantized
+from ...layers.base_layer import first_argument, has_weight_method, tensor_weight
+from ...layers.linear import Linear as OwnLinear
+from ...layers.mixed_batch import MixedBatch
+from ...layers.randlora_layer import RandLoraLayer
+from .bases import RANK_AXIS, Bases, Pair, is_8_bit
+from .wrappers import Trainability
+
+
+class Linear(peft_randlora.Linear, OwnLinear):
+    """What a PEFT RandLoRA layer becomes, on float and on quantised base layers alike (see :func:`convert`).
+
+    PEFT's classes come first: what adapters there are, which act and what is trained is theirs. The methods below let
+    randlora's arithmetic through. Attributes of PEFT's layer keep their meaning, but ``num_bases`` is a dict, as
+    adapters may differ in it.
+    """
+
+    other_param_names = (*peft_randlora.RandLoraLayer.other_param_names, "num_bases")
+
+    strategy, workspace = "auto", 0
+    mixed_batch: MixedBatch | None = None
+    _unmerged_weight = _merged_into = None
+
+    # ---- the arithmetic ----
+
+    get_scaled_bases = RandLoraLayer.get_scaled_bases
+    get_delta_weight = RandLoraLayer.get_delta_weight
+    unmerge = RandLoraLayer.unmerge
+
+    def forward(self, x: Tensor | None = None, *args, **kwargs) -> Tensor:
+        """``x [..., in_features]`` to ``[..., out_features]``; in x's dtype, as PEFT gives it."""
+        if x is None:
+            x = first_argument(self.base_layer, kwargs)
+        result = OwnLinear.forward(self, x, *args, **kwargs)
+        return result.to(x.dtype) if isinstance(result, Tensor) else result
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """PEFT's ``merge``, in fp32, rounded once; the weight as it was is kept for :meth:`unmerge`."""
+        if adapter_names is not None and not adapter_names:
+            return
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.randlora_lambda]
+        if names:
+            RandLoraLayer.merge(self, safe_merge, names)
+
+    def _update_arguments(self, adapter: str, scaling: float, device: torch.device | None = None) -> tuple:
+        device = self._device(adapter) if device is None else torch.device(device)
+        lam, gamma = self._trained(adapter, device)
+        dtype = torch.float64 if lam.dtype == torch.float64 else torch.float32
+        # In the dtype they are held in: a matrix is built once in a while, and an fp32 copy of them would stay.
+        A, B = self._bases(adapter).tensors(device=device)
+        return A, B, lam.to(device, dtype), gamma.to(device, dtype), scaling
+
+    def _pair(self, adapter: str) -> Pair:
+        return self.randlora_A.pair(adapter)
+
+    def _bases(self, adapter: str) -> RandomBases:
+        return self._pair(adapter).bases
+
+    def _tensors(self, adapter: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, float]:
+        return self._pair(adapter).tensors(dtype, device)
+
+    @property
+    def bases(self) -> dict:
+        return {adapter: self._bases(adapter) for adapter in self.randlora_lambda}
+
+    @property
+    def _active_adapters(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.randlora_lambda]
+
+    def __repr__(self) -> str:
+        return nn.Module.__repr__(self)
+
+    def extra_repr(self) -> str:
+        adapters = ", ".join(f"{name}: r={self.r[name]}" for name in self.randlora_lambda)
+        return f"in_features={self.in_features}, out_features={self.out_features}, {adapters}"
+
+    # ---- the adapters' parameters ----
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """PEFT's ``enable_adapters``; what was frozen before the adapters were disabled stays frozen."""
+        if not enabled:
+            Trainability.note(self)
+            super().enable_adapters(enabled)
+            return
+        with Trainability.kept(self):
+            super().enable_adapters(enabled)
+
+    # ---- the bases, which belong to the model ----
+
+    @property
+    def randlora_A(self) -> Bases:
+        return self._container("randlora_A")
+
+    @property
+    def randlora_B(self) -> Bases:
+        return self._container("randlora_B")
+
+    def _container(self, kind: str) -> Bases:
+        # PEFT's update_layer makes it a child; _refer() undoes that.
+        return self._modules[kind] if kind in self._modules else self.__dict__["_containers"][kind]
+
+    def update_layer(self, adapter_name: str, randlora_A: BufferDict, randlora_B: BufferDict, *args, **kwargs) -> None:
+        """PEFT's ``update_layer``. The layer's other adapters come along into these containers of bases."""
+        if not isinstance(randlora_A, Bases):  # of PEFT's own tuner, after disable()
+            Bases.make_pair(randlora_A, randlora_B)
+        self._carry_over(adapter_name, randlora_A, randlora_B)
+        super().update_layer(adapter_name, randlora_A, randlora_B, *args, **kwargs)
+        self._refer()
+
+    def _carry_over(self, adapter_name: str, *stores: Bases) -> None:
+        for store in stores:
+            held = self.__dict__.get("_containers", {}).get(store.kind, store)
+            for name in self.randlora_lambda if held is not store else ():
+                if name == adapter_name:
+                    continue
+                if name not in store:
+                    store.persistent = name not in held._non_persistent_buffers_set
+                    store[name] = held[name]
+                elif store[name] is not held[name] and not torch.equal(store[name], held[name]):
+                    raise ValueError(
+                        f"adapter {name!r} was injected more than once, with other bases: delete it before another one "
+                        "is added"
+                    )
+
+    def _refer(self) -> None:
+        """Keep the containers of bases without being their parent, and ``num_bases`` per adapter."""
+        for kind in RANK_AXIS:
+            if kind in self._modules:
+                self.__dict__.setdefault("_containers", {})[kind] = self._modules.pop(kind)
+        self.num_bases = {adapter: lam.shape[1] for adapter, lam in self.randlora_lambda.items()}
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        if has_weight_method(self.get_base_layer()):
+            return  # quantised by PyTorch after it was adapted: it has no device and no dtype
+        # PEFT casts a new adapter's bases here, from update_layer, and that decides their values. Later it must not.
+        new = "randlora_A" in self._modules
+        if not new:
+            self.other_param_names = tuple(name for name in type(self).other_param_names if name not in RANK_AXIS)
+        parameters = [(held, held[adapter_name]) for held in (self.randlora_lambda, self.randlora_gamma)]
+        try:
+            with seen_where_it_computes(self.get_base_layer()):
+                super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        finally:
+            self.__dict__.pop("other_param_names", None)
+        for held, before in parameters:
+            if is_8_bit(moved := held[adapter_name]):
+                value = before.detach().to(moved.device, torch.float32)
+                held[adapter_name] = nn.Parameter(value, requires_grad=before.requires_grad)
+        if new:
+            self._follow_to_meta(adapter_name)
+
+    def _follow_to_meta(self, adapter_name: str) -> None:
+        """New parameters of a layer that has no numbers have none either."""
+        weight = tensor_weight(self.get_base_layer())
+        if weight is not None and offload.device_of(self.get_base_layer(), weight).type == "meta":
+            for parameters in (self.randlora_lambda, self.randlora_gamma):
+                parameters[adapter_name] = nn.Parameter(parameters[adapter_name].to("meta"))
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        """Takes the copies of the bases that PEFT writes for every layer."""
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        for kind in RANK_AXIS:
+            for adapter in self.randlora_lambda:
+                if f"{prefix}randlora_lambda.{adapter}" not in state_dict:
+                    continue
+                for key in (f"{prefix}{kind}.{adapter}", prefix + kind):  # PEFT leaves the name out where it has no use
+                    tensor = state_dict.pop(key, None)
+                    if tensor is not None and not getattr(self, kind).take(adapter, tensor, assign):
+                        errors.append(
+                            f"size mismatch for {key}: copying a base of shape {list(tensor.shape)} from checkpoint, "
+                            f"needed is {list(getattr(self, kind)[adapter].shape)} or a larger one of the same rank."
+                        )
+        if not assign:
+            self._make_room(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+    def _make_room(self, state_dict: dict, prefix: str) -> None:
+        """torch would not copy numbers into parameters on the meta device, and they would be lost."""
+        for part in self.adapter_layer_names:
+            parameters = getattr(self, part)
+            for adapter, parameter in parameters.items():
+                tensor = state_dict.get(f"{prefix}{part}.{adapter}")
+                if tensor is not None and parameter.is_meta and not tensor.is_meta and not offload.hooks(parameters):
+                    room = torch.empty_like(parameter, device=tensor.device)
+                    parameters[adapter] = nn.Parameter(room, parameter.requires_grad)
+
+    def _orphans(self) -> Iterator[tuple[str, Bases]]:
+        """Containers that no tuner saves, moves or shows: then the layers do, as in PEFT."""
+        for kind, store in self.__dict__.get("_containers", {}).items():
+            if not store.is_owned():
+                yield kind, store
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        yield from super().named_children()
+        yield from self._orphans()
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for kind, store in self._orphans():
+            for adapter, tensor in store.items():
+                if adapter not in self.randlora_lambda:  # no layer without it takes it when loading
+                    continue
+                name = f"{kind}.{adapter}"
+                there = [found.data_ptr() for key, found in destination.items() if key.endswith(name)]
+                if adapter not in store._non_persistent_buffers_set and tensor.data_ptr() not in there:
+                    destination[prefix + name] = tensor if keep_vars else tensor.detach()  # the first layer will do
+
+
+def initialise_anew(layer: Linear, adapter: str, init_weights: bool) -> None:
+    """Undo PEFT's rounding of a new adapter's parameters to 8 bits, where the weight is kept in 8 bits between calls.
+
+    PEFT has them in fp32 afterwards, but gamma, ``1 / 4096`` for one, may have become zero and is never trained then.
+    """
+    for held in (layer.randlora_lambda, layer.randlora_gamma):
+        if is_8_bit(parameter := held[adapter]):
+            held[adapter] = nn.Parameter(parameter.detach().float(), requires_grad=parameter.requires_grad)
+            if held is layer.randlora_gamma:
+                with torch.no_grad():
+                    largest = max(parameter.shape if init_weights else (layer.in_features, layer.out_features))
+                    held[adapter].fill_(1 / largest)
+
+
+@contextmanager
+def seen_where_it_computes(base_layer: nn.Module) -> Iterator[None]:
+    """While this lasts, PEFT, which moves adapters to the weight's device, finds no weight on the meta device.
+
+    It is where an offloaded layer computes; on the CPU for a layer that has no numbers, as the bases have some.
+    """
+    weight = tensor_weight(base_layer)
+    if weight is None or not weight.is_meta or "weight" not in base_layer._parameters:
+        yield
+        return
+    device = offload.execution_device(base_layer) or torch.device("cpu")
+    stand_in = torch.empty((), dtype=weight.dtype, device=device).expand(weight.shape)
+    base_layer._parameters["weight"] = nn.Parameter(stand_in, requires_grad=False)
+    try:
+        yield
+    finally:
+        base_layer._parameters["weight"] = weight
+
+
+def convert(layer: nn.Module) -> Linear:
+    """Turn a RandLoRA layer of PEFT, whatever its base layer, into a :class:`Linear` in place.
+
+    Its containers of bases must be :class:`Bases`. Its parameters stay the objects they are.
+    """
+    layer.__class__ = Linear
+    layer.__dict__.setdefault("is_target_conv_1d_layer", False)
+    layer._refer()
+    quantized.prepare(layer.get_base_layer())
+    return layer

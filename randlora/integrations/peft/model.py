@@ -1,0 +1,288 @@
+"""PEFT's RandLoRA tuner with bases of its own for every adapter, held once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from peft.tuners import randlora as peft_randlora
+from peft.tuners.randlora.model import RandLoraModel as PeftRandLoraModel
+from torch import nn
+
+from ...bases import peft_prng
+from ...checks import require_int, require_size
+from ...layers.bypassed import first_calls, forget_calls
+from ...layers.fast_path import disable_fast_path, restore_fast_path
+from ...layers.merging import check_unmerge, merged_or_not
+from ...layers.update_cache import inference_cache
+from ...model import ties
+from ...model.injection import adapted_layers, to_merge
+from ...names import check_savable
+from ...undo import all_or_nothing
+from .bases import Bases, is_8_bit
+from .layer import Linear, convert, initialise_anew, seen_where_it_computes
+from .targets import check_targets, matched
+from .wrappers import Trainability, activate, mixed, wrappers
+
+HALF = {"peft": torch.bfloat16, "peft-fp16": torch.float16}
+
+
+class RandLoraModel(PeftRandLoraModel):
+    """What PEFT builds for a ``RandLoraConfig`` while randlora is enabled."""
+
+    half = torch.bfloat16  # the dtype in which dense bases are drawn
+
+    # ---- bases ----
+
+    def __init__(self, model: nn.Module, *args, **kwargs) -> None:
+        before = getattr(model, "peft_config", None)  # a model with injected adapters: the new one's config is added
+        known = dict(before) if isinstance(before, dict) else None
+        try:
+            super().__init__(model, *args, **kwargs)
+        except BaseException:
+            if known is not None:
+                before.clear()
+                before.update(known)
+            raise
+
+    def _pre_injection_hook(self, model: nn.Module, config, adapter_name: str) -> None:
+        # ``peft.inject_adapter_in_model`` makes a tuner every time: all adapters of a model are to be in one container.
+        layers = [module for module in model.modules() if isinstance(module, peft_randlora.RandLoraLayer)]
+        if not all(isinstance(layer, Linear) for layer in layers):
+            accelerate(model)
+        stores = (layers[0].randlora_A, layers[0].randlora_B) if layers else Bases.make_pair()
+        if adapter_name in stores[0]:  # injected once more under one name: layers that are not targets keep what it was
+            stores = Bases.make_pair()
+        self.randlora_A, self.randlora_B = stores
+        self._own_bases()
+
+    def _own_bases(self) -> None:
+        for store in (self.randlora_A, self.randlora_B):
+            if not store.is_owned():
+                store.own(self)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._own_bases()
+
+    def _draw(self, config, adapter_name: str, dims: tuple[int, int]) -> None:
+        """The numbers that PEFT draws for this adapter if it is a model's first."""
+        require_size("r", config.r)
+        require_int("projection_prng_key", config.projection_prng_key, -(2**63), 2**64 - 1)
+        check_targets(self, config)
+        sparsity = math.sqrt(min(dims)) if config.very_sparse else 3.0 if config.sparse else None
+        with torch.device("cpu"):  # PEFT's generator is there, whatever the default device is
+            num_bases = -(-min(dims) // config.r)
+            seed = config.projection_prng_key
+            drawn = peft_prng.draw(max(dims), min(dims), num_bases, config.r, seed, sparsity, self.half)
+        for store, tensor in zip((self.randlora_A, self.randlora_B), drawn, strict=True):
+            store.persistent = config.save_projection
+            store[adapter_name] = tensor
+
+    @staticmethod
+    def _check_target_module_exists(config, key: str):
+        """PEFT's, whose regular expressions may come from a file: matching ends."""
+        return PeftRandLoraModel._check_target_module_exists(matched(config, key), key)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        """PEFT's ``inject_adapter``; not only the first adapter, but every one gets bases after its own config.
+
+        An error leaves the model without the adapter, where PEFT leaves it in the layers that it has come to.
+        """
+        if adapter_name in self.randlora_A:  # PEFT refuses it from 0.21 on
+            raise ValueError(f"this model has an adapter named {adapter_name!r} already: delete it first")
+        check_savable(adapter_name)
+        config = self.peft_config[adapter_name]
+        with all_or_nothing(self):
+            try:
+                dims = self._find_dim(config)
+            except ValueError:
+                if len(self.randlora_A):  # PEFT looks for a further adapter's sizes nowhere, and has another error then
+                    super().inject_adapter(model, adapter_name, *args, **kwargs)
+                raise
+            self._draw(config, adapter_name, dims)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            activate(model, self.active_adapters)
+            for store in (self.randlora_A, self.randlora_B):
+                store.share(adapter_name)
+            disable_fast_path(model)
+            forget_calls(self)
+
+    # ---- which adapters act ----
+
+    def disable_adapter_layers(self) -> None:
+        """PEFT's ``disable_adapter_layers``."""
+        for wrapper in wrappers(self.model):
+            Trainability.note(wrapper)
+        super().disable_adapter_layers()
+
+    def enable_adapter_layers(self) -> None:
+        """PEFT's ``enable_adapter_layers``; what was frozen before :meth:`disable_adapter_layers` stays frozen."""
+        with ExitStack() as stack:
+            for wrapper in wrappers(self.model):
+                stack.enter_context(Trainability.kept(wrapper))
+            super().enable_adapter_layers()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """PEFT's ``delete_adapter``; a merged adapter is refused, as PEFT does from 0.21 on and in its words."""
+        layers = [module for module in self.modules() if isinstance(module, Linear)]
+        if adapter_name in self.peft_config and any(adapter_name in layer.merged_adapters for layer in layers):
+            raise ValueError(
+                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
+            )
+        super().delete_adapter(adapter_name)
+        activate(self.model, self.active_adapters)
+
+    # ---- merging ----
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """PEFT's ``merge_adapter``; an error leaves all layers as they were. Tied weights are untied."""
+        names = self._named(adapter_names)
+        to_merge(self.model, names)
+        with all_or_nothing(self), merged_or_not(adapted_layers(self.model).values()):
+            shared = ties.shared(self.model)
+            ties.part(self.model, names)
+            super().merge_adapter(adapter_names, safe_merge)
+            ties.forget(self.model, shared)
+
+    def unmerge_adapter(self) -> None:
+        """PEFT's ``unmerge_adapter``; all layers are checked before the first is changed."""
+        for layer in adapted_layers(self.model).values():
+            if layer.merged:
+                check_unmerge(layer)
+        super().unmerge_adapter()
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            names = self._named(adapter_names)
+            to_merge(self.model, names)
+            shared = ties.before_unloading(self.model, names)
+            if safe_merge:  # all layers, before the first one is unloaded
+                self.merge_adapter(names, safe_merge=True)
+            else:
+                with all_or_nothing(self):
+                    ties.part(self.model, names)
+            if adapter_names is not None:  # not the copies of those that are active, which PEFT takes
+                activate(self.model, names)
+            adapter_names = [] if safe_merge else names
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        restore_fast_path(model)
+        if merge:
+            ties.forget(model, shared)
+        return model
+
+    def _named(self, adapter_names: list[str] | None) -> list[str]:
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
+        return self.active_adapters if adapter_names is None else list(adapter_names)
+
+    def _check_new_adapter_config(self, config) -> None:
+        # PEFT's RandLoRA demands equal seeds and equal save_projection of all adapters, as they share their bases.
+        super(PeftRandLoraModel, self)._check_new_adapter_config(config)
+        if sum(other.bias != "none" for other in self.peft_config.values()) > 1:  # PEFT checks it elsewhere by version
+            raise ValueError("only one adapter can train biases: set bias='none' for all others")
+
+    # ---- layers ----
+
+    def forward(self, *args, **kwargs):
+        """PEFT's ``forward``. That of earlier versions goes past the hooks of the model."""
+        return self.model(*args, **kwargs)
+
+    @staticmethod
+    def _create_new_module(config, randlora_A, randlora_B, adapter_name: str, target, **kwargs) -> Linear:
+        create = PeftRandLoraModel._create_new_module
+        with seen_where_it_computes(target):
+            layer = convert(create(config, randlora_A, randlora_B, adapter_name, target, **kwargs))
+        initialise_anew(layer, adapter_name, config.init_weights)
+        layer._follow_to_meta(adapter_name)
+        return layer
+
+    def _replace_module(self, parent, child_name, new_module, child) -> None:
+        # PEFT moves the new layer to the device of the weight.
+        with seen_where_it_computes(child.base_layer if hasattr(child, "base_layer") else child):
+            super()._replace_module(parent, child_name, new_module, child)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
+        """PEFT calls this around every call of the model: here the names of a mixed batch come in."""
+        layers = [module for module in self.model.modules() if isinstance(module, Linear)]
+        with mixed(self.model, layers, kwargs.get("adapter_names")), first_calls(self, self.model):
+            yield
+
+    def generate(self, *args, **kwargs):
+        """The wrapped model's, inside a scope of :func:`randlora.inference_cache`. PEFT's models call it."""
+        with inference_cache():
+            return self.model.generate(*args, **kwargs)
+
+
+def accelerate(model: nn.Module) -> nn.Module:
+    """Convert PEFT's RandLoRA layers in `model`, and their tuner if it is there; see ``integrations.peft``."""
+    own = (Linear, RandLoraModel)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, peft_randlora.RandLoraLayer)}
+    tuners = {n: m for n, m in model.named_modules() if isinstance(m, PeftRandLoraModel)}
+    if not layers:
+        raise ValueError(f"this {type(model).__name__} has no RandLoRA layers of PEFT")
+    for name, module in (layers | tuners).items():
+        _check(name, module)
+    stores = {id(layer.randlora_A): (layer.randlora_A, layer.randlora_B) for layer in layers.values()}
+    with all_or_nothing(model):
+        for A, B in stores.values():
+            if not isinstance(A, Bases):
+                Bases.make_pair(A, B)
+        for tuner in tuners.values():
+            tuner.__class__ = RandLoraModel
+            tuner._own_bases()
+        for layer in layers.values():
+            if not isinstance(layer, own):
+                convert(layer)
+        for A, B in stores.values():
+            _narrow(A, B, [layer for layer in layers.values() if layer.randlora_A is A])
+        disable_fast_path(model)
+    return model
+
+
+def _check(name: str, module: nn.Module) -> None:
+    known = {Linear, RandLoraModel, peft_randlora.Linear, PeftRandLoraModel}
+    # PEFT's classes for quantised layers exist only where bitsandbytes does.
+    if type(module) not in known and not type(module).__module__.startswith("peft."):
+        raise TypeError(f"{name!r} is of a class of its own, {type(module).__qualname__}, which cannot be converted")
+    if isinstance(module, Linear) or not isinstance(module, peft_randlora.RandLoraLayer):
+        return
+    if module.merged:
+        raise ValueError(f"{name!r} has merged adapters: call unmerge_adapter() first")
+    if isinstance(module.base_layer, peft_randlora.RandLoraLayer):
+        raise ValueError(
+            f"{name!r} is a RandLoRA layer around another one, as PEFT builds for a second adapter on a quantised "
+            "layer: save the adapters and load them with randlora enabled"
+        )
+    for adapter, parameter in module.randlora_lambda.items():
+        if is_8_bit(parameter):
+            raise ValueError(
+                f"{name!r} has adapter {adapter!r} in {parameter.dtype}, in which it cannot be computed: cast it to "
+                "torch.float32"
+            )
+    for adapter, rank in module.r.items():
+        if adapter in module.randlora_lambda and module.randlora_A[adapter].shape[0] != rank:
+            raise ValueError(
+                f"adapter {adapter!r} has r = {rank}, but PEFT gave it the bases of the model's first adapter, with "
+                f"r = {module.randlora_A[adapter].shape[0]}: it cannot be computed"
+            )
+
+
+def _narrow(A: Bases, B: Bases, layers: list[Linear]) -> None:
+    """Undo PEFT's cast of the bases to fp32 where the layers are 16-bit and no value changes."""
+    dtypes = {layer.compute_dtype_and_device()[0] for layer in layers}
+    if len(dtypes) != 1 or not (dtype := dtypes.pop()).is_floating_point or dtype.itemsize != 2:
+        return
+    for adapter in list(A):
+        narrowed = [store[adapter].to(dtype) for store in (A, B)]
+        if all(torch.equal(t.to(s[adapter].dtype), s[adapter]) for t, s in zip(narrowed, (A, B), strict=True)):
+            A[adapter], B[adapter] = narrowed

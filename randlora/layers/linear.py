@@ -1,0 +1,339 @@
+"""``randlora.Linear``: a linear layer with RandLoRA adapters."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .. import planner
+from ..bases.patterns import is_hadamard
+from ..bases.random_bases import RandomBases
+from ..functional import compute_dtype, linear_of
+from ..planner import STRATEGIES
+from ..undo import all_or_nothing
+from . import base_layer as base_layers
+from . import offload, quantized, update_cache
+from .bypassed import Noticed
+from .mixed_batch import add_updates
+from .randlora_layer import BaseTensors, RandLoraLayer
+
+
+class Linear(nn.Linear, RandLoraLayer, Noticed):
+    """Wraps an ``nn.Linear`` and adds ``dW = alpha / r * sum_i B_i diag(lambda_i) A diag(gamma_i)`` to its weight.
+
+    The base layer is frozen; ``randlora_lambda[adapter_name]`` and ``randlora_gamma[adapter_name]`` are trained.
+
+    Args:
+        base_layer: the ``nn.Linear`` to adapt (``weight [out, in]``), or a transformers ``Conv1D`` (``[in, out]``).
+        adapter_name: name of the first adapter; more come with :meth:`update_layer`.
+        randlora_A, randlora_B: bases ``[r, 1, >= min_dim]`` and ``[>= max_dim, >= num_bases, r]``, or mappings from
+            adapter name to them, such as PEFT's ``BufferDict``.
+        r: rank of one base. A lower rank means more bases and more trained numbers: about
+            ``min_dim * (1 + min_dim / r)`` of them.
+        randlora_alpha: the update is scaled by ``randlora_alpha / r``.
+        randlora_dropout: dropout probability on the update's input.
+        init_weights: True: the update starts at zero. False: lambda random, gamma ``1 / max_dim``.
+        bases: a :class:`randlora.RandomBases` to use. Without it and without randlora_A and randlora_B the layer takes
+            its bases from a process-wide store (dense, seed 0) that grows on demand, so layers share memory.
+        num_bases: number n of bases; default ``ceil(min_dim / r)``, which makes the update full-rank. Fewer are
+            cheaper and give rank ``n * r``.
+
+        strategy: how to compute the update: ``"factored"``, ``"materialized"``, ``"merged"``, or ``"auto"``, which
+            takes the cheapest exact one per call (:func:`randlora.explain` shows it). Can be changed later.
+
+    Attribute ``workspace``: bytes that temporaries may take, 0 (default) for no limit; see
+    :func:`randlora.functional.linear`. Inside :func:`randlora.inference_cache`, repeated calls under ``no_grad`` in
+    eval mode use an update that is built once.
+
+    Parameters are fp32 next to 16-bit weights, otherwise in the weight's dtype. The state dict holds
+    ``base_layer.*``, ``randlora_lambda.<adapter>`` and ``randlora_gamma.<adapter>``; never the bases.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit, before the base layer is touched.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Linear,
+        adapter_name: str = "default",
+        randlora_A: BaseTensors = None,
+        randlora_B: BaseTensors = None,
+        r: int = 32,
+        randlora_alpha: float = 640,
+        randlora_dropout: float = 0.0,
+        init_weights: bool = True,
+        *,
+        bases: RandomBases | None = None,
+        num_bases: int | None = None,
+        strategy: str = "auto",
+    ) -> None:
+        super(nn.Linear, self).__init__()  # nn.Linear's own would make a second weight
+        if isinstance(base_layer, RandLoraLayer):
+            raise TypeError("base_layer is adapted already: add an adapter with its update_layer()")
+        if isinstance(base_layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            raise TypeError(
+                "base_layer is the out_proj of a torch.nn.MultiheadAttention, which never calls it: use "
+                'randlora.MultiheadAttention(attention, projections=("out_proj",))'
+            )
+        if isinstance(base_layer, nn.Linear):
+            features, transposed = (base_layer.in_features, base_layer.out_features), False
+        elif isinstance(base_layer, conv1d_types()):
+            features, transposed = tuple(base_layer.weight.shape), True
+        else:
+            raise TypeError(
+                f"base_layer must be a torch.nn.Linear or transformers' Conv1D, got {type(base_layer).__name__}"
+            )
+        if strategy not in ("auto", *STRATEGIES):
+            raise ValueError(f"strategy must be one of auto, {', '.join(STRATEGIES)}, got {strategy!r}")
+        base_layers.check(base_layer, *features, transposed)
+        self.strategy, self.workspace = strategy, 0
+        self._init_randlora(base_layer, *features, fan_in_fan_out=transposed)
+        self.update_layer(
+            adapter_name,
+            randlora_A,
+            randlora_B,
+            r,
+            randlora_alpha,
+            randlora_dropout,
+            init_weights,
+            bases=bases,
+            num_bases=num_bases,
+        )
+        with all_or_nothing(base_layer):
+            base_layer.requires_grad_(False)
+            quantized.prepare(base_layer)
+
+    reset_parameters = RandLoraLayer.reset_parameters  # nn.Linear's would fill the base layer's weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight (with merged adapters in it)."""
+        self._note("_was_read")
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+    def __setattr__(self, name: str, value) -> None:
+        # nn.Module would not let a property be assigned a parameter; torchao's quantize_ assigns a layer its weight.
+        if name in ("weight", "bias") and "base_layer" in self._modules:
+            setattr(self.base_layer, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def forward(self, x: Tensor | None = None, *args, **kwargs) -> Tensor:
+        """``x [..., in_features]`` to ``[..., out_features]`` in the dtype that the base layer gives.
+
+        Further arguments are for a base layer of a class of the user's own, which gets them as they are.
+
+        Raises:
+            TypeError: the base layer returns something else than a tensor. ValueError: one of another shape; lambda,
+                gamma or the weight are on the meta device while `x` is not.
+        """
+        self._note("_was_called")
+        if x is None:
+            x = base_layers.first_argument(self.base_layer, kwargs)
+        kept = update_cache.current()
+        if kept is not None and (self.training or torch.is_grad_enabled()):
+            kept.forget(self)  # the step that may follow need not move a version counter
+            kept = None
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.mixed_batch is not None and not self.disable_adapters:
+            x = self._moved(x)
+            return self._add_mixed(x, self._product(x, *args, **kwargs))
+        adapters = [name for name in self._active_adapters if name not in self.merged_adapters]
+        if self.disable_adapters or not adapters:
+            base_layers.require_numbers(self.base_layer, x)
+            return quantized.product(self.base_layer, x, *args, **kwargs)
+        weight = None if args or kwargs else self._plain_weight()
+        if weight is None:
+            x = self._moved(x)
+        dtype = compute_dtype(x)
+        if kept is not None and not (args or kwargs or x.is_meta or _stand_for_others(x)):
+            result = self._forward_with(kept, x, dtype, adapters, weight)
+            if result is not None:
+                return result
+        if weight is None:
+            result, others = self._product(x, *args, **kwargs), adapters
+        else:
+            bias = base_layers.own(self._modules["base_layer"], "bias")
+            base_layers.require_weight(weight, bias, x, self._weight_shape)
+            result, others = self._update(x, dtype, adapters[0], weight, bias), adapters[1:]
+        for adapter in others:
+            result = result + self._update(x, dtype, adapter, None, None).to(result.dtype)
+        return result
+
+    def _add_mixed(self, x: Tensor, result: Tensor) -> Tensor:
+        """`result`, the base layer's, and for every sample in `x` the update of its own adapter."""
+        dtype = compute_dtype(x)
+        return add_updates(
+            self.mixed_batch, x, result, self.randlora_lambda,
+            lambda rows, name: self._update(rows, dtype, name, None, None),
+        )  # fmt: skip
+
+    def _product(self, x: Tensor, *args, **kwargs) -> Tensor:
+        return base_layers.product(self.base_layer, x, self.in_features, self.out_features, *args, **kwargs)
+
+    def _moved(self, x: Tensor) -> Tensor:
+        """The input where an offloaded base layer would take it."""
+        device = offload.execution_device(self.base_layer)
+        return x if device is None or x.is_meta else x.to(device)
+
+    def _update(
+        self, x: Tensor, dtype: torch.dtype, adapter: str, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        dropout = self._modules["randlora_dropout"]._modules[adapter]
+        strategy = "auto" if self.strategy == "merged" and weight is None else self.strategy
+        found = self._pattern(adapter, x.device)
+        A = B = pattern = None
+        if found is None:
+            A, B, factor = self._tensors(adapter, dtype, x.device)
+        else:
+            pattern, factor = found
+        p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+        return linear_of(
+            x, weight, bias, A, B, *self._trained(adapter, x.device), self.scaling[adapter] * factor, p, dtype,
+            strategy, self.out_features, self.fan_in_fan_out, self.workspace, None, pattern,
+        )  # fmt: skip
+
+    def _base_is_plain(self) -> bool:
+        """Whether the base layer does nothing but its product with a frozen weight, so that the op may do it."""
+        return self._plain_weight() is not None
+
+    def _plain_weight(self) -> Tensor | None:
+        """The weight of such a base layer, not read by way of ``self.weight``, which would note that."""
+        weight = plain_weight(self._modules["base_layer"])
+        return None if weight is None or weight.requires_grad else weight
+
+    def _forward_with(
+        self,
+        kept: update_cache.InferenceCache,
+        x: Tensor,
+        dtype: torch.dtype,
+        adapters: list[str],
+        weight: Tensor | None,
+    ) -> Tensor | None:
+        """The output by a matrix that `kept` holds, or None. `weight`: by :meth:`_plain_weight`."""
+        device, bias = x.device, None
+        sources = [part for name in adapters for part in self._held(name)]
+        if weight is not None:
+            bias = base_layers.own(self._modules["base_layer"], "bias")
+            base_layers.require_weight(weight, bias, x, self._weight_shape)
+        merged = weight is not None and weight.dtype == dtype
+        if merged and dtype not in (torch.float32, torch.float64):
+            merged = self.strategy == "merged"
+        if merged:  # the update alone does not depend on the weight, which need not be an ordinary tensor
+            sources.append(weight)
+        for source in sources:
+            if source.device != device:
+                for name in adapters:
+                    self._trained(name, device)  # raises for those that have no numbers
+                return None
+        patterns = (self._pattern(name, device) for name in adapters)
+        if all(found is not None and is_hadamard(found[0]) for found in patterns):
+            return None  # one token costs little more than the base layer alone
+        stream = torch._C._cuda_getCurrentRawStream(device.index) if x.is_cuda else None  # others would have to wait
+        key = merged, dtype, device, stream, *adapters
+        settings = [(self.scaling[name], self._bases(name).version()) for name in adapters]
+
+        def price() -> tuple[float, float]:
+            return self._price_of_update(x, dtype, adapters)
+
+        def build() -> Tensor:
+            update = sum(self.get_delta_weight(name) for name in adapters)
+            built = (weight + update if merged else update).to(dtype)
+            # [out, in] in the place of a weight, otherwise [in, out], as it is multiplied.
+            return built.t() if self.fan_in_fan_out == merged else built
+
+        nbytes = self.in_features * self.out_features * dtype.itemsize  # a 4-bit weight has fewer elements
+        cached = kept.get(self, key, sources, settings, nbytes, price, build)
+        if cached is None:
+            return None
+        if merged:
+            return F.linear(x, cached, bias)
+        own = weight is not None
+        result = F.linear(x, weight.t() if self.fan_in_fan_out else weight, bias) if own else self._product(x)
+        if result.dtype != dtype:  # under autocast some quantised layers give the input's dtype
+            return result + F.linear(x, cached.t()).to(result.dtype)
+        # One accumulating product: the sum is rounded once, and no pass over the output is spent on adding.
+        rows = x.reshape(-1, self.in_features)
+        rows = rows if rows.dtype == dtype else rows.to(dtype)
+        if own and result.is_contiguous():
+            result.view(-1, self.out_features).addmm_(rows, cached)
+            return result
+        flat = torch.addmm(result.reshape(-1, self.out_features), rows, cached)
+        return torch.ops.aten._unsafe_view(flat, result.shape)  # as torch.nn.functional.linear does: not a view
+
+    def _price_of_update(self, x: Tensor, dtype: torch.dtype, adapters: list[str]) -> tuple[float, float]:
+        """What a call with `x` spends on the updates of `adapters`, and what building them costs."""
+        tokens, size, device_type = x.numel() // self.in_features, (self.in_features, self.out_features), x.device.type
+        prices = [
+            planner.price_of_update(
+                tokens, *size, self.num_bases[name], self.r[name], dtype, device_type, self._pattern(name, x.device)
+            )
+            for name in adapters
+        ]
+        return sum(rent for rent, _ in prices), sum(building for _, building in prices)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self._unmerged_weight is not None:  # travels with the weight, but is no part of the state dict
+            kept = self._unmerged_weight
+            self._unmerged_weight = (quantized.moved(fn, kept[0]),) if isinstance(kept, tuple) else fn(kept)
+        return self
+
+    def _get_name(self) -> str:
+        return "randlora.Linear"
+
+    def extra_repr(self) -> str:
+        adapters = [
+            f"{name}: r={self.r[name]}, num_bases={self.num_bases[name]}, alpha={self.randlora_alpha[name]:g}, "
+            f"kind={self.bases[name].kind}"
+            for name in self.randlora_lambda
+        ]
+        state = [f"active={self._active_adapters}"]
+        if self.merged:
+            state.append(f"merged={self.merged_adapters}")
+        if self.disable_adapters:
+            state.append("disabled")
+        return f"in_features={self.in_features}, out_features={self.out_features}, {', '.join(state)}\n" + "\n".join(
+            adapters
+        )
+
+
+def is_plain(base: nn.Module) -> bool:
+    """Whether a layer does nothing but its product with an ordinary weight."""
+    return plain_weight(base) is not None
+
+
+def plain_weight(base: nn.Module) -> Tensor | None:
+    """The weight of such a layer, None of any other."""
+    cls = type(base)
+    if not (cls is nn.Linear or cls in conv1d_types()):
+        return None
+    if base._forward_hooks or base._forward_pre_hooks or base_layers.forward_is_replaced(base):
+        return None
+    weight = base_layers.own(base, "weight")
+    # torchao's quantised weights are subclasses; torch.export puts fake tensors in the place of all parameters.
+    return weight if type(weight) in (nn.Parameter, Tensor, FakeTensor) else None
+
+
+def conv1d_types() -> tuple[type, ...]:
+    """transformers' Conv1D, where transformers is in use at all; importing it here would be slow for those without."""
+    module = sys.modules.get("transformers.pytorch_utils")
+    return () if module is None else (module.Conv1D,)
+
+
+def _stand_for_others(x: Tensor) -> bool:
+    """Whether tensors here stand for others that come later: in torch.func, CUDA graphs, torch.jit.trace, make_fx."""
+    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
+        return True
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,352 @@
+"""The adapter bookkeeping of one layer: which adapters it has, which are active, which are merged.
+
+Names follow PEFT's ``RandLoraLayer`` and ``BaseTunerLayer``. Unlike there, every adapter keeps its own rank, number of
+bases and bases, and merging keeps the base weight, so that unmerging restores it bit for bit.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..bases.patterns import Pattern
+from ..bases.random_bases import RandomBases
+from ..bases.shared import shared_bases
+from ..checks import require_float, require_size
+from ..functional import delta_weight, flat_bases, sparse_delta_weight
+from ..names import check_adapter_name
+from ..undo import all_or_nothing
+from . import offload
+from .base_layer import tensor_weight
+from .merging import Mergeable
+from .mixed_batch import MixedBatch
+
+BaseTensors = Tensor | Mapping[str, Tensor] | None
+
+
+class RandLoraLayer(Mergeable):
+    """Mixin for a module that wraps ``base_layer`` and adds RandLoRA updates to it.
+
+    Attributes (dicts are keyed by adapter name):
+        randlora_lambda: ``[r, num_bases]`` parameters. randlora_gamma: ``[num_bases, min_dim]`` parameters.
+        randlora_A, randlora_B: the bases in unit variance, read-only, not part of the state dict.
+        bases: the :class:`~randlora.RandomBases` behind them.
+        r, num_bases, randlora_alpha, scaling (alpha / r), randlora_dropout: settings.
+
+    ``fan_in_fan_out`` says that the base weight is ``[in, out]``, as in transformers' ``Conv1D``.
+    """
+
+    adapter_layer_names = ("randlora_lambda", "randlora_gamma")
+    other_param_names = (
+        "randlora_A",
+        "randlora_B",
+        "randlora_dropout",
+        "r",
+        "num_bases",
+        "randlora_alpha",
+        "scaling",
+    )
+
+    def _init_randlora(
+        self, base_layer: nn.Module, in_features: int, out_features: int, fan_in_fan_out: bool = False
+    ) -> None:
+        self.base_layer = base_layer
+        self.in_features, self.out_features = in_features, out_features
+        self.fan_in_fan_out = fan_in_fan_out
+        self.r: dict[str, int] = {}
+        self.num_bases: dict[str, int] = {}
+        self.randlora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.bases: dict[str, RandomBases] = {}
+        self.randlora_dropout = nn.ModuleDict()
+        self.randlora_lambda = nn.ParameterDict()
+        self.randlora_gamma = nn.ParameterDict()
+        self.merged_adapters: list[str] = []
+        self._active_adapters: list[str] = []
+        self._disable_adapters = self._inference_mode = False
+        self.mixed_batch: MixedBatch | None = None
+        # Tuples: nn.Module must not register what is in them.
+        self._unmerged_weight: Tensor | tuple[nn.Parameter] | None = None
+        self._merged_into: tuple[nn.Module] | None = None
+
+    # ---- adding and removing adapters ----
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        randlora_A: BaseTensors = None,
+        randlora_B: BaseTensors = None,
+        r: int = 32,
+        randlora_alpha: float = 640,
+        randlora_dropout: float = 0.0,
+        init_weights: bool = True,
+        *,
+        bases: RandomBases | None = None,
+        num_bases: int | None = None,
+    ) -> None:
+        """Add the adapter `adapter_name`; it becomes active and trainable if it is the layer's first.
+
+        Arguments as for :class:`randlora.Linear`. Raises before anything is changed.
+        """
+        check_adapter_name(adapter_name)
+        if adapter_name in self.randlora_lambda:
+            raise ValueError(f"this layer already has an adapter named {adapter_name!r}: delete it first")
+        r = require_size("r", r)
+        alpha = require_float("randlora_alpha", randlora_alpha)
+        dropout = require_float("randlora_dropout", randlora_dropout, 0.0, 1.0)
+        m, M = min(self.in_features, self.out_features), max(self.in_features, self.out_features)
+        n = -(-m // r) if num_bases is None else require_size("num_bases", num_bases)
+        if init_weights not in (True, False):
+            raise TypeError(f"init_weights must be True or False, got {init_weights!r}")
+        bases = self._choose_bases(adapter_name, randlora_A, randlora_B, bases, r)
+        bases.require(M, m, n)
+
+        dtype, device = self._parameters_like()
+        with all_or_nothing(self):
+            self.r[adapter_name], self.num_bases[adapter_name], self.bases[adapter_name] = r, n, bases
+            self.randlora_alpha[adapter_name], self.scaling[adapter_name] = alpha, alpha / r
+            self.randlora_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
+            lam = torch.randn(r, n, dtype=dtype, device=device)
+            gamma = torch.full((n, m), 1 / M, dtype=dtype, device=device)
+            self.randlora_lambda[adapter_name], self.randlora_gamma[adapter_name] = map(nn.Parameter, (lam, gamma))
+            if init_weights:
+                self.reset_randlora_parameters(adapter_name)
+            self.set_adapter(self._active_adapters or [adapter_name], self._inference_mode)
+
+    def _parameters_like(self) -> tuple[torch.dtype, torch.device]:
+        """What parameters that go with the base layer are: on meta only if the layer has no numbers itself."""
+        dtype, device = self.compute_dtype_and_device()
+        # 16-bit and quantised weights get fp32 parameters: their updates would vanish in 16 bits.
+        return dtype if dtype in (torch.float32, torch.float64) else torch.float32, device
+
+    def compute_dtype_and_device(self) -> tuple[torch.dtype, torch.device]:
+        """What the layer computes in outside of autocast, and where; fp32 where the weight does not tell."""
+        base = self.get_base_layer()
+        weight = tensor_weight(base)
+        if weight is None:  # of a layer that was quantised after it was adapted
+            first = next(iter(self.randlora_lambda.values()), None)
+            return torch.float32, torch.device("cpu") if first is None else first.device
+        dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
+        return dtype, offload.device_of(base, weight)
+
+    def _choose_bases(
+        self, adapter_name: str, A: BaseTensors, B: BaseTensors, bases: RandomBases | None, r: int
+    ) -> RandomBases:
+        if (A is None) != (B is None):
+            raise ValueError(
+                "randlora_A and randlora_B must be given together, got only randlora_" + ("B" if A is None else "A")
+            )
+        if A is not None and bases is not None:
+            raise ValueError("give either randlora_A and randlora_B or bases, not both")
+        if bases is None:
+            if A is None:
+                return shared_bases(r)
+            bases = RandomBases.from_tensors(
+                _of_adapter("randlora_A", A, adapter_name), _of_adapter("randlora_B", B, adapter_name)
+            )
+        if not isinstance(bases, RandomBases):
+            raise TypeError(f"bases must be randlora.RandomBases, got {type(bases).__name__}")
+        if bases.r != r:
+            raise ValueError(f"adapter {adapter_name!r} has r = {r}, but its bases have r = {bases.r}")
+        return bases
+
+    def reset_randlora_parameters(self, adapter_name: str) -> None:
+        """PEFT's initialisation: lambda zero and gamma ``1 / max(num_bases, min_dim)``, so that the update is zero."""
+        self._check_adapter(adapter_name)
+        gamma = self.randlora_gamma[adapter_name]
+        for parameters, value in ((self.randlora_lambda, 0.0), (self.randlora_gamma, 1 / max(gamma.shape))):
+            with torch.no_grad():
+                parameter = parameters[adapter_name].fill_(value)
+            if parameter.is_meta and offload.hooks(parameters):
+                offload.write(parameters, adapter_name, torch.full_like(parameter, value, device="cpu"))
+
+    def reset_parameters(self) -> None:
+        """torch's way to fill modules after ``to_empty``: all adapters start anew, the base layer is not touched."""
+        for adapter_name in self.randlora_lambda:
+            self.reset_randlora_parameters(adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. If it was the only active one, the first that is left becomes active (with a warning)."""
+        self._check_adapter(adapter_name)
+        if adapter_name in self.merged_adapters:
+            raise ValueError(f"adapter {adapter_name!r} is merged into the base weight: call unmerge() first")
+        active, left = self._active_adapters, [name for name in self._active_adapters if name != adapter_name]
+        others = [name for name in self.randlora_lambda if name != adapter_name]
+        if active == [adapter_name] and others:
+            left = others[:1]
+            warnings.warn(f"the active adapter {adapter_name!r} was deleted; {left[0]!r} is active now", stacklevel=2)
+        with all_or_nothing(self):
+            for parameters in self.trained_parts():
+                offload.forget(parameters, adapter_name)
+            for kept in (
+                self.r,
+                self.num_bases,
+                self.randlora_alpha,
+                self.scaling,
+                self.bases,
+                self.randlora_dropout,
+                self.randlora_lambda,
+                self.randlora_gamma,
+            ):
+                del kept[adapter_name]
+            if adapter_name in active:
+                self.set_adapter(left, self._inference_mode)
+
+    # ---- which adapters act ----
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self._active_adapters)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter's name, or the list of them if there are several (as in PEFT)."""
+        return self._active_adapters[0] if len(self._active_adapters) == 1 else self.active_adapters
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Activate these adapters; they become trainable (not with `inference_mode`), all others frozen."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(dict.fromkeys(adapter_names))
+        for name in names:
+            self._check_adapter(name)
+        self._active_adapters, self._inference_mode = names, inference_mode
+        frozen = inference_mode or self._disable_adapters
+        for parameters in (self.randlora_lambda, self.randlora_gamma):
+            for name, parameter in parameters.items():
+                parameter.requires_grad_(name in names and not frozen)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters on or off. Off: they are frozen, and merged ones leave the weight at the next call."""
+        self._disable_adapters = not enabled
+        self.set_adapter(self._active_adapters, self._inference_mode)
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self._disable_adapters
+
+    # ---- the update as a matrix ----
+
+    @property
+    def randlora_A(self) -> Mapping[str, Tensor]:
+        return _Values(self.bases, "A")
+
+    @property
+    def randlora_B(self) -> Mapping[str, Tensor]:
+        return _Values(self.bases, "B")
+
+    def get_scaled_bases(self, adapter: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """The two factors that the input passes through in turn: ``F.linear(F.linear(x, first), second) * scaling``.
+
+        ``in <= out``: the scaled base ``[n*r, in]`` and B ``[out, n*r]``; otherwise the transposes of B and of the
+        scaled base. fp32 (fp64 for fp64 parameters), on `device` or that of the parameters.
+        """
+        self._check_adapter(adapter)
+        S2, B2 = flat_bases(*self._update_arguments(adapter, 1.0, device), self.in_features, self.out_features)
+        return (S2, B2) if self.in_features <= self.out_features else (B2.T, S2.T)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """``dW`` of one adapter in the weight's layout (``[out, in]``, or ``[in, out]`` where `fan_in_fan_out`).
+
+        fp32 (fp64 for fp64 parameters), whatever the weight's dtype.
+        """
+        self._check_adapter(adapter)
+        found = self._pattern(adapter)
+        if found is None:
+            arguments = self._update_arguments(adapter, self.scaling[adapter])
+            update = delta_weight(*arguments, self.in_features, self.out_features)
+        else:
+            lam, gamma = self._trained(adapter, self._device(adapter))
+            dtype = torch.float64 if lam.dtype == torch.float64 else torch.float32
+            update = sparse_delta_weight(
+                *found, lam.to(dtype), gamma.to(dtype), self.scaling[adapter], self.in_features, self.out_features
+            )
+        return update.T if self.fan_in_fan_out else update
+
+    def pattern(self, adapter: str) -> Pattern | None:
+        """The packed bases of an adapter (:meth:`randlora.RandomBases.pattern`), or None for dense ones."""
+        found = self._pattern(adapter)
+        return None if found is None else found[0]
+
+    def _bases(self, adapter: str) -> RandomBases:
+        return self.bases[adapter]
+
+    def _pattern(self, adapter: str, device: torch.device | None = None) -> tuple[Pattern, float] | None:
+        device = self._device(adapter) if device is None else device
+        return self._bases(adapter).pattern(min(self.in_features, self.out_features), device)
+
+    def _tensors(self, adapter: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, float]:
+        """A, B and the factor that their product lacks."""
+        bases = self._bases(adapter)
+        return *bases.tensors(dtype, device), bases.scale
+
+    def _update_arguments(self, adapter: str, scaling: float, device: torch.device | None = None) -> tuple:
+        device = self._device(adapter) if device is None else torch.device(device)
+        lam, gamma = self._trained(adapter, device)
+        dtype = torch.float64 if lam.dtype == torch.float64 else torch.float32
+        A, B, factor = self._tensors(adapter, dtype, device)
+        return A, B, lam.to(device, dtype), gamma.to(device, dtype), scaling * factor
+
+    def _device(self, adapter: str) -> torch.device:
+        """Where the adapter's numbers are, or would be in a call if they are offloaded."""
+        return offload.device_of(self.randlora_lambda, self.randlora_lambda[adapter])
+
+    def _held(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """lambda and gamma as they are between calls."""
+        parts = self._modules
+        return offload.held(parts["randlora_lambda"], adapter), offload.held(parts["randlora_gamma"], adapter)
+
+    def _trained(self, adapter: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """lambda and gamma for a call on `device`: see :func:`randlora.layers.offload.trained`."""
+        parts = self._modules
+        return (
+            offload.trained(parts["randlora_lambda"], adapter, "randlora_lambda", device),
+            offload.trained(parts["randlora_gamma"], adapter, "randlora_gamma", device),
+        )
+
+    # ---- small things ----
+
+    def get_base_layer(self) -> nn.Module:
+        return self.base_layer
+
+    def trained_parts(self) -> tuple[nn.ParameterDict, nn.ParameterDict]:
+        return self.randlora_lambda, self.randlora_gamma
+
+    @property
+    def _weight_shape(self) -> tuple[int, int]:
+        shape = self.out_features, self.in_features
+        return shape[::-1] if self.fan_in_fan_out else shape
+
+    def _check_adapter(self, adapter_name: str) -> None:
+        if adapter_name not in self.randlora_lambda:
+            known = ", ".join(self.randlora_lambda) or "none"
+            raise ValueError(f"this layer has no adapter named {adapter_name!r}; it has: {known}")
+
+
+class _Values(Mapping):
+    """Adapter name -> A or B of its bases."""
+
+    def __init__(self, bases: dict[str, RandomBases], which: str) -> None:
+        self._bases, self._which = bases, which
+
+    def __getitem__(self, adapter: str) -> Tensor:
+        return getattr(self._bases[adapter], self._which)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bases)
+
+    def __len__(self) -> int:
+        return len(self._bases)
+
+
+def _of_adapter(name: str, tensors: Tensor | Mapping[str, Tensor], adapter_name: str) -> Tensor:
+    if isinstance(tensors, Tensor):
+        return tensors
+    if not isinstance(tensors, Mapping) and not hasattr(tensors, "keys"):  # PEFT's BufferDict is no Mapping
+        raise TypeError(
+            f"{name} must be a tensor or a mapping from adapter names to tensors, got {type(tensors).__name__}"
+        )
+    if adapter_name not in tensors:
+        raise ValueError(f"{name} has no entry for adapter {adapter_name!r}; it has: {', '.join(tensors) or 'none'}")
+    return tensors[adapter_name]

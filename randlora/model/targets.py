@@ -1,0 +1,240 @@
+"""Which layers of a model a config means: PEFT's rules for ``target_modules`` and its companions."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Callable, Iterator
+
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from ..config import ALL_LINEAR, RandLoraConfig
+from ..expressions import Expression
+from ..layers.attention import MultiheadAttention
+from ..layers.linear import conv1d_types
+from ..layers.randlora_layer import RandLoraLayer
+from ..names import is_wrapper, plain_name
+
+
+def find_targets(model: nn.Module, config: RandLoraConfig) -> dict[str, nn.Module]:
+    """Name -> module for every layer that `config` targets, in the model's order.
+
+    Adapted layers stand for themselves. ``nn.MultiheadAttention`` counts as one layer; its ``out_proj`` alone can be
+    targeted too. A module that a model uses under several names is meant by each of them, and found under the first.
+    Names are matched as they are in a model that is not compiled (:func:`randlora.names.plain_name`).
+
+    Raises:
+        ValueError: nothing matches (with the nearest names), something that is not supported does, or a regular
+            expression takes too long.
+    """
+    if is_supported(model):
+        raise ValueError(
+            f"this model is itself one layer, a {type(model).__name__}, with nothing to put an adapted layer into: "
+            "take randlora.Linear(model, ...), or adapt torch.nn.Sequential(model)"
+        )
+    config.target_modules = wanted = _wanted(model, config)
+    modules = dict(_modules(model))
+    names: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        names.setdefault(id(module), []).append(name)
+    is_excluded = _matcher("exclude_modules", config.exclude_modules)
+    excluded = {id(module) for name, module in modules.items() if is_excluded(plain_name(name))}
+    if config.exclude_modules and not excluded:
+        warnings.warn(f"exclude_modules={config.exclude_modules!r} matches nothing in this model", stacklevel=2)
+    saved, has_index = set(config.modules_to_save or ()), _index_matcher(config)
+    allowed = {
+        key: [n for n in known if n and not _inside(plain_name(n), saved) and has_index(plain_name(n))]
+        for key, known in names.items()
+        if key not in excluded
+    }
+    if _is_all_linear(wanted):
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        # The parts of an attention are adapted with it.
+        inner = tuple(f"{name}." for name, module in modules.items() if is_attention(module))
+        found = {n[0]: modules[n[0]] for n in (names[key] for key, left in allowed.items() if left)}
+        linear = {name: m for name, m in found.items() if is_supported(m) and not name.startswith(inner)}
+        for name, module in linear.items():
+            _check_has_size(name, module)
+        linear = {name: m for name, m in linear.items() if m is not head and all(layer_sizes(m))}
+        _check_not_compiled(linear, wanted)
+        return _some(linear, model, config)
+    is_wanted = _matcher("target_modules", wanted)
+    meant = [names[key][0] for key, left in allowed.items() if any(is_wanted(plain_name(name)) for name in left)]
+    hits = {name: modules[name] for name in meant}
+    _check_not_compiled(hits, wanted)
+    _check_supported(hits, wanted)
+    if isinstance(wanted, list):
+        endings = {ending for name in modules for ending in endings_of(plain_name(name))}
+        for target in wanted:
+            if target not in endings:
+                raise ValueError(f"target_modules: {target!r} matches no layer of this model{_meant([target], model)}")
+    return _some(hits, model, config)
+
+
+def _is_all_linear(wanted: list[str] | str) -> bool:
+    return isinstance(wanted, str) and wanted.lower() == ALL_LINEAR
+
+
+def _check_not_compiled(found: dict[str, nn.Module], wanted: list[str] | str) -> None:
+    for name in found:
+        if name.endswith("_orig_mod"):
+            raise ValueError(
+                f"target_modules={wanted!r} matches {plain_name(name)!r}, which torch.compile has compiled by itself "
+                "and would go on calling as it was: adapt it before, or compile a module around it"
+            )
+
+
+def _check_supported(found: dict[str, nn.Module], wanted: list[str] | str) -> None:
+    for name, module in found.items():
+        _check_has_size(name, module)
+        if getattr(module, "is_modules_to_save", False):
+            raise ValueError(
+                f"target_modules={wanted!r} matches {name!r}, which another adapter has among its modules_to_save"
+            )
+        if is_supported(module) and not all(layer_sizes(module)):
+            raise ValueError(
+                f"target_modules={wanted!r} matches {name!r}, a {type(module).__name__} with (in, out) = "
+                f"{layer_sizes(module)}: without numbers there is nothing to adapt; exclude_modules leaves it out"
+            )
+        if not is_supported(module):
+            inside = [f"{name}.{n}" for n, m in module.named_modules() if n and is_supported(m)][:3]
+            raise ValueError(
+                f"target_modules={wanted!r} matches {name!r}, a {type(module).__name__}, which cannot be adapted: "
+                "torch.nn.Linear, transformers' Conv1D, torch.nn.MultiheadAttention and quantised linear layers can"
+                + (f"; inside it: {', '.join(inside)}" if inside else "; exclude_modules leaves it out")
+            )
+
+
+def _check_has_size(name: str, module: nn.Module) -> None:
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        raise ValueError(f"{name!r} is a lazy layer that has no size yet: call the model once before adapting it")
+
+
+def is_attention(module: nn.Module) -> bool:
+    return isinstance(module, (nn.MultiheadAttention, MultiheadAttention))
+
+
+def is_supported(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, RandLoraLayer, *conv1d_types())) or is_attention(module)
+
+
+def _modules(model: nn.Module):
+    """All modules under all the names that they have in the unadapted model."""
+    inner: list[str] = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name.startswith(tuple(inner)):
+            continue
+        if is_wrapper(module):
+            continue
+        if isinstance(module, RandLoraLayer) or getattr(module, "is_modules_to_save", False):
+            inner.append(f"{name}.")
+        elif isinstance(module, MultiheadAttention):
+            inner += [f"{name}.{part}." for part in ("q_proj", "k_proj", "v_proj", "out_proj")]
+            inner += [f"{name}.{part}" for part in ("q_proj", "k_proj", "v_proj")]
+        yield name, module
+
+
+def _wanted(model: nn.Module, config: RandLoraConfig) -> list[str] | str:
+    if config.target_modules is not None:
+        if not config.target_modules:
+            raise ValueError("target_modules must name at least one layer, got an empty list")
+        return config.target_modules
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind is None:
+        raise ValueError('target_modules must be given for this model: names of layers, or "all-linear"')
+    try:
+        from peft.utils import TRANSFORMERS_MODELS_TO_RANDLORA_TARGET_MODULES_MAPPING as table
+    except ImportError as error:
+        raise ValueError(
+            "target_modules must be given: the defaults of known architectures are taken from PEFT, which is not "
+            "installed (pip install peft)"
+        ) from error
+    if kind not in table:
+        raise ValueError(f'target_modules must be given: there is no default for {kind!r}; "all-linear" is one choice')
+    return table[kind] if isinstance(table[kind], str) else sorted(table[kind])
+
+
+def _matcher(setting: str, wanted: list[str] | str | None) -> Callable[[str], bool]:
+    """Whether `wanted` means a name: a regular expression for it as a whole, or one of its endings."""
+    if isinstance(wanted, str):
+        expression = Expression(setting, wanted)
+        return lambda name: expression.fullmatch(name) is not None
+    named = set(wanted or ())
+    return lambda name: not named.isdisjoint(endings_of(name))
+
+
+def endings_of(name: str) -> Iterator[str]:
+    """``"a.b.c"``: itself, ``"b.c"`` and ``"c"``, which all mean it in a list of names."""
+    while name:
+        yield name
+        name = name.partition(".")[2]
+
+
+def _inside(name: str, parents: set[str]) -> bool:
+    """Whether one of `parents` is `name` or a run of its parts."""
+    parts = name.split(".")
+    ends = range(1, len(parts) + 1)
+    return bool(parents) and any(".".join(parts[i:j]) in parents for j in ends for i in range(j))
+
+
+def _index_matcher(config: RandLoraConfig) -> Callable[[str], bool]:
+    """Whether the first number in a name (after `layers_pattern`, if given) is among ``layers_to_transform``."""
+    if config.layers_to_transform is None:
+        return lambda name: True
+    patterns, wanted = config.layers_pattern or [None], set(config.layers_to_transform)
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    start, end = r"(?:^|.*?\.)", r"(?P<randlora_index>\d+)(?:\.|$)"
+    expressions = [
+        Expression("layers_pattern", "" if p is None else p, start + ("" if p is None else rf"(?:{p})\.") + end)
+        for p in patterns
+    ]
+
+    def has_index(name: str) -> bool:
+        found = next(filter(None, (expression.match(name) for expression in expressions)), None)
+        return found is not None and int(found["randlora_index"]) in wanted
+
+    return has_index
+
+
+def _some(found: dict[str, nn.Module], model: nn.Module, config: RandLoraConfig) -> dict[str, nn.Module]:
+    if found:
+        return found
+    rules = ", ".join(
+        f"{name}={value!r}"
+        for name in ("target_modules", "layers_to_transform", "layers_pattern", "exclude_modules", "modules_to_save")
+        if (value := getattr(config, name)) is not None
+    )
+    raise ValueError(f"{rules} matches no layer of this model{_meant(config.target_modules, model)}")
+
+
+def _meant(wanted: list[str] | str, model: nn.Module) -> str:
+    names = [plain_name(name) for name, module in _modules(model) if is_supported(module) and name]
+    short = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
+    if not short:
+        return ", which has no layer that could be adapted"
+    listing = ", ".join(short[:20]) + (", ..." if len(short) > 20 else "")
+    if isinstance(wanted, str) and wanted in short:
+        return f": a string is a regular expression for whole names; did you mean the list [{wanted!r}]?"
+    leaf = "" if isinstance(wanted, str) else wanted[0].rsplit(".", 1)[-1][:200]  # comparing is quadratic
+    close = [name for name in short if leaf and leaf in name] or difflib.get_close_matches(leaf, short, 3, 0.5)
+    if leaf in short:
+        close = []  # the name is right, another rule leaves it out
+    return (f"; did you mean {' or '.join(map(repr, close))}?" if close else "") + f" (its linear layers: {listing})"
+
+
+def peft_dims(model: nn.Module, config: RandLoraConfig, found: dict[str, nn.Module]) -> tuple[int, int]:
+    """``(max_dim, min_dim)`` of the bases that PEFT would make: it takes the largest out and in dimensions apart."""
+    sizes = [layer_sizes(module) for module in found.values()]
+    largest_in, largest_out = max(s[0] for s in sizes), max(s[1] for s in sizes)
+    return max(largest_in, largest_out), min(largest_in, largest_out)
+
+
+def layer_sizes(module: nn.Module) -> tuple[int, int]:
+    """in_features and out_features of a layer that :func:`is_supported`."""
+    if is_attention(module):
+        sizes = module.embed_dim, module.kdim, module.vdim
+        return max(sizes) if all(sizes) else 0, module.embed_dim
+    if hasattr(module, "in_features"):
+        return module.in_features, module.out_features
+    return tuple(module.weight.shape)  # Conv1D

@@ -1,0 +1,1 @@
+"""Autograd, compile and transform rules around the compiled operators of ``csrc/``."""

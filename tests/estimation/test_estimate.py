@@ -1,0 +1,460 @@
+"""What `estimate` tells, held against models that are adapted, run and saved."""
+
+import gc
+import json
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.common import KINDS, normal, run_python
+from helpers.models import IDS, Net, net, tiny_gpt2, tiny_llama
+from helpers.planned import multiply_adds
+from helpers.saved_bytes import SavedBytes
+from torch import nn
+
+import randlora
+from randlora import RandLoraConfig, RandomBases, estimate, planner
+from randlora.__main__ import main
+from randlora.model import injection
+from randlora.model.injection import adapted_layers
+
+TOKENS = IDS.numel()
+TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
+
+
+def config(**settings):
+    return RandLoraConfig(**{"r": 4, "target_modules": TARGETS} | settings)
+
+
+class Chain(nn.Module):
+    """Blocks whose q, k and v share an input that nothing else keeps; wide, tall and square layers."""
+
+    def __init__(self, d=24, hidden=40, blocks=2):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"q": nn.Linear(d, hidden, bias=False), "k": nn.Linear(d, hidden, bias=False),
+                           "v": nn.Linear(d, d, bias=False), "o": nn.Linear(hidden, d, bias=False)})
+            for _ in range(blocks)
+        )  # fmt: skip
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block["o"](block["q"](x) + block["k"](x)) + block["v"](x)
+        return x
+
+
+CHAIN = ["q", "k", "v", "o"]
+
+
+def adapted(model, settings):
+    """The model with bases of its own, so that other tests' do not count."""
+    model = randlora.get_peft_model(model, settings)
+    bases = next(iter(adapted_layers(model.model).values())).bases["default"]
+    own = RandomBases(bases.max_dim, bases.min_dim, bases.r, bases.kind, 7, bases.num_bases,
+                      sparsity=bases.sparsity if "sparse" in bases.kind else None)  # fmt: skip
+    for layer in adapted_layers(model.model).values():
+        layer.bases["default"] = own
+        nn.init.normal_(layer.randlora_lambda["default"])
+        nn.init.normal_(layer.randlora_gamma["default"])
+    return model, own
+
+
+# ---- trained numbers, files ----
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"r": 5, "target_modules": "all-linear"}, {"num_bases": 2}, {"bias": "all"}, {"bias": "randlora_only"},
+    {"modules_to_save": ["head"]}, {"layers_to_transform": [1], "kind": "sign"}, {"prng": "peft"},
+    {"save_projection": False}, {"kind": "sparse", "sparsity": 7.0},
+], ids=str)  # fmt: skip
+def test_trained_numbers_and_files_are_those_of_the_adapted_model(settings, tmp_path):
+    result = estimate(net(torch.float32), config(**settings), TOKENS, inputs=IDS)
+    told = result["methods"][result["kind"]]
+    model = randlora.get_peft_model(net(torch.float32), config(**settings))
+    assert told["trainable_parameters"] == model.get_nb_trainable_parameters()[0]
+    assert told["optimizer_bytes"] == 2 * 4 * told["trainable_parameters"]
+    assert result["layers"] == len(adapted_layers(model.model))
+    model.save_pretrained(tmp_path)
+    real = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert told["file_bytes"] == pytest.approx(real, rel=0.02, abs=400)
+    model.peft_config["default"].save_projection = False
+    model.save_pretrained(tmp_path)
+    real = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert told["file_bytes_without_projections"] == pytest.approx(real, rel=0.02, abs=400)
+
+
+# ---- bases ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_bases_take_what_they_are_said_to(kind, dtype):
+    model = nn.Sequential(nn.Linear(200, 330), nn.Linear(330, 121)).to(dtype)
+    x = torch.randn(9, 200, dtype=dtype)
+    settings = {"r": 16, "kind": kind, "target_modules": "all-linear"}
+    told = estimate(model, settings, 9, inputs=x)["methods"][kind]
+    model, bases = adapted(model, settings)
+    model(x).sum().backward()
+    if told["bases_form"] == "dense":
+        assert told["bases_bytes"] == bases.nbytes
+    else:
+        assert told["bases_bytes"] == pytest.approx(bases.nbytes, rel=0.03) and bases.nbytes > 0
+    assert told["bases_form"] == next(
+        (type(held).__name__.lower() for held, _ in bases._lists.values()), "dense"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("sparsity", [1.0, 2.0, 3.0, 9.0, 20.0, 50.0])
+def test_bases_of_any_sparsity(sparsity):
+    model = nn.Sequential(nn.Linear(250, 330))
+    settings = {"r": 8, "kind": "sparse", "sparsity": sparsity, "target_modules": "all-linear"}
+    told = estimate(model, settings, 9)["methods"]["sparse"]
+    model, bases = adapted(model, settings)
+    bases.pattern(250)
+    assert told["bases_bytes"] == pytest.approx(bases.nbytes, rel=0.05)
+
+
+def test_lists_beside_a_forced_factored_strategy_are_dense_too():
+    model = nn.Sequential(nn.Linear(200, 200))
+    settings = {"r": 16, "kind": "very_sparse", "target_modules": "all-linear", "strategy": "factored"}
+    told = estimate(model, settings, 9)["methods"]["very_sparse"]
+    model, bases = adapted(model, settings)
+    model(torch.randn(9, 200)).sum().backward()
+    assert told["bases_bytes"] == pytest.approx(bases.nbytes, rel=0.05)
+
+
+# ---- a step ----
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("requires_grad", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_saved_bytes_of_a_chain(dtype, requires_grad, dropout):
+    x = torch.randn(30, 24, dtype=dtype).requires_grad_(requires_grad)
+    settings = RandLoraConfig(r=4, target_modules=CHAIN, randlora_dropout=dropout)
+    told = estimate(Chain().to(dtype), settings, 30, inputs=x)
+    model, bases = adapted(Chain().to(dtype), settings)
+    with SavedBytes([*model.parameters(), *bases.tensors(dtype)]) as saved:
+        model(x)
+    assert told["inputs"] == "counted"
+    assert told["methods"]["dense"]["saved_bytes"] == saved.bytes
+    assert told["methods"]["dense"]["saved_bytes"] == 2 * 30 * (24 + 40) * dtype.itemsize
+
+
+@pytest.mark.parametrize("make, targets", [
+    (lambda: net(torch.float32), TARGETS), (tiny_llama, ["q_proj", "v_proj"]), (tiny_llama, "all-linear"),
+    (tiny_gpt2, "all-linear"),
+], ids=["net", "llama", "llama-all", "gpt2"])  # fmt: skip
+def test_saved_bytes_of_models_are_what_comes_to_those_of_the_frozen_one(make, targets):
+    settings = {"r": 4, "target_modules": targets}
+    given = {} if hasattr(make(), "config") else {"inputs": IDS}
+    told = estimate(make(), settings, TOKENS, **given)
+    assert told["inputs"] == "counted"
+
+    frozen = make().requires_grad_(False).train()
+    layers = [m for m in frozen.modules() if type(m).__name__ in ("Linear", "Conv1D")]
+    layers[0].register_forward_hook(lambda layer, args, y: y.requires_grad_())  # where the adapter's gradients begin
+    with SavedBytes(frozen.state_dict(keep_vars=True).values()) as before:
+        frozen(IDS)
+    model, bases = adapted(make(), settings)
+    with SavedBytes([*model.state_dict(keep_vars=True).values(), *bases.tensors()]) as after:
+        model.train()(IDS)
+    assert told["methods"]["dense"]["saved_bytes"] == pytest.approx(after.bytes - before.bytes, rel=0.02)
+
+
+@pytest.mark.parametrize("strategy", ["auto", *planner.STRATEGIES])
+@pytest.mark.parametrize("tokens", [7, 120])
+def test_operations_are_those_of_the_products_that_run(strategy, tokens):
+    settings = RandLoraConfig(r=4, target_modules=CHAIN, strategy=strategy)
+    told = estimate(Chain(), settings, tokens, inputs=torch.zeros(tokens, 24))["methods"]["dense"]
+    frozen, (model, _) = Chain().requires_grad_(False), adapted(Chain(), settings)
+    x = normal(tokens, 24)
+    with torch.profiler.profile(record_shapes=True) as with_adapter:
+        model(x).sum().backward()
+    # As in the adapted model, the first block's gradients end at its own layers.
+    for name in ("q", "k", "v"):
+        frozen.blocks[0][name].register_forward_hook(lambda layer, args, y: y.requires_grad_())
+    with torch.profiler.profile(record_shapes=True) as without:
+        frozen(x).sum().backward()
+    assert told["multiply_adds"] == multiply_adds(with_adapter) - multiply_adds(without)
+    assert {row["input_gradient"] for row in told["shapes"]} == {True, False}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+# Tokens in number such that no two strategies are close: the sizes of lists are expected ones here, random ones there.
+@pytest.mark.parametrize("tokens, dropout", [(3, 0.0), (50, 0.0), (50, 0.1), (600, 0.0)])
+def test_strategies_are_those_that_a_step_takes(kind, tokens, dropout, monkeypatch):
+    settings = RandLoraConfig(r=16, kind=kind, target_modules="all-linear", randlora_dropout=dropout)
+    make = lambda: nn.Sequential(nn.Linear(150, 220), nn.Linear(220, 130), nn.Linear(130, 130))  # noqa: E731
+    x = torch.randn(tokens, 150)
+    told = estimate(make(), settings, tokens, inputs=x)["methods"][kind]["shapes"]
+    model, _ = adapted(make(), settings)
+    taken, plan = [], planner.plan
+
+    def for_tokens(parts):
+        """Of a plan such as "factored<340,merged"."""
+        named = (part.partition("<") for part in parts.split(","))
+        return next(name for name, _, limit in named if not limit or tokens < int(limit))
+
+    def spy(*args, **kwargs):
+        found = plan(*args, **kwargs)
+        taken.append((*args[:3], *map(for_tokens, found)))
+        return found
+
+    monkeypatch.setattr(planner, "remembered_plan", spy)
+    model(x)
+    assert [(r["in_features"], r["out_features"], r["num_bases"], r["forward"], r["backward"]) for r in told] == taken
+
+
+def test_a_layer_that_is_called_several_times_counts_each_time():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(12, 12)
+
+        def forward(self, x):
+            return self.layer(torch.tanh(self.layer(x)))
+
+    x = torch.zeros(5, 12, requires_grad=True)
+    once = estimate(Twice(), config(target_modules=["layer"]), 5)["methods"]["dense"]
+    twice = estimate(Twice(), config(target_modules=["layer"]), 5, inputs=x)["methods"]["dense"]
+    assert twice["multiply_adds"] == 2 * once["multiply_adds"]
+    assert [row["count"] for row in twice["shapes"]] == [2]
+    assert twice["trainable_parameters"] == once["trainable_parameters"]
+    assert twice["saved_bytes"] == once["saved_bytes"]  # tanh keeps the second input anyway
+
+
+# ---- LoRA ----
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_lora_is_what_peft_makes_of_it(dtype, dropout, tmp_path):
+    peft = pytest.importorskip("peft")
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x = torch.randn(30, 24, dtype=dtype)
+    settings = RandLoraConfig(r=8, target_modules=CHAIN, randlora_dropout=dropout)
+    result = estimate(Chain().to(dtype), settings, 30, inputs=x)
+    told, dense = result["methods"]["lora"], result["methods"]["dense"]
+    more = told["trainable_parameters"] - dense["trainable_parameters"]
+    assert abs(more) <= told["trainable_parameters"] / told["rank"] / 2  # no other rank is nearer
+    plain = Chain().to(dtype).requires_grad_(False)
+    for name in ("q", "k", "v"):
+        plain.blocks[0][name].register_forward_hook(lambda layer, args, y: y.requires_grad_())
+    with FlopCounterMode(display=False) as frozen:
+        plain(x).sum().backward()
+    model = peft.get_peft_model(
+        Chain().to(dtype), peft.LoraConfig(r=told["rank"], target_modules=CHAIN, lora_dropout=dropout)
+    )
+    assert told["trainable_parameters"] == model.get_nb_trainable_parameters()[0]
+    with FlopCounterMode(display=False) as flops:
+        with SavedBytes(model.parameters()) as saved:
+            y = model(x)
+        y.sum().backward()
+    activations = sum(size for size, t in saved.storages.values() if size > 8)  # scaling factors are no activations
+    assert told["saved_bytes"] == activations
+    assert told["multiply_adds"] == (flops.get_total_flops() - frozen.get_total_flops()) / 2
+    model.save_pretrained(tmp_path)
+    assert told["file_bytes"] == pytest.approx((tmp_path / "adapter_model.safetensors").stat().st_size, abs=600)
+
+
+# ---- models of all sorts ----
+
+
+@pytest.mark.parametrize("case", ["meta", "conv1d", "attention", "double"])
+def test_whatever_can_be_adapted_can_be_told_of(case):
+    if case == "conv1d":
+        make, settings, given = tiny_gpt2, {"r": 4, "target_modules": ["c_attn", "c_fc"]}, {}
+    elif case == "attention":
+        make = lambda: nn.TransformerEncoderLayer(24, 2, 30, batch_first=True)  # noqa: E731
+        settings, given = {"r": 4, "target_modules": ["self_attn", "linear1"]}, {"inputs": torch.zeros(2, 10, 24)}
+    else:
+        make, settings, given = (lambda: net(torch.float64)), config(), {"inputs": IDS}
+    subject = make().to("meta") if case == "meta" else make()
+    result = estimate(subject, settings, TOKENS, device="cpu", **given)
+    assert result == estimate(make(), settings, TOKENS, **given) and result["inputs"] == "counted", result["notes"]
+    model = randlora.get_peft_model(make(), settings)
+    assert result["methods"]["dense"]["trainable_parameters"] == model.get_nb_trainable_parameters()[0]
+    assert result["layers"] == len(adapted_layers(model.model))
+    if case == "attention":
+        rows = [(r["in_features"], r["out_features"], r["count"]) for r in result["methods"]["dense"]["shapes"]]
+        assert rows[0] == (24, 24, 3)  # q, k and v: no gradient of the input; out_proj has one
+
+
+def test_quantised_layers_compute_their_own_product():
+    from helpers.quantized_layers import bnb, make_base
+
+    if bnb is None:
+        pytest.skip("bitsandbytes is not installed")
+    x = torch.zeros(6, 41, requires_grad=True)
+    quantised = estimate(nn.Sequential(make_base("nf4"), nn.Linear(24, 9)), config(target_modules=["0"]), 6, inputs=x)
+    plain = estimate(nn.Sequential(nn.Linear(41, 24), nn.Linear(24, 9)), config(target_modules=["0"]), 6, inputs=x)
+    assert quantised["inputs"] == "counted" and quantised["dtype"] == "float32"
+    here, there = quantised["methods"]["dense"], plain["methods"]["dense"]
+    assert {**here, "shapes": 0, "multiply_adds": 0, "workspace_bytes": 0} == {
+        **there, "shapes": 0, "multiply_adds": 0, "workspace_bytes": 0
+    }  # fmt: skip
+    assert all("merged" not in (r["forward"], r["backward"]) for r in here["shapes"])
+
+
+def test_autocast_computes_in_its_dtype_and_keeps_the_input_as_it_came():
+    x = torch.zeros(30, 24, requires_grad=True)
+    settings = RandLoraConfig(r=4, target_modules=CHAIN)
+    told = estimate(Chain(), settings, 30, inputs=x, autocast=torch.bfloat16)
+    assert told["dtype"] == "bfloat16"
+    dense, full = told["methods"]["dense"], estimate(Chain(), settings, 30, inputs=x)["methods"]["dense"]
+    assert dense["bases_bytes"] == full["bases_bytes"] / 2 and dense["saved_bytes"] == full["saved_bytes"]
+    assert all("merged" not in (r["forward"], r["backward"]) for r in dense["shapes"])
+
+
+def test_without_a_call_the_inputs_are_an_upper_bound():
+    told = estimate(net(torch.float32), config(), TOKENS)
+    assert told["inputs"] == "upper bound" and "upper bound" in str(told)
+    assert told["methods"]["dense"]["saved_bytes"] == 4 * TOKENS * 2 * (13 + 13 + 13 + 22)
+    counted = estimate(net(torch.float32), config(), TOKENS, inputs=IDS)["methods"]["dense"]
+    assert counted["saved_bytes"] < told["methods"]["dense"]["saved_bytes"]
+
+
+def test_the_trial_call_leaves_nothing_behind():
+    kept = []
+
+    def noted(tensor):
+        kept.append(weakref.ref(result := tensor.exp()))
+        return result
+
+    class Squared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            hidden = noted(self.a(x))
+            return self.b(hidden * hidden)
+
+    estimate(Squared(), {"r": 2, "target_modules": ["a", "b"]}, tokens=2, inputs=(torch.ones(2, 3),))
+    gc.collect()
+    assert kept and [ref() for ref in kept] == [None] * len(kept)
+
+
+def test_cuda_keeps_medium_density_as_bits():
+    """No CUDA device is needed to tell of one."""
+    here, there = (estimate(net(), config(), TOKENS, device=d)["methods"] for d in ("cpu", "cuda"))
+    assert (here["sparse"]["bases_form"], there["sparse"]["bases_form"]) == ("planes", "bits")
+    assert here["hadamard"]["bases_form"] == there["hadamard"]["bases_form"] == "signs"
+    assert here["sign"]["bases_form"] == there["sign"]["bases_form"] == "bits"
+    assert there["sparse"]["bases_bytes"] == 2 * there["sign"]["bases_bytes"] == 2 * here["sign"]["bases_bytes"]
+
+
+def test_nothing_is_changed_and_no_bases_are_made(monkeypatch):
+    def no(*args):
+        raise AssertionError("bases were made")
+
+    mine = injection.make_bases(config(), {"": (1, 1)}, (1, 1))  # those that a model would take
+    mine.require(3, 3, 1)
+    mine.tensors()
+    monkeypatch.setattr(RandomBases, "fill", no)
+    model, settings = net(torch.float32), config(kind="very_sparse", modules_to_save=["head"])
+    before = {n: (id(p), p.clone(), p.requires_grad) for n, p in model.named_parameters()}
+    kinds, said, held = [type(m) for m in model.modules()], settings.to_dict(), dict(mine._held)
+    estimate(model, settings, TOKENS, inputs=IDS)
+    assert [type(m) for m in model.modules()] == kinds and settings.to_dict() == said
+    for name, p in model.named_parameters():
+        assert (id(p), p.requires_grad) == (before[name][0], before[name][2]) and torch.equal(p, before[name][1])
+    assert (mine.max_dim, mine.min_dim) == (3, 3) and mine._held.keys() == held.keys()
+
+
+# ---- what cannot be told ----
+
+
+@pytest.mark.parametrize("arguments, error, match", [
+    ({"config": config(target_modules=["q_prj"])}, ValueError, "did you mean 'q_proj'"),
+    ({"tokens": 0}, ValueError, "tokens must be at least 1, got 0"),
+    ({"tokens": 2.0}, TypeError, "tokens must be an integer, got 2.0"),
+    ({"tokens": True}, TypeError, "tokens must be an integer"),
+    ({"config": "q_proj"}, TypeError, "config must be a randlora.RandLoraConfig"),
+    ({"model": [net]}, TypeError, "model must be a torch.nn.Module, got list"),
+    ({"kinds": ["thick"]}, ValueError, "kinds must be among dense, hadamard, sparse, very_sparse, sign"),
+    ({"config": config(prng="peft"), "kinds": "sign"}, ValueError, "got 'sign'"),
+    ({"config": config(prng="peft"), "kinds": "hadamard"}, ValueError, "dense, sparse, very_sparse with .* got 'hada"),
+    ({"autocast": torch.int8}, TypeError, "autocast must be one of"),
+    ({"config": config(strategy="merged", randlora_dropout=0.1)}, ValueError, "merged.* takes no dropout"),
+], ids=lambda value: " ".join(value) if isinstance(value, dict) else str(value))  # fmt: skip
+def test_errors_name_what_is_wrong(arguments, error, match):
+    with pytest.raises(error, match=match):
+        estimate(**{"model": Net(), "config": config(), "tokens": TOKENS} | arguments)
+
+
+def test_an_adapted_model_is_refused():
+    with pytest.raises(ValueError, match="adapted already"):
+        estimate(randlora.get_peft_model(net(), config()), config(), TOKENS)
+
+
+# ---- as text, and on the command line ----
+
+
+def test_the_table_is_aligned_and_tells_the_numbers():
+    result = estimate(net(torch.float32), config(), TOKENS, inputs=IDS)
+    lines = str(result).splitlines()
+    rule = next(i for i, line in enumerate(lines) if set(line) == {"-"})
+    head, rows = lines[rule - 1], lines[rule + 1 : rule + 10]
+    assert head.split()[-7:-3] == ["hadamard", "sparse", "very_sparse", "sign"] and all(
+        len(r) == len(head) for r in rows
+    )
+    operations = next(r for r in rows if "multiply-adds" in r).split()[-6:]
+    for got, method in zip(operations, result["methods"].values(), strict=True):
+        assert float(got) == pytest.approx(method["multiply_adds"] / 1e9, abs=0.0005)
+    assert json.loads(json.dumps(result)) == result
+
+
+@pytest.fixture
+def folder(tmp_path):
+    pytest.importorskip("transformers")
+    tiny_llama().config.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_command_line_tells_what_the_function_does(folder, capsys):
+    arguments = ["estimate", "--model", folder, "--rank", "4", "--target-modules", "q_proj,v_proj", "--tokens", "20",
+                 "--dtype", "bfloat16", "--device", "cpu"]  # fmt: skip
+    expected = estimate(
+        tiny_llama().bfloat16(), RandLoraConfig(r=4, target_modules=["q_proj", "v_proj"]), 20, device="cpu"
+    )
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == expected and expected["inputs"] == "counted"
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == f"{folder}\n{expected}\n"
+    assert main([*arguments, "--kind", "very_sparse", "--sparsity", "5", "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["methods"]) == ["very_sparse", "lora"]
+
+
+@pytest.mark.parametrize("changes, match", [
+    ({"--target-modules": "q_prj"}, "did you mean 'q_proj'"),
+    ({"--tokens": "0"}, "--tokens must be at least 1"),
+    ({"--rank": "0"}, "r must be at least 1"),
+    ({"--sparsity": "5"}, "--sparsity is that of one kind"),
+    ({"--model": "nobody/nothing"}, "the hub could not give it"),
+    ({"--model": "empty"}, "has no config.json"),
+], ids=str)  # fmt: skip
+def test_command_line_errors_are_one_line(folder, changes, match, capsys, monkeypatch):
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (Path(folder) / "empty").mkdir()
+    monkeypatch.chdir(folder)
+    values = {"--model": folder, "--target-modules": "q_proj", "--tokens": "20"} | changes
+    assert main(["estimate", *(part for pair in values.items() for part in pair)]) == 2
+    shown = capsys.readouterr()
+    assert match in shown.err and shown.err.count("\n") == 1 and not shown.out
+
+
+def test_without_a_command_there_is_help(capsys, tmp_path):
+    assert main([]) == 0
+    assert "estimate" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        main(["estimate", "--help"])
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0 and "--target-modules" in shown and "--json" in shown
+    code = "import json, subprocess, sys; p = subprocess.run([sys.executable, '-m', 'randlora'], capture_output=True)"
+    found = run_python(f"{code}; print(json.dumps([p.returncode, p.stdout.decode()]))", tmp_path)
+    assert found[0] == 0 and found[1].startswith("usage: python -m randlora")

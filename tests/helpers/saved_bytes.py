@@ -1,0 +1,29 @@
+"""What autograd keeps for a backward, counted."""
+
+import torch
+
+
+class SavedBytes:
+    """Bytes of the distinct storages that autograd saves inside the context, apart from those of `known` tensors."""
+
+    def __init__(self, known):
+        self.known = {t.untyped_storage().data_ptr() for t in known}
+        self.storages = {}
+
+    def __enter__(self):
+        def pack(t):
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in self.known:
+                self.storages[storage.data_ptr()] = (storage.nbytes(), t)  # held, so that no address comes twice
+            return t
+
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.hooks.__exit__(*error)
+
+    @property
+    def bytes(self):
+        return sum(size for size, _ in self.storages.values())

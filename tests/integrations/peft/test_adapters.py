@@ -1,0 +1,228 @@
+"""Several adapters on one model, batches that mix them, and merging."""
+
+import copy
+
+import pytest
+import torch
+from helpers.common import over
+
+peft = pytest.importorskip("peft")
+pytest.importorskip("transformers")
+from helpers.peft_models import adapt, bases, config, layers, llama, logits, randomize, tokens  # noqa: E402
+
+import randlora.integrations.peft as integration  # noqa: E402
+
+FIRST = config("q_proj", "v_proj", "down_proj", r=8)
+OTHERS = {
+    "rank": config("q_proj", "v_proj", "down_proj", r=4),
+    "kind": config("q_proj", "v_proj", "down_proj", r=8, sparse=True),
+    "targets": config("up_proj", "k_proj", r=8),
+    "seed": config("q_proj", "v_proj", "down_proj", r=8, projection_prng_key=3),
+    "everything": config("q_proj", "up_proj", r=3, very_sparse=True, projection_prng_key=3, save_projection=False),
+}
+
+
+def plain_alone(config, seed):
+    return randomize(adapt(llama(), config, False), seed)
+
+
+def with_second(second):
+    """A model with the adapters default and other, and PEFT's models that have one of them each."""
+    model = adapt(llama(), FIRST)
+    model.add_adapter("other", copy.deepcopy(second))
+    singles = {"default": plain_alone(FIRST, 100), "other": plain_alone(second, 200)}
+    state = model.state_dict()
+    for adapter, single in singles.items():
+        for name, value in single.named_parameters():
+            if name.endswith(".default") and "randlora_" in name:
+                state[name.removesuffix("default") + adapter].copy_(value)
+    return model, singles
+
+
+@pytest.mark.parametrize("second", OTHERS)
+def test_every_adapter_has_its_own_bases(second, tmp_path):
+    """Facts 12 and 13: other rank, sparsity, targets, seed; each computes and loads as if it were alone."""
+    model, singles = with_second(OTHERS[second])
+    for adapter, single in singles.items():
+        model.set_adapter(adapter)
+        torch.testing.assert_close(logits(model), logits(single), rtol=1e-4, atol=1e-4)
+        for a, b in zip(bases(model, adapter), bases(single), strict=True):
+            assert torch.equal(a, b)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(llama(), tmp_path / "other", adapter_name="other")
+    torch.testing.assert_close(logits(again), logits(singles["other"]))
+
+
+def test_pefts_defects_are_there():
+    """What the tests above are about: should PEFT repair it, the documentation has to change."""
+    model = adapt(llama(), FIRST, False)
+    model.add_adapter("other", copy.deepcopy(OTHERS["kind"]))
+    assert bases(model, "other")[0] is bases(model)[0]
+    model.add_adapter("rank", copy.deepcopy(OTHERS["rank"]))
+    with pytest.raises(RuntimeError):
+        logits(model)
+    model = adapt(llama(), FIRST, False).eval()
+    assert torch.equal(logits(model, adapter_names=["__base__"] * 3), logits(model))
+
+
+def test_equal_bases_are_held_once():
+    model = adapt(llama(), FIRST)
+    model.add_adapter("same", config("q_proj", "v_proj", "down_proj", r=8, randlora_alpha=3))
+    model.add_adapter("other", copy.deepcopy(OTHERS["rank"]))
+    assert all(a is b for a, b in zip(bases(model), bases(model, "same"), strict=True))
+    assert not torch.equal(bases(model)[1][:, 0, :4], bases(model, "other")[1][:, 0])
+    model.to(torch.bfloat16)
+    assert all(a is b for a, b in zip(bases(model), bases(model, "same"), strict=True))
+
+
+def test_active_together_and_deleted():
+    model, singles = with_second(OTHERS["everything"])
+    model.base_model.set_adapter(["default", "other"])
+    x = torch.randn(5, 24)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    parts = [s.base_model.model.model.layers[0].self_attn.q_proj for s in singles.values()]
+    expected = sum(part(x) for part in parts) - layer.base_layer(x)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+    model.merge_adapter(["other"])  # the other one acts beside it; PEFT drops it
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+
+    model.delete_adapter("default")
+    assert list(model.base_model.randlora_A) == ["other"] and model.active_adapters == ["other"]
+    torch.testing.assert_close(logits(model), logits(singles["other"]), rtol=1e-4, atol=1e-4)
+    with integration.enable():
+        model.add_adapter("default", config("q_proj", r=2))
+    assert bases(model)[0].shape == (2, 1, 24)
+    model.set_adapter("default")
+    assert not torch.equal(logits(randomize(model, 11)), logits(llama()))
+
+
+def test_added_again_under_the_same_name():
+    model = adapt(llama(), FIRST)
+    model.add_adapter("kept", copy.deepcopy(FIRST))
+    with pytest.raises(ValueError, match="already"):
+        model.base_model.inject_adapter(model.base_model.model, "default")
+    model.delete_adapter("default")
+    model.add_adapter("default", copy.deepcopy(OTHERS["everything"]))
+    model.set_adapter("default")
+    model.delete_adapter("kept")
+    single = adapt(llama(), OTHERS["everything"], False)
+    assert all(torch.equal(a, b) for a, b in zip(bases(model), bases(single), strict=True))
+    torch.testing.assert_close(logits(randomize(model)), logits(single), rtol=1e-4, atol=1e-4)
+    assert not any("randlora_A" in name for name in model.state_dict())
+
+
+def test_a_failing_adapter_leaves_nothing():
+    model = adapt(layers(a=(8, 6), b=(6, 4)), config("a", r=2))
+    for wrong in (config("nothing"), config("b", r=0), config("b", bias="all")):
+        if wrong.bias == "all":
+            model.base_model.peft_config["default"].bias = "all"
+        with pytest.raises(ValueError):
+            model.add_adapter("other", wrong)
+        assert list(model.base_model.randlora_A) == list(model.base_model.randlora_B) == ["default"]
+
+
+def test_mixed_batch():
+    """Fact 14: every sample goes through its own adapter."""
+    model, singles = with_second(OTHERS["everything"])
+    model.eval()
+    ids = tokens(batch=5)
+    names = ["other", "__base__", "default", "other", "default"]
+    alone = {"__base__": logits(llama(), ids), **{n: logits(single, ids) for n, single in singles.items()}}
+    expected = torch.stack([alone[name][i] for i, name in enumerate(names)])
+    torch.testing.assert_close(logits(model, ids, adapter_names=names), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(model, ids), alone["default"], rtol=1e-4, atol=1e-4)
+    generated = model.generate(
+        input_ids=ids, adapter_names=names, max_new_tokens=3, do_sample=False, num_beams=2, pad_token_id=0
+    )
+    for i, name in enumerate(names):
+        single = singles.get(name) or llama()
+        one = single.eval().generate(
+            input_ids=ids[i : i + 1], max_new_tokens=3, do_sample=False, num_beams=2, pad_token_id=0
+        )
+        assert torch.equal(generated[i : i + 1], one)
+    for wrong, message in ((["default"] * 2, "one name per sample"), (["nobody"] * 5, "nobody")):
+        with pytest.raises(ValueError, match=message):
+            logits(model, ids, adapter_names=wrong)
+    torch.testing.assert_close(logits(model, ids), alone["default"], rtol=1e-4, atol=1e-4)
+
+
+# ---- merging ----
+
+
+def adapted_weights(model):
+    return {n: m.base_layer.weight.clone() for n, m in model.named_modules() if hasattr(m, "randlora_lambda")}
+
+
+@over("dtype", (torch.float32, torch.bfloat16, torch.float16))
+def test_merge_and_unmerge(dtype):
+    """Fact 16: 16-bit weights come back bit for bit; merged they are W + dW, rounded once."""
+    model = adapt(llama(dtype), FIRST)
+    before, output = adapted_weights(model), logits(model).float()
+    model.merge_adapter(safe_merge=True)
+    for name, module in model.named_modules():
+        if hasattr(module, "randlora_lambda"):
+            exact = before[name].double() + module.get_delta_weight("default").double()
+            assert torch.equal(module.base_layer.weight, exact.to(torch.float32).to(dtype)) or dtype == torch.float32
+            torch.testing.assert_close(module.base_layer.weight.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.3, torch.float16: 0.05}[dtype]
+    torch.testing.assert_close(logits(model).float(), output, rtol=tolerance, atol=tolerance)
+    with pytest.warns(UserWarning, match="already merged"):
+        model.merge_adapter()
+    model.unmerge_adapter()
+    assert all(torch.equal(weight, before[name]) for name, weight in adapted_weights(model).items())
+
+
+def test_merge_like_peft():
+    theirs = adapt(llama(), FIRST, False)
+    ours = integration.accelerate(copy.deepcopy(theirs))
+    for name, module in theirs.named_modules():
+        if hasattr(module, "randlora_lambda"):
+            other = ours.get_submodule(name)
+            torch.testing.assert_close(other.get_delta_weight("default"), module.get_delta_weight("default"))
+            for a, b in zip(other.get_scaled_bases("default"), module.get_scaled_bases("default"), strict=True):
+                torch.testing.assert_close(a, b)
+    plain = logits(theirs)
+    for merged in (theirs.merge_and_unload(), ours.merge_and_unload(safe_merge=True)):
+        assert (
+            type(merged).__name__ == "LlamaForCausalLM"
+            and type(merged.model.layers[0].mlp.down_proj) is torch.nn.Linear
+        )
+        torch.testing.assert_close(logits(merged), plain, rtol=1e-4, atol=1e-4)
+
+
+def test_merge_with_adapters_on_other_layers():
+    model, _ = with_second(OTHERS["targets"])
+    before = adapted_weights(model)
+    model.base_model.set_adapter(["default", "other"])
+    both = logits(model)
+    model.merge_adapter(["other"])
+    torch.testing.assert_close(logits(model), both, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"other.*merged"):
+        model.delete_adapter("other")
+    with model.disable_adapter():  # unmerges, as in PEFT
+        torch.testing.assert_close(logits(model), logits(llama()))
+    assert all(torch.equal(weight, before[name]) for name, weight in adapted_weights(model).items())
+    torch.testing.assert_close(logits(model.unload()), logits(llama()))
+
+
+def test_safe_merge_and_nan():
+    model = adapt(llama(), FIRST)
+    layer = model.base_model.model.model.layers[1].mlp.down_proj
+    with torch.no_grad():
+        layer.randlora_lambda["default"][0, 0] = torch.nan
+    before = layer.base_layer.weight.clone()
+    with pytest.raises(ValueError, match="NaN"):
+        model.merge_adapter(safe_merge=True)
+    assert torch.equal(layer.base_layer.weight, before)
+
+
+def test_conversion_to_lora():
+    """PEFT's ``convert_to_lora`` asks the layer for its update."""
+    convert = pytest.importorskip("peft.tuners.lora.conversion").convert_to_lora
+    model = adapt(layers(a=(12, 9), b=(9, 12)), config("a", "b", r=3))
+    expected = {n: m.get_delta_weight("default") for n, m in model.named_modules() if hasattr(m, "randlora_lambda")}
+    _, state = convert(model, rank=9)
+    for name, update in expected.items():
+        A, B = (state[f"{name}.lora_{x}.weight"] for x in "AB")
+        torch.testing.assert_close(B @ A, update, rtol=1e-3, atol=1e-3)

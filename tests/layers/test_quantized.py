@@ -1,0 +1,178 @@
+"""Quantised base layers: their weights as numbers, and what is said and saved of them."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from helpers.common import make_bases, normal, over, randomize, reference_update
+from helpers.quantized_layers import (
+    DTYPES,
+    HERE,
+    allowed,
+    ao,
+    assert_same_weight,
+    bnb,
+    exact_forward,
+    make_base,
+    make_layer,
+    needs_ao,
+    needs_bnb,
+    needs_either,
+    over_kinds,
+    over_shapes,
+    parts,
+    relative_error,
+    step,
+)  # fmt: skip
+from torch import nn
+
+import randlora
+from randlora.layers import quantized
+
+pytestmark = needs_either
+
+
+@over_kinds
+@over_shapes
+def test_dequantize_gives_what_the_layer_computes_with(kind, shape):
+    base = make_base(kind, *shape, bias=False)
+    weight = quantized.dequantize(base)
+    assert quantized.is_quantized(base) and weight.dtype == torch.float32 and weight.shape == shape[::-1]
+    assert (weight - normal(*shape[::-1], seed=4)).abs().max() <= step(kind) * normal(*shape[::-1], seed=4).abs().max()
+    assert relative_error(base(normal(7, shape[0])), normal(7, shape[0]).double() @ weight.double().t()) <= allowed(
+        kind, torch.float32
+    )
+
+
+@over_kinds
+@over("dtype", DTYPES)
+def test_requantize_repeats_the_settings_and_assigns_nothing(kind, dtype):
+    base, x = make_base(kind, dtype=dtype), normal(2, 41, dtype=dtype)
+    base(x)  # bitsandbytes' 8-bit layer moves its scales at the first call
+    before = parts(base)
+    weight = normal(24, 41, seed=9)
+    parameter = quantized.requantize(base, weight)
+    assert_same_weight(base, before)
+    assert type(parameter) is type(base.weight) and not parameter.requires_grad
+    old = quantized.replace_weight(base, parameter)
+    assert base.weight is parameter
+    now = parts(base)
+    assert [(t.dtype, t.shape) for t in now] == [(t.dtype, t.shape) for t in before]
+    assert parameter.dtype == old.dtype
+    if kind[:3] in ("nf4", "fp4"):
+        assert base.quant_state is parameter.quant_state and parameter.quant_state.dtype == dtype
+        parameter.quant_state = None  # as FSDP does
+    assert (quantized.dequantize(base) - weight).abs().max() <= step(kind) * weight.abs().max()
+    expected = nn.functional.linear(x.double(), quantized.dequantize(base).double(), base.bias.double())
+    assert relative_error(base(x), expected.detach()) <= allowed(kind, dtype)
+    assert quantized.replace_weight(base, old) is parameter
+    assert_same_weight(base, before)
+    # The same numbers quantise to themselves, up to the scales: torchao's leave room for half a step.
+    again = quantized.dequantize(base, quantized.requantize(base, quantized.dequantize(base)))
+    assert relative_error(again, quantized.dequantize(base).double()) < step(kind)
+
+
+@needs_ao
+@pytest.mark.parametrize("granularity", ["PerTensor", "PerRow", "PerGroup"])
+@pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "IntxWeightOnlyConfig", "asymmetric"])
+def test_torchao_settings_are_kept(granularity, config):
+    choice = getattr(ao, granularity)(*([16] if granularity == "PerGroup" else []))
+    if config != "Int8WeightOnlyConfig":
+        if granularity == "PerTensor":
+            pytest.skip("torchao has groups and rows only")
+        choice = ao.PerAxis(0) if granularity == "PerRow" else choice
+        mapping = ao.MappingType.ASYMMETRIC if config == "asymmetric" else ao.MappingType.SYMMETRIC
+        chosen = ao.IntxWeightOnlyConfig(weight_dtype=torch.int3, granularity=choice, mapping_type=mapping)
+    else:
+        chosen = ao.Int8WeightOnlyConfig(granularity=choice)
+    base = nn.Linear(64, 24)
+    ao.quantize_(base, chosen)
+    new = quantized.requantize(base, quantized.dequantize(base) * 2)
+    assert new.block_size == base.weight.block_size and new.scale.shape == base.weight.scale.shape
+    assert (new.qdata.int() - base.weight.qdata.int()).abs().max() <= 1
+    assert bool(new.zero_point.any()) == (config == "asymmetric") == bool(base.weight.zero_point.any())
+
+
+@needs_ao
+@pytest.mark.filterwarnings("ignore:merging into")
+def test_torchao_input_scale_is_part_of_the_weight():
+    """SmoothQuant and AWQ put a scale for the input into the weight."""
+    base = nn.Linear(41, 24, bias=False)
+    scale = normal(41, seed=3).abs() + 0.5
+    weight = base.weight.detach() / scale
+    base.weight = nn.Parameter(
+        ao.Int8Tensor.from_hp(weight, granularity=ao.PerRow(), act_pre_scale=scale), requires_grad=False
+    )
+    layer = randomize(randlora.Linear(base, r=5, randlora_alpha=0.25, bases=make_bases(41, 24, 5)))
+    expected = exact_forward(layer, normal(7, 41))
+    assert relative_error(layer(normal(7, 41)), expected) < 1e-6
+    layer.merge()
+    assert relative_error(layer(normal(7, 41)), expected) < 2e-2
+
+
+@needs_bnb
+@pytest.mark.parametrize("kind", ["nf4", "nf4-flat"])
+def test_weights_that_bitsandbytes_repacked_are_unpacked(kind):
+    """On CPUs with AVX512-BF16 an eval call rewrites the weight; elsewhere nothing happens and this holds as well."""
+    base = make_base(kind, 128, 64).eval()
+    before = quantized.dequantize(base)
+    with torch.no_grad():
+        base(normal(2, 128))
+    packed = quantized.dequantize(base)
+    torch.testing.assert_close(packed, before, rtol=2**-8, atol=0)  # it rounds the scales to bf16
+    layer = randomize(randlora.Linear(base, r=5, randlora_alpha=0.25, bases=make_bases(128, 64, 5)))
+    assert torch.equal(quantized.dequantize(base), packed)
+    layer.train()
+    x = normal(3, 128).requires_grad_()
+    y = layer(x)
+    y.sum().backward()
+    assert relative_error(y, exact_forward(layer, x.detach())) < 1e-6
+    assert relative_error(x.grad, (packed.double() + reference_update(layer)).sum(0).expand(3, -1)) < 1e-6
+
+
+@needs_bnb
+def test_weights_that_wait_to_be_quantised():
+    base = bnb.nn.Linear4bit(41, 24)
+    with pytest.raises(ValueError, match=r"the 4-bit base layer has not quantised its weight yet: move it to a device"):
+        quantized.dequantize(base)
+    layer = randlora.Linear(base, r=5)
+    randomize(layer)
+    with pytest.raises(ValueError, match="not quantised its weight yet"):
+        layer.merge()
+    assert not layer.merged
+    layer.to("cpu")  # quantises
+    assert relative_error(layer(normal(3, 41)), exact_forward(layer, normal(3, 41))) < 1e-6
+    with pytest.raises(ValueError, match="the 8-bit base layer has not quantised"):
+        quantized.dequantize(bnb.nn.Linear8bitLt(41, 24, has_fp16_weights=False))
+
+
+def test_ordinary_layers_are_refused():
+    base = nn.Linear(3, 4)
+    assert not quantized.is_quantized(base) and not quantized.is_quantized(nn.ReLU())
+    for function in (quantized.dequantize, lambda b: quantized.requantize(b, b.weight)):
+        with pytest.raises(TypeError, match="must be quantised by bitsandbytes or torchao, got Linear with a weight"):
+            function(base)
+    with pytest.raises(ValueError, match=r"weight must have shape \[out, in\] = \[24, 41\], got \[41, 24\]"):
+        quantized.requantize(make_base(HERE[-1]), normal(41, 24))
+
+
+@over_kinds
+def test_parameters_printing_and_state(kind, capsys):
+    layer = make_layer(kind, dtype=torch.bfloat16)
+    layer(normal(3, 41, dtype=torch.bfloat16))
+    assert "randlora.Linear" in repr(layer) and "in_features=41" in repr(layer)
+    assert "41 -> 24" in randlora.explain(layer, tokens=64)
+    trained = {n: p for n, p in layer.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    assert {n.split(".")[0] for n in trained} == {"randlora_lambda", "randlora_gamma"}
+    state = {k: v for k, v in layer.state_dict().items() if k.startswith("randlora")}
+    other = make_layer(kind, dtype=torch.bfloat16)
+    randomize(other, seed=77)
+    other.load_state_dict(state, strict=False)
+    x = normal(3, 41, dtype=torch.bfloat16)
+    assert torch.equal(other(x), layer(x))
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin(x), layer(x))
+    if kind in ("8bit", "nf4", "nf4-flat", "fp4", "fp4-flat"):  # torchao's linears do not pickle
+        assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
