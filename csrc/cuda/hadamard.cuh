@@ -28,7 +28,6 @@ namespace randlora::cuda {
 constexpr int64_t kChunkBytes = int64_t{32} << 20;
 constexpr int64_t kFewTokens = 8;
 constexpr int kTokenThreads = 512;  // at most, of spread and collect
-constexpr int kPass = 16;           // elements of a thread that are neighbours in memory
 constexpr int kBatch = 8;           // groups of a thread that are loaded before the first of them is used
 
 // Groups whose transform a thread holds in registers; where R is larger, transform_groups does the rest.
@@ -87,61 +86,6 @@ __device__ __forceinline__ bool minus(const int32_t* words, int64_t x) {
 template <class Acc>
 __device__ __forceinline__ Acc with_sign(Acc value, bool minus) {
   return minus ? -value : value;
-}
-
-// v[o] = sum_p W(o, p) v[p], 2^kLog elements.
-template <int kLog, class Acc>
-__device__ __forceinline__ void transform(Acc (&v)[1 << kLog]) {
-#pragma unroll
-  for (int bit = 0; bit < kLog; ++bit)
-#pragma unroll
-    for (int x = 0; x < 1 << kLog; ++x)
-      if ((x >> bit & 1) == 0) {
-        const Acc one = v[x], other = v[x | 1 << bit];
-        v[x] = one + other;
-        v[x | 1 << bit] = one - other;
-      }
-}
-
-// Where element x of a block's array lies in shared memory: the lanes of a warp, which differ in bits 0 to 4, 4 to 8 or
-// 0 to 3 and 9 of x, find 32 banks. A permutation within 32 elements, and place(x ^ y) = place(x) ^ place(y).
-__device__ __forceinline__ int place(int x) { return x ^ (x >> 5 & 31); }
-
-// One pass of a block over its transforms, for bits kBit ... of the index; elements from `valid` on count as zeros.
-template <int kLog, int kBit, bool kPadded, class Acc>
-__device__ __forceinline__ void transform_pass(Acc* array, int elements, int length, int valid) {
-  for (int item = int(threadIdx.x); item < elements >> kLog; item += int(blockDim.x)) {
-    // In bits 4 to 7 of the index the lanes would differ in bit 8, where they meet in a bank; so in bit 9.
-    const int i = kBit == 4 && kLog == 4 ? (item & ~48) | (item & 16) << 1 | (item & 32) >> 1 : item;
-    const int first = (i >> kBit << (kBit + kLog)) | (i & ((1 << kBit) - 1)), at = place(first);
-    Acc v[1 << kLog];
-#pragma unroll
-    for (int x = 0; x < 1 << kLog; ++x)
-      v[x] = !kPadded || (first & (length - 1)) + (x << kBit) < valid ? array[at ^ place(x << kBit)] : Acc(0);
-    transform<kLog>(v);
-#pragma unroll
-    for (int x = 0; x < 1 << kLog; ++x) array[at ^ place(x << kBit)] = v[x];
-  }
-  __syncthreads();
-}
-
-// The passes for bits kBit to kBit + 3, as far as the transform has them.
-template <int kBit, class Acc>
-__device__ __forceinline__ void transform_bits(Acc* array, const HadamardLayout& l, int valid) {
-  const int elements = 1 << (l.log_length + l.log_slots), length = 1 << l.log_length;
-  switch (l.log_length - kBit) {
-    case 1: return transform_pass<1, kBit, true>(array, elements, length, valid);
-    case 2: return transform_pass<2, kBit, true>(array, elements, length, valid);
-    case 3: return transform_pass<3, kBit, true>(array, elements, length, valid);
-    default: break;
-  }
-  if constexpr (kBit < 12) {
-    if (l.log_length < kBit + 4) return;
-    if (l.log_length == kBit + 4 && valid < length)
-      transform_pass<4, kBit, true>(array, elements, length, valid);
-    else
-      transform_pass<4, kBit, false>(array, elements, length, valid);
-  }
 }
 
 // function(constant) with the number of bits of g that a thread transforms.

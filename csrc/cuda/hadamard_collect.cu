@@ -1,7 +1,7 @@
 // Hadamard bases on CUDA: from the wide side to u, as hadamard_spread.cu but the other way round. The blocks of the
 // gradients take several tokens each; over all of them lambda's gradients stay in shared memory, which has more room
 // for them than registers if as many blocks are to run at a time.
-#include "cuda/hadamard.cuh"
+#include "cuda/hadamard_transform.cuh"
 
 #include <algorithm>
 
@@ -37,8 +37,7 @@ __device__ __forceinline__ void collect_elements(const HadamardLayout& l, acc_t<
       }
     }
     transform<4>(v);
-#pragma unroll
-    for (int x = 0; x < kPass; ++x) array[at ^ x] = v[x];
+    store_neighbours(array, at, v);
   }
   __syncthreads();
 }
