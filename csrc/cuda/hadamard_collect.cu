@@ -28,13 +28,14 @@ __device__ __forceinline__ void collect_elements(const HadamardLayout& l, acc_t<
     const T* const row = wide + token * l.M;
     for (int64_t o = start & (length - 1); o < l.M; o += length) {
       const uint32_t signs = uint32_t(l.b[o / 32]) >> (o % 32);
+      Acc x[kPass / N][N];
 #pragma unroll
-      for (int part = 0; part < kPass / N; ++part) {
-        Acc x[N];
-        load_pack(x, row + o + part * N, l.M - o - part * N, vector);
+      for (int part = 0; part < kPass / N; ++part)  // all of them, before the first is used
+        load_pack(x[part], row + o + part * N, l.M - o - part * N, vector);
 #pragma unroll
-        for (int e = 0; e < N; ++e) v[part * N + e] += with_sign(x[e], signs >> (part * N + e) & 1u);
-      }
+      for (int part = 0; part < kPass / N; ++part)
+#pragma unroll
+        for (int e = 0; e < N; ++e) v[part * N + e] += with_sign(x[part][e], signs >> (part * N + e) & 1u);
     }
     transform<4>(v);
     store_neighbours(array, at, v);

@@ -61,13 +61,15 @@ __device__ __forceinline__ void spread_elements(const HadamardLayout& l, T* wide
     T* const row = wide + token * l.M;
     for (int64_t o = within; o < l.M; o += length) {
       const uint32_t signs = uint32_t(l.b[o / 32]) >> (o % 32);
+      Acc y[kPass / N][N];
+#pragma unroll
+      for (int part = 0; part < kPass / N; ++part)  // all of them, before the first is used
+        load_pack(y[part], row + o + part * N, l.M - o - part * N, vector);
 #pragma unroll
       for (int part = 0; part < kPass / N; ++part) {
-        Acc y[N];
-        load_pack(y, row + o + part * N, l.M - o - part * N, vector);
 #pragma unroll
-        for (int e = 0; e < N; ++e) y[e] += with_sign(v[part * N + e], signs >> (part * N + e) & 1u);
-        store_pack(row + o + part * N, y, l.M - o - part * N, vector);
+        for (int e = 0; e < N; ++e) y[part][e] += with_sign(v[part * N + e], signs >> (part * N + e) & 1u);
+        store_pack(row + o + part * N, y[part], l.M - o - part * N, vector);
       }
     }
   }
