@@ -55,6 +55,22 @@ int64_t bytes_of_sums(const HadamardLayout& l) {
   return (int64_t{l.threads} << kLogGroups<Acc>)*int64_t(sizeof(Acc));
 }
 
+// A column's sums from e on = those in `row`, eight loads at a time; of rows that lambda does not have, whatever is
+// there.
+template <int kLog, class Acc>
+__device__ __forceinline__ void load_sums(const HadamardLayout& l, const Column& c, Acc* sums, int e, const Acc* row) {
+  constexpr int kCount = std::min(kBatch, 1 << kLog);
+  int p = c.group * l.n + c.i;
+#pragma unroll
+  for (int first = 0; first < 1 << kLog; first += kCount) {
+    Acc values[kCount];
+#pragma unroll
+    for (int k = 0; k < kCount; ++k, p += l.n) values[k] = row[min(p, l.P - 1)];
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) *sum_at(sums, e + first + k) = values[k];
+  }
+}
+
 // The thread's sums from e on += values.
 template <int kCount, class Acc>
 __device__ __forceinline__ void add_to_sums(Acc* sums, int e, const Acc (&values)[kCount]) {
@@ -168,10 +184,7 @@ __global__ void __launch_bounds__(kCollectThreads<acc_t<T>>)
       });
     } else {
       for_held_columns<kColumns>(l, 0, [&](int held, const Column& c) {
-        if (c.i < l.n)
-          for_rows<kLog>(l, c, [&](int k, int p) {
-            *sum_at(sums, (held << kLog) + k) = row_of(c)[p];
-          });
+        if (c.i < l.n) load_sums<kLog>(l, c, sums, held << kLog, row_of(c));
       });
     }
   }
