@@ -12,8 +12,8 @@
 //              at::bmm    [t, R, K] = du gamma, and narrow += it, back in the order of columns (ungroup)
 //   gradients  group, u, then collect, which puts du in the place of u and adds up v z over tokens; dgamma = du^T x
 //
-// Products of 16-bit tokens take the columns of a group where they lie, if these are moved by 16 bytes: product_up is in
-// the place of group and at::bmm, product_down of at::bmm and ungroup, product_gamma of the one for dgamma.
+// Products of 16-bit tokens take the columns of a group where they lie, if these are moved by 16 bytes: product_up is
+// in the place of group and at::bmm, product_down of at::bmm and ungroup, product_gamma of the one for dgamma.
 //
 // The sides of a product are padded with zeros to multiples of 16 bytes. Intermediates have the tokens' type, sums that
 // of acc_t. A few tokens, as in decoding, take kernels of their own for the products, which read gamma once and as it

@@ -289,7 +289,6 @@ void unit_gradients(const HadamardLayout& l, Acc* dgamma, const Acc* du, int64_t
   template void few_products_down(const HadamardLayout&, const HadamardParameters<T>&, T*, const T*, int64_t);
 RANDLORA_HADAMARD_TYPES(RANDLORA_INSTANTIATE)
 #undef RANDLORA_INSTANTIATE
-
 #define RANDLORA_INSTANTIATE(Acc)                                                                                   \
   template void finish_gradients(const HadamardLayout&, Acc*, const Acc*, int64_t, bool, Acc*, const Acc*, int64_t, \
                                  Acc);                                                                              \
