@@ -39,16 +39,17 @@ GOOD = ["a b", "-", "naïve", "模型", "é" * 100, "x" * 200, "0", "a:b*c?", " 
 def made(tmp_path):
     """Every place where the name of a new adapter comes in: call, and the model or layer that it would change."""
     adapt(net()).save_pretrained(tmp_path)
-    plain, model, layer, attention = net(), adapt(net()), nn.Linear(3, 4), nn.MultiheadAttention(4, 2)
+    plain, other, layer, attention = net(), net(), nn.Linear(3, 4), nn.MultiheadAttention(4, 2)
+    models = [adapt(net()) for _ in range(3)]
     adapted = randlora.Linear(nn.Linear(3, 4), r=2)
     own = randlora.MultiheadAttention(nn.MultiheadAttention(4, 2), r=2)
     config = {"r": 2, "target_modules": ["q_proj"]}
     return [
         (plain, lambda name: randlora.get_peft_model(plain, config, name)),
-        (model, lambda name: model.add_adapter(name, config)),
-        (model, lambda name: model.add_weighted_adapter(["default"], [1.0], name)),
-        (model, lambda name: model.load_adapter(tmp_path, name)),
-        (plain, lambda name: randlora.RandLoraModel.from_pretrained(plain, tmp_path, name)),
+        (models[0], lambda name: models[0].add_adapter(name, config)),
+        (models[1], lambda name: models[1].add_weighted_adapter(["default"], [1.0], name)),
+        (models[2], lambda name: models[2].load_adapter(tmp_path, name)),
+        (other, lambda name: randlora.RandLoraModel.from_pretrained(other, tmp_path, name)),
         (layer, lambda name: randlora.Linear(layer, name, r=2)),
         (adapted, lambda name: adapted.update_layer(name, r=2)),
         (attention, lambda name: randlora.MultiheadAttention(attention, name, r=2)),
@@ -68,10 +69,7 @@ def test_refused_when_the_adapter_is_made(tmp_path, name):
 @pytest.mark.parametrize("name", GOOD)
 def test_what_a_folder_can_be_called_works(tmp_path, name):
     for _, call in made(tmp_path):
-        try:
-            call(name)
-        except ValueError as error:
-            assert "already" in str(error)  # two of the calls share a model
+        call(name)
     model = adapt(net(), name)
     model.save_pretrained(tmp_path / "saved")
     again = load(tmp_path / "saved" / name, adapter_name=name)
@@ -86,7 +84,7 @@ def test_a_name_that_is_taken_names_a_folder(tmp_path_factory, name):
     try:
         layer.update_layer(name, r=1)
     except ValueError as error:
-        assert "adapter_name" in str(error) or "already has an adapter" in str(error)
+        assert ("already has an adapter" if name == "default" else "adapter_name") in str(error)
         assert list(layer.randlora_lambda) == list(layer.r) == ["default"]
         return
     with warnings.catch_warnings():

@@ -136,7 +136,8 @@ def unmerged(layers: Iterable[Mergeable]) -> Iterator[None]:
     layers = list(layers)
     for layer in layers:
         check_unmerge(layer)
-    names, exchanged, kept = [list(layer.merged_adapters) for layer in layers], 0, []
+    before = [(layer._merged_into, list(layer.merged_adapters)) for layer in layers]
+    exchanged, kept = 0, []
     try:
         for layer in layers:
             _exchange(layer)
@@ -149,7 +150,7 @@ def unmerged(layers: Iterable[Mergeable]) -> Iterator[None]:
     except BaseException:
         for i, layer in enumerate(layers[:exchanged]):
             layer._unmerged_weight = kept[i] if kept else layer._unmerged_weight
-            layer.merged_adapters[:] = names[i]
+            layer._merged_into, layer.merged_adapters[:] = before[i]
             _exchange(layer)
         raise
 

@@ -202,7 +202,7 @@ BAD = [
     ({"adapter_name": "a.b"}, ValueError, "adapter_name must not .* contain .*, got 'a.b'"),
     ({"randlora_A": normal(5, 1, 24)}, ValueError, "must be given together, got only randlora_A"),
     ({"randlora_A": normal(5, 1, 23), "randlora_B": normal(41, 5, 5)}, ValueError, r"\[5, 1, 24\].*\[5, 1, 23\]"),
-    ({"randlora_A": {}, "randlora_B": {}}, ValueError, "randlora_A has no entry for adapter 'default'; it has: none"),
+    ({"randlora_A": {}, "randlora_B": {}}, ValueError, "randlora_A has no entry for .*; it has: none"),
     ({"randlora_A": normal(4, 1, 24), "randlora_B": normal(41, 6, 4)}, ValueError, "its bases have r = 4"),
     ({"bases": 3}, TypeError, "bases must be randlora.RandomBases, got int"),
     ({"init_weights": "gaussian"}, TypeError, "init_weights must be True or False, got 'gaussian'"),
@@ -219,10 +219,9 @@ def test_bad_arguments_change_nothing(change, error, message):
     assert all(p.requires_grad for p in base.parameters())
     layer = make_layer(41, 24, 5)
     before = repr(layer), set(layer.state_dict())
-    rest = {"adapter_name": "second", "r": 5} | {k: v for k, v in change.items() if k != "base_layer"}
-    if rest.keys() - {"adapter_name", "r"} or change.keys() & {"r", "adapter_name"}:
-        with pytest.raises(error):
-            layer.update_layer(**rest)
+    if "base_layer" not in change:
+        with pytest.raises(error, match=message):
+            layer.update_layer(**{"adapter_name": "second", "r": 5} | change)
     assert (repr(layer), set(layer.state_dict())) == before
 
 

@@ -1,6 +1,5 @@
 """randlora.Linear where it is easy to be silently wrong: names, contexts, repetition, what is left after an error."""
 
-import contextlib
 import copy
 
 import pytest
@@ -21,7 +20,7 @@ from torch import nn
 
 import randlora
 
-ATTRIBUTES = ["train", "type", "keys", "items", "pop", "update", "forward", "training", "half"]
+ATTRIBUTES = ["train", "type", "keys", "items", "pop", "update", "forward", "training", "half"]  # of nn.Module
 
 
 def books(layer):
@@ -34,31 +33,31 @@ def books(layer):
 # ---- names ----
 
 
-@pytest.mark.parametrize("name", ["default", "0", "a b", "task/one", "weight", "lambda", *ATTRIBUTES])
-def test_any_name_works_or_is_refused_in_words(name):
-    """Names of nn.Module's own attributes cannot be used by nn.ParameterDict and nn.ModuleDict."""
+@pytest.mark.parametrize("name", ["default", "0", "a b", "weight", "lambda"])
+def test_names_that_work(name):
     layer = make_layer(adapter_name="first")
-    before = books(layer)
-    try:
-        layer.update_layer(name, r=5)
-    except ValueError as error:
-        assert repr(name) in str(error)
-        assert books(layer) == before, "refused, but something was left behind"
-        return
+    layer.update_layer(name, r=5)
     randomize(layer)
     layer.set_adapter(name)
     x = normal(3, 41)
     assert f"randlora_lambda.{name}" in layer.state_dict()
-    torch.testing.assert_close(layer(x).double(), reference_forward(layer, x, [name]), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(layer(x).double(), reference_forward(layer, x, [name]), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["", "a.b", None, 3])
-def test_bad_names(name):
-    layer = make_layer()
+@pytest.mark.parametrize("name", ["", "a.b", "task/one", None, 3, *ATTRIBUTES])
+def test_names_that_are_refused(name):
+    """Those of nn.Module's own attributes, as nn.ParameterDict and nn.ModuleDict cannot have them as keys."""
+    layer = make_layer(adapter_name="first")
     before = books(layer)
-    with pytest.raises((ValueError, TypeError), match=r"adapter_name must .*, got"):
+    if not isinstance(name, str):
+        error, message = TypeError, f"must be a string, got {name}"
+    elif name in ATTRIBUTES:
+        error, message = ValueError, f"{name!r} is taken by torch.nn's containers"
+    else:
+        error, message = ValueError, f"must not .*, got {name!r}"
+    with pytest.raises(error, match=f"adapter_name {message}"):
         layer.update_layer(name, r=5)
-    assert books(layer) == before
+    assert books(layer) == before, "refused, but something was left behind"
 
 
 def test_naming_an_adapter_twice_applies_it_once():
@@ -69,9 +68,9 @@ def test_naming_an_adapter_twice_applies_it_once():
     ):
         layer = make_layer()
         expected = reference_forward(layer, x)
-        with contextlib.suppress(ValueError):  # refusing is fine too
-            act(layer)
-        torch.testing.assert_close(layer(x).double(), expected, rtol=1e-4, atol=1e-3)
+        act(layer)
+        assert layer.active_adapters == ["default"] and layer.merged_adapters in ([], ["default"])
+        torch.testing.assert_close(layer(x).double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("given", [5, [normal(5, 1, 24)], "A"], ids=["int", "list", "str"])
@@ -85,7 +84,7 @@ def test_a_refused_layer_leaves_the_shared_store_as_it_was():
     store = first.bases["default"]
     dims = store.max_dim, store.min_dim, store.num_bases
     for bad in ({"randlora_dropout": 1.0}, {"num_bases": 0}, {"init_weights": 2}, {"adapter_name": "a.b"}):
-        with pytest.raises((TypeError, ValueError)):
+        with pytest.raises((TypeError, ValueError), match=next(iter(bad))):
             randlora.Linear(make_base(500, 400), r=11, **bad)
         assert (store.max_dim, store.min_dim, store.num_bases) == dims, bad
 

@@ -20,9 +20,13 @@ EVERYTHING = {"r": 3, "target_modules": ["q_proj", "up_proj"], "modules_to_save"
 def state(model):
     """All of a model: :func:`snapshot`, the very objects that it is made of, and what its layers know."""
     objects = {name: (module, dict(module._parameters)) for name, module in model.named_modules()}
-    plain = (bool, int, float, str, list, tuple, dict, type(None))
+    plain = (bool, int, float, str, list, tuple, dict, type(None), torch.Tensor)
     known = {
-        name: {key: copy.copy(v) for key, v in vars(module).items() if type(v) in plain and not key.endswith("_hooks")}
+        name: {
+            key: v.clone() if isinstance(v, torch.Tensor) else copy.copy(v)
+            for key, v in vars(module).items()
+            if type(v) in plain and not key.endswith("_hooks")
+        }
         for name, module in model.named_modules()
     }
     for attributes in known.values():
@@ -40,10 +44,13 @@ def assert_same_state(model, before):
         assert objects[name][0] is module and objects[name][1].keys() == parameters.keys(), name
         assert all(objects[name][1][key] is parameter for key, parameter in parameters.items()), name
     for name, attributes in before[2].items():
+        assert known[name].keys() == attributes.keys()
         for key, value in attributes.items():
-            kept = isinstance(value, torch.Tensor) or (isinstance(value, tuple) and len(value) == 1)
-            assert known[name].keys() == attributes.keys()
-            assert kept or repr(known[name][key]) == repr(value), (name, key)
+            now = known[name][key]
+            if isinstance(value, torch.Tensor):
+                assert isinstance(now, torch.Tensor) and torch.equal(now, value), (name, key)
+            else:
+                assert repr(now) == repr(value), (name, key)
     assert hooks == before[3]
 
 
@@ -193,7 +200,7 @@ def test_low_memory_goes_on_where_it_was(monkeypatch):
     with pytest.raises(MemoryError):
         model.merge_and_unload(low_memory=True)
     torch.testing.assert_close(model(IDS), expected)
-    first, *_, last = randlora.model.injection.adapted_layers(model.model).values()
+    first, *_, last = randlora.model.parts.adapted_layers(model.model).values()
     assert first.merged and first._unmerged_weight is None and not last.merged
     for call in (model.unmerge_adapter, model.unload, lambda: model.set_adapter("b")):
         before = state(model)
@@ -232,6 +239,6 @@ def test_layers_without_numbers(sizes):
         randlora.get_peft_model(model, {"r": 2, "target_modules": ["empty", "other"]})
     assert_same_state(model, before)
     adapted = randlora.get_peft_model(model, {"r": 2, "target_modules": "all-linear"})
-    assert list(randlora.model.injection.adapted_layers(adapted.model)) == ["other"]
+    assert list(randlora.model.parts.adapted_layers(adapted.model)) == ["other"]
     with pytest.raises(ValueError, match="matches no layer"):
         randlora.get_peft_model(nn.Sequential(nn.Linear(*sizes)), {"r": 2, "target_modules": "all-linear"})

@@ -1,7 +1,5 @@
 """Ternary bases as lists, planes and bits: the numbers of their dense expansion, at a fraction of the bytes."""
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -468,44 +466,3 @@ def test_rows_outside_of_A(first, rows):
     pattern = randlora.RandomBases(41, 24, 5, "sign").pattern(24)[0]
     with pytest.raises(ValueError, match=r"rows must lie in \[0, r\) = \[0, 5\)"):
         torch.ops.randlora.packed_expand(pattern, 5, 24, 41, torch.float32, first, rows)
-
-
-def test_pattern_takes_less_arithmetic_than_dense():
-    """The model counts what the kernels do: a third of the build for planes, only what is non-zero for lists."""
-    from randlora import planner
-
-    dense = planner.costs(1024, 1024, 1024, 32, 32)
-    planes = planner.costs(1024, 1024, 1024, 32, 32, planes=True)
-    form = planner.form(randlora.RandomBases(1024, 1024, 32, kind="very_sparse").pattern(1024)[0])
-    lists = planner.sparse_costs(1024, 1024, 1024, 32, 32, form)
-    for which, strategy in itertools.product((0, 1), ("materialized", "merged")):
-        costs = [found[strategy][which].multiply_adds for found in (dense, planes, lists)]
-        assert costs[0] > costs[1] > costs[2]
-
-
-@pytest.mark.parametrize("shape", [(512, 512), (128, 512), (512, 128)], ids=str)
-def test_density_is_told_from_the_shapes_of_a_pattern(shape):
-    """Also of a layer that uses part of a larger store."""
-    from randlora import planner
-
-    m, M = min(shape), max(shape)
-    bases = randlora.RandomBases(2048, 600, 32, kind="very_sparse", sparsity=20)
-    form = planner.form(bases.pattern(m)[0])
-    assert form.density(m, M, 32) == pytest.approx(1 / 20, rel=0.25)
-    full = planner.Lists(m, 20.0)  # no empty column to tell from
-    assert full.density(m, M, 32) == pytest.approx(20 / M)
-
-
-def test_bits_cost_what_making_them_dense_takes():
-    """Traffic in every strategy; on the CPU not their dense size in temporaries."""
-    from randlora import planner
-
-    d = 4096
-    dense = planner.costs(512, d, d, d // 32, 32)
-    for device, limit in (("cpu", 8 << 20), ("cuda", 4 * d * d)):
-        bits = planner.costs(512, d, d, d // 32, 32, bits=True, device_type=device)
-        for strategy, which in itertools.product(STRATEGIES, (0, 1)):
-            a, b = dense[strategy][which], bits[strategy][which]
-            assert a.multiply_adds == b.multiply_adds and a.traffic < b.traffic
-            assert b.workspace <= a.workspace + limit
-        assert (bits["factored"][0].workspace < dense["factored"][0].workspace) == (device == "cpu")
