@@ -22,7 +22,6 @@ GammaTiles gamma_tiles(const HadamardLayout& l, int64_t tokens) {
   t.groups = groups_of(l, std::max(t.bases, t.columns));
   t.items = t.groups * int(divide_up(t.bases, kRows) * divide_up(t.columns, kColumns));
   t.group_blocks = (1 << l.log_R) / t.groups, t.item_blocks = int(divide_up(t.items, kThreads / 32));
-  constexpr int kTilesOfBlock = 4;  // at least, as its result is written whole
   const int64_t blocks = int64_t(t.group_blocks) * t.item_blocks;
   t.parts = int(std::min(divide_up(tokens, kTile * kTilesOfBlock), std::max<int64_t>(1, kMultiprocessors / blocks)));
   return t;

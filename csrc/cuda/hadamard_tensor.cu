@@ -132,8 +132,8 @@ void product(const HadamardLayout& l, const T* gamma, const T* from, T* to, int6
   t.groups = groups_of(l, t.inner);
   t.outer = std::min(results, kImage / (t.groups * t.inner) / kResults * kResults);
   t.group_blocks = (1 << l.log_R) / t.groups, t.outer_blocks = int(divide_up(results, t.outer));
-  const int64_t blocks = int64_t(t.group_blocks) * t.outer_blocks, tiles = divide_up(tokens, kTile);
-  t.parts = int(std::min(tiles, std::max<int64_t>(1, 2 * kMultiprocessors / blocks)));
+  const int64_t blocks = int64_t(t.group_blocks) * t.outer_blocks, runs = divide_up(tokens, kTile * kTilesOfBlock);
+  t.parts = int(std::min(runs, std::max<int64_t>(1, 2 * kMultiprocessors / blocks)));
   const int64_t shared = int64_t(t.groups) * t.inner * (t.outer + 2 * kTile) * int64_t(sizeof(T));
   launch(product_kernel<T, kUp>, {blocks * t.parts}, {kThreads, shared}, l, t, gamma, from, to, tokens);
 }

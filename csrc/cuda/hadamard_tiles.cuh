@@ -12,6 +12,7 @@ namespace randlora::cuda {
 constexpr int kUnit = 8;               // elements, 16 bytes
 constexpr int kTile = 32;              // tokens that a block has in shared memory at a time
 constexpr int kInner = 256;            // elements of a token that it has, at most
+constexpr int kTilesOfBlock = 4;       // at least, where there are as many: what a block begins and ends with is more
 constexpr int kMultiprocessors = 132;  // of an H100
 
 constexpr int padded(int x, int unit) { return (x + unit - 1) / unit * unit; }
