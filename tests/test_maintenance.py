@@ -123,9 +123,8 @@ def test_actionlint():
     assert done.returncode == 0, done.stdout
 
 
-def test_the_citation_is_of_this_version():
+def test_the_citation_says_what_readme_says():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert citation["version"] == re.search(r'^version = "(.*?)"', PYPROJECT, re.M)[1]
     assert f'license="{citation["license"]}"' in (ROOT / "setup.py").read_text()
     paper = citation["preferred-citation"]
     readme = (ROOT / "README.md").read_text()

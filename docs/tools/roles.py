@@ -9,7 +9,7 @@ import re
 import griffe
 
 SEVERAL = re.compile(r"^( +)([*\w]+(?:, [*\w]+)+)(: .*\n(?:\1 +.*\n?)*)", re.MULTILINE)
-ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):`(~?)([\w.]+)`")
+ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):`([~.]?)([\w.]+)`")
 
 
 class Roles(griffe.Extension):

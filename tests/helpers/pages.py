@@ -60,9 +60,14 @@ def spans(page: str) -> list[str]:
 
 
 def commands(page: str) -> list[list[str]]:
-    """Command lines in blocks of bash and in backticks, as lists of words."""
+    """The command lines in blocks of bash, as lists of words."""
     lines = [line for block in blocks(page) if block.language == "bash" for line in block.code.splitlines()]
-    lines += [span for span in spans(page) if re.match(r"(make|python|pip|uv|bench/\w+\.sh) ", span)]
+    return [words for line in lines for words in split(line)]
+
+
+def mentioned(page: str) -> list[list[str]]:
+    """The commands in backticks, which may leave out what they need beside what they are mentioned for."""
+    lines = [span for span in spans(page) if re.match(r"(make|python|pip|uv|bench/\w+\.sh) ", span)]
     return [words for line in lines for words in split(line)]
 
 
