@@ -348,7 +348,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     tmp_path.chmod(0o555)
     model = adapt(net())
     try:
-        with as_nobody(), pytest.raises(PermissionError):
+        with as_nobody(), pytest.raises(PermissionError, match=r"[Pp]ermission denied"):
             model.save_pretrained(tmp_path)
     finally:
         tmp_path.chmod(0o755)

@@ -114,10 +114,14 @@ def test_added_again_under_the_same_name():
 
 def test_a_failing_adapter_leaves_nothing():
     model = adapt(layers(a=(8, 6), b=(6, 4)), config("a", r=2))
-    for wrong in (config("nothing"), config("b", r=0), config("b", bias="all")):
+    for wrong, message in (
+        (config("nothing"), "'nothing'.* not found|No layers types compatible"),
+        (config("b", r=0), "r must be at least 1, got 0"),
+        (config("b", bias="all"), "only 1 adapter with bias"),
+    ):
         if wrong.bias == "all":
             model.base_model.peft_config["default"].bias = "all"
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=message):
             model.add_adapter("other", wrong)
         assert list(model.base_model.randlora_A) == list(model.base_model.randlora_B) == ["default"]
 
