@@ -284,10 +284,9 @@ def test_whatever_can_be_adapted_can_be_told_of(case):
 
 
 def test_quantised_layers_compute_their_own_product():
-    from helpers.quantized_layers import bnb, make_base
+    pytest.importorskip("bitsandbytes")
+    from helpers.quantized_layers import make_base
 
-    if bnb is None:
-        pytest.skip("bitsandbytes is not installed")
     x = torch.zeros(6, 41, requires_grad=True)
     quantised = estimate(nn.Sequential(make_base("nf4"), nn.Linear(24, 9)), config(target_modules=["0"]), 6, inputs=x)
     plain = estimate(nn.Sequential(nn.Linear(41, 24), nn.Linear(24, 9)), config(target_modules=["0"]), 6, inputs=x)

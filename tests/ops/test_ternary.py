@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from helpers.common import (
     FLOATS,
+    STRATEGIES,
     assert_no_worse_than_plain,
     assert_same_bits,
     make_bases,
@@ -12,6 +13,7 @@ from helpers.common import (
     normal,
     on_devices,
     over,
+    strategies_and_dropout,
 )
 from helpers.saved_bytes import SavedBytes
 from helpers.ternary import FORMS, draw
@@ -21,7 +23,6 @@ from randlora.bases.patterns import Bits, Lists, Planes, is_bits, is_planes
 from randlora.functional import linear
 
 SHAPES = [(41, 64, 5), (64, 41, 5), (3, 1, 4), (1, 1, 1), (33, 33, 40), (130, 341, 32), (341, 130, 32), (600, 520, 7)]
-STRATEGIES = ("factored", "materialized", "merged")
 
 forms = pytest.mark.parametrize("form", FORMS)
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}to{s[1]}r{s[2]}")
@@ -34,11 +35,8 @@ def gradients(y, inputs):
 @on_devices
 @forms
 @shapes
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@strategies_and_dropout
 def test_same_as_the_dense_expansion(form, shape, strategy, dropout, device):
-    if strategy == "merged" and dropout:
-        pytest.skip("merged takes no dropout")
     x, weight, bias, lam, gamma, bases = draw(shape, form, device=device)
     found = bases.pattern(min(shape[:2]), x.device)
     dense = bases.draw(torch.float64, x.device)
