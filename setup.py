@@ -24,6 +24,14 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 
+# The source fits every PyTorch from this one on; a binary fits the minor version that it was compiled against.
+TORCH = "torch>=2.10"
+REQUIREMENTS = [
+    "safetensors>=0.4.3",
+    "regex",  # can stop matching, which re cannot
+    "numpy",  # safetensors.torch.save_file needs it and does not ask for it
+]
+
 # sm_80 code runs on every Ampere and Ada GPU, sm_90a is Hopper with all its instructions, and the PTX of compute_90
 # is compiled by the driver on anything newer.
 DEFAULT_ARCHS = "8.0;9.0a;9.0+PTX"
@@ -200,12 +208,28 @@ def extension_with_torch():
     return extension, Build
 
 
+def torch_requirement(version, command):
+    """What an sdist, or a binary built against torch `version`, requires; `command` is what setup.py was told to do."""
+    if version is None or "sdist" in command:
+        return TORCH
+    return f"torch=={'.'.join(version.split('.')[:2])}.*"
+
+
 def main():
+    version = None
     if importlib.util.find_spec("torch") is None:
         extension, command = Extension("randlora._C", read_sources(with_cuda=False)), NeedsTorch
     else:
         extension, command = extension_with_torch()
-    setup(ext_modules=[extension], cmdclass={"build_ext": command}, license="Apache-2.0")
+        import torch
+
+        version = torch.__version__
+    setup(
+        ext_modules=[extension],
+        cmdclass={"build_ext": command},
+        install_requires=[torch_requirement(version, sys.argv[1:]), *REQUIREMENTS],
+        license="Apache-2.0",
+    )
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
 pip install --quiet --no-index --no-deps --target "$site" .gpu/*.whl
 archs=$(tr ';' ' ' <<<"$TORCH_CUDA_ARCH_LIST")
-# shellcheck disable=SC2086  # a list
+# shellcheck disable=SC2046,SC2086  # lists
 PYTHONPATH=$site "$venv/bin/python" tests/check_cuda_build.py --archs $(sed 's/\([0-9]\)\.\([0-9]a\?\)/sm_\1\2/g; s/+PTX//g' <<<"$archs")
 binary=$(echo "$site"/randlora/_C*.so)
 for library in GLIBC GLIBCXX; do

@@ -22,6 +22,7 @@ DECODING = "; ".join((*COMMON, "randlora, not cached", "randlora, cached", "rand
                       "randlora hadamard"))  # fmt: skip
 LARGE_BATCH = "frozen; PEFT LoRA, 16-bit; randlora; randlora very_sparse; randlora hadamard; PEFT RandLoRA, 16-bit"
 VISION = "frozen; PEFT LoRA; PEFT RandLoRA; PyTorch, compiled; randlora; randlora very_sparse; randlora hadamard"
+NATIVE_TRACES = {"RANDLORA_NATIVE_TRACES": "1"}  # read by tests/conftest.py
 KERNEL_METRICS = (
     "gpu__time_duration.sum", "dram__bytes.sum", "dram__throughput.avg.pct_of_peak_sustained_elapsed",
     "sm__throughput.avg.pct_of_peak_sustained_elapsed", "sm__warps_active.avg.pct_of_peak_sustained_active",
@@ -57,7 +58,8 @@ class Steps:
 
     def pytest(self, *selected: str) -> tuple[str, ...]:
         config = ("-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT))
-        return ("-m", "pytest", "-m", "cuda", "-q", "--tb=short", "-p", "no:cacheprovider", *config, *selected)
+        plugins = ("-p", "no:cacheprovider", "-p", "no:faulthandler")  # NATIVE_TRACES instead
+        return ("-m", "pytest", "-m", "cuda", "-q", "--tb=short", *plugins, *config, *selected)
 
     def layer(self, d: int, tokens: int) -> tuple[str, ...]:
         return self.bench(
@@ -85,7 +87,7 @@ class Steps:
         return [
             [
                 Step("right", self.bench("correct", "", "--few"), 16, 60),
-                Step("tests", tests, 20, 75, in_checkout=False),
+                Step("tests", tests, 20, 75, in_checkout=False, environment=NATIVE_TRACES),
             ],
             [Step("launches", self.bench("launches", "", "--sizes 64x96"), 22, 60)],
             [Step("layer-4096", self.layer(4096, 8192), 36, 80)],
@@ -120,14 +122,14 @@ class Steps:
                 self.sanitizer("memcheck", PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
                 # cuBLAS's kernels for clusters of blocks end in an illegal access under racecheck.
                 self.sanitizer("racecheck", "--no-layers"),
-                Step("tests", tests, 80, 110, in_checkout=False),
+                Step("tests", tests, 80, 110, in_checkout=False, environment=NATIVE_TRACES),
             ],
             [Step("kernels", self.bench("kernels", "", "--features 256"), 9, 30)],
             [Step("all-linear", self.llama("model", "--targets all-linear --batch 8 --tokens 1024",
                                            "--targets all-linear", LARGE_BATCH), 75, 115)],
             [Step("vit", self.vision("ViT-B/32", 128, VISION), 42, 65)],
             [self.ncu()],
-            # 64 images of CLIP and their twins fill 80 GB.
+            # 128 images, as published, take more than 80 GB.
             [Step("clip", self.vision("CLIP ViT-L/14", 32, "frozen; PEFT LoRA; randlora; randlora hadamard"), 35, 65)],
             [Step("bases", self.bench("bases", "--seconds 1 --no-picture", "--quick --seconds 0 --no-picture",
                                       only="dense float32" if self.tiny else "bases"), 29, 45)],

@@ -1,4 +1,4 @@
-"""RandLoRA: full-rank adaptation of frozen models (arXiv 2502.00987), as cheap as LoRA."""
+"""RandLoRA for PyTorch: full-rank adapters for frozen models (arXiv 2502.00987) at about the price of LoRA."""
 
 from . import _load
 

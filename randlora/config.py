@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from .bases.random_bases import KINDS, PEFT_KINDS, PRNGS, group_width_of
+from .checkpoint.hub import find_folder
+from .checkpoint.layout import CONFIG_NAME, DAMAGE, OWN_PEFT_TYPE, PEFT_TYPE, WEIGHTS_NAME, open_adapter, settings_of
+from .checkpoint.replace import write_text
 from .checks import require_float, require_int, require_size
 from .expressions import Expression
 from .planner import STRATEGIES
 
-CONFIG_NAME = "adapter_config.json"
-PEFT_TYPE = "RANDLORA"
 ALL_LINEAR = "all-linear"
-# What PEFT would misread carries another type, so that PEFT refuses it (randlora.checkpoint).
-OWN_PEFT_TYPE = "RANDLORA_PHILOX"
 BIASES = ("none", "all", "randlora_only")
 TASKS = ("CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
 
@@ -202,16 +201,26 @@ class RandLoraConfig:
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write ``adapter_config.json`` into `folder`, which is made if it is missing. Raises ``OSError``."""
-        from .checkpoint import write_text
-
         write_text(Path(folder) / CONFIG_NAME, json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> RandLoraConfig:
         """Read ``adapter_config.json`` from `folder`. Raises ``ValueError`` that names the file and what is wrong."""
-        from .checkpoint import read_config
+        folder = find_folder(folder)
+        with open_adapter(folder) as (_, described, given):
+            return config_of_files(folder, described, given)
 
-        return read_config(folder)
+
+def config_of_files(folder: Path, described: dict[str, Any] | None, given: dict[str, Any] | None) -> RandLoraConfig:
+    """The config that the files of the adapter in `folder` hold: see :func:`randlora.checkpoint.layout.settings_of`."""
+    settings = settings_of(folder, described, given)
+    try:
+        config = RandLoraConfig.from_dict(settings)
+    except DAMAGE as error:
+        raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
+    if described is not None and config.kind == "hadamard" and config.group_width is None:
+        raise ValueError(f"{folder / WEIGHTS_NAME} does not say the group_width of its hadamard bases: it is damaged")
+    return config
 
 
 # Not prng: a file without it is PEFT's, and means PEFT's bases.

@@ -16,6 +16,8 @@ from .ops import linear as linear_op
 from .ops.fake_kernels import require_one_device
 from .ops.unique_base import UniqueBaseGrad, in_transform
 
+__all__ = ["delta_weight", "flat_bases", "linear", "sparse_delta_weight", "unique_base"]
+
 
 def unique_base(
     A: Tensor,

@@ -29,7 +29,7 @@ the dimension m only the c columns that A has a non-zero in take part in product
 
 On the CPU h is cheaper still, with the density q of A and B (csrc/sparse_products.h): q T P (m + M) additions for y, as
 many for the parameters' gradients (in place of a product T M c), q T P m more for dx where in <= out, and as many as
-for y otherwise. An addition counts as :data:`ADDITION` multiply-adds.
+for y otherwise. An addition counts as :data:`randlora.costs.ADDITION` multiply-adds.
 
 Those of medium density on the CPU (planes) cost a third of P M m where dW is built. What is made dense for the call,
 planes for ``factored`` and bits always, costs the traffic of that, and is a temporary: on the CPU of some 4 MiB.

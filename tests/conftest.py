@@ -1,5 +1,7 @@
 """Settings that every test shares."""
 
+import os
+
 import pytest
 import torch
 
@@ -13,6 +15,12 @@ def _why_no_cuda():
     if not randlora.build_info()["cuda"]:
         return "a CUDA device is there, but this randlora was built without CUDA (see RANDLORA_CUDA in setup.py)"
     return None
+
+
+def pytest_configure(config):
+    # With -p no:faulthandler: what the stack of the binary was where a test ends the process, not only that of Python.
+    if os.environ.get("RANDLORA_NATIVE_TRACES") == "1":
+        torch._C._set_print_stack_traces_on_fatal_signal(True)
 
 
 def pytest_report_header(config):

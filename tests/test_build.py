@@ -1,6 +1,7 @@
 """Building and loading: what is said when it cannot work. No compiler runs here."""
 
 import importlib.util
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -203,6 +204,21 @@ def test_archs(setup_py):
     assert setup_py.choose_archs({"TORCH_CUDA_ARCH_LIST": "8.6"}) == "8.6"
 
 
+@pytest.mark.parametrize(
+    ("torch_version", "command", "requirement"),
+    [
+        ("2.13.0+cpu", ["bdist_wheel"], "torch==2.13.*"),
+        ("2.10.1", ["editable_wheel"], "torch==2.10.*"),
+        ("2.14.0.dev20261126+cu130", ["dist_info"], "torch==2.14.*"),
+        ("2.13.0", ["sdist"], "torch>=2.10"),
+        (None, ["sdist"], "torch>=2.10"),
+        (None, ["egg_info"], "torch>=2.10"),
+    ],
+)
+def test_a_binary_requires_the_torch_it_was_built_against(setup_py, torch_version, command, requirement):
+    assert setup_py.torch_requirement(torch_version, command) == requirement
+
+
 # --- the build backend -----------------------------------------------------------------------------------------------
 
 
@@ -214,6 +230,11 @@ def test_torch_is_required_where_there_is_none(backend, monkeypatch):
     monkeypatch.setattr(backend, "_torch_is_importable", lambda: False)
     monkeypatch.setattr(backend, "_is_uv_isolation", lambda: False)
     assert backend.TORCH_REQUIREMENT in backend._with_torch([])
+
+
+def test_the_oldest_torch_is_the_same_everywhere(backend, setup_py):
+    assert backend.TORCH_REQUIREMENT == setup_py.TORCH
+    assert f"needs PyTorch {setup_py.TORCH.partition('>=')[2]} or newer" in inspect.getsource(_load.load)
 
 
 def test_an_sdist_needs_no_torch(backend):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import pages
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -170,6 +171,14 @@ def test_other_bases_are_refused(model, adapter, tmp_path):
         adapters.load(fresh(model), folder)
     with pytest.raises(text_data.UserError, match=r"cannot read .*none/task\.json"):
         adapters.load(fresh(model), tmp_path / "none")
+
+
+def test_the_block_of_the_readme_runs(adapter, tmp_path, monkeypatch, capsys):
+    (tmp_path / "examples").mkdir()
+    shutil.copytree(adapter, tmp_path / "runs" / "finetune" / "adapter")
+    monkeypatch.chdir(tmp_path / "examples")
+    assert len(pages.run("examples/README.md", {})) == 1
+    assert capsys.readouterr().out.strip() in WORDS[:3]
 
 
 # ---- mistakes ----

@@ -1,1 +1,1 @@
-"""The random bases that layers share: how they are drawn, stored, cast, packed and recognised again."""
+"""The random bases that layers share: how they are drawn, stored, packed, copied and recognised again."""

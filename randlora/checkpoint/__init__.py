@@ -4,13 +4,5 @@ Keys are PEFT's: ``base_model.model.<module>.randlora_lambda`` and ``..._gamma``
 once, as ``base_model.randlora_A`` and ``base_model.randlora_B``. The safetensors metadata repeats the config, says how
 the bases are made again, and carries their fingerprint and a SHA-256 of everything else, so that damage is found. What
 PEFT would misread (bases that it cannot make, without projections) is written with a ``peft_type`` that it refuses.
-Writing replaces whole files; reading checks everything before a model is changed.
+Writing (:mod:`.writing`) replaces whole files; reading (:mod:`.reading`) checks everything before a model is changed.
 """
-
-from .checking import load
-from .layout import read_config
-from .reading import Loaded, read
-from .replace import write_text
-from .writing import check_ways, save
-
-__all__ = ["Loaded", "check_ways", "load", "read", "read_config", "save", "write_text"]

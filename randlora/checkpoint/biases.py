@@ -11,19 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.attention import MultiheadAttention
-from ..model.injection import adapted_layers
+from ..model.parts import adapted_layers, is_bias
 from ..names import plain_name
 
 _WRAPPERS = ("base_layer", "original_module")
-_BIASES = ("bias", "bias_k", "bias_v")
 
 
 def plain(name: str) -> str:
     return ".".join(part for part in plain_name(name).split(".") if part not in _WRAPPERS)
-
-
-def is_bias(name: str) -> bool:
-    return name.rpartition(".")[2] in _BIASES
 
 
 def biases_of(model: nn.Module, slots: Collection[str] = ()) -> dict[str, Tensor]:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..bases import fingerprint
 from ..bases.random_bases import RandomBases
-from ..config import RandLoraConfig
-from .layout import PROJECTIONS, checksum, make_config, open_file, read_given
+from ..config import RandLoraConfig, config_of_files
+from .layout import BASES, checksum, open_file, read_given
 
 
 def load(path: Path, loader: Callable[[str], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -23,14 +23,14 @@ def load(path: Path, loader: Callable[[str], dict[str, Tensor]]) -> dict[str, Te
     with open_file(path) as (opened, _, described):
         tensors = loader(opened.path_of_descriptor())
     if described is not None:
-        make_config(path.parent, described, read_given(path.parent))
+        config_of_files(path.parent, described, read_given(path.parent))
         if checksum(described, tensors) != described["sha256"] or not _has_its_bases(described, tensors):
             raise ValueError(f"{path} is damaged, or was changed since it was written: its checksum does not match")
     return tensors
 
 
 def _has_its_bases(described: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
-    A, B = (tensors.get(f"base_model.{name}") for name in PROJECTIONS)
+    A, B = (tensors.get(f"base_model.{name}") for name in BASES)
     if A is None and B is None:
         return True
     if A is None or B is None or A.dim() != 3 or B.dim() != 3:

@@ -16,9 +16,9 @@ from ..model.targets import peft_dims
 from ..names import plain_name
 
 
-def drawn_dims(model: nn.Module, config: RandLoraConfig, layers: Mapping[str, RandLoraLayer]) -> tuple[int, int, int]:
+def drawn_dims(config: RandLoraConfig, layers: Mapping[str, RandLoraLayer]) -> tuple[int, int, int]:
     """``(max_dim, min_dim, num_bases)`` of the bases that PEFT allocates for these layers."""
-    max_dim, min_dim = peft_dims(model, config, layers)
+    max_dim, min_dim = peft_dims(layers)
     return max_dim, min_dim, -(-min_dim // config.r)
 
 

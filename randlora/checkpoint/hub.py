@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from ..config import CONFIG_NAME
+from .layout import CONFIG_NAME, WEIGHTS_NAME
 
 
 def find_folder(path: str | os.PathLike) -> Path:
@@ -33,7 +33,7 @@ def find_folder(path: str | os.PathLike) -> Path:
             "pip install huggingface_hub"
         ) from error
     try:
-        return Path(snapshot_download(path, allow_patterns=[CONFIG_NAME, "adapter_model.safetensors"]))
+        return Path(snapshot_download(path, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
     except Exception as error:  # of huggingface_hub's HTTP library, another one in every major version
         raise ValueError(
             f"{folder}: there is no such folder, and no repository {path!r} could be fetched from the Hugging Face "

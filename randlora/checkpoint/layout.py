@@ -17,17 +17,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..checks import FLOATS
-from ..config import CONFIG_NAME, OWN_PEFT_TYPE, RandLoraConfig
-from .hub import find_folder
 from .opening import OpenFile
 from .replace import is_replacing
 
+CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 # The only key of the metadata: safetensors writes several in random order, and equal adapters should be equal files.
 METADATA_KEY = "randlora"
 FORMAT = 1
+PEFT_TYPE = "RANDLORA"
+# What PEFT would misread carries another type, so that PEFT refuses it.
+OWN_PEFT_TYPE = "RANDLORA_PHILOX"
 PREFIX = "base_model.model."
-PROJECTIONS = ("randlora_A", "randlora_B")
+BASES = ("randlora_A", "randlora_B")  # PEFT calls them projections
 PARAMETERS = ("randlora_lambda", "randlora_gamma")
 # Settings that PEFT does not know and would complain about in the JSON: they are in the metadata only.
 OWN_SETTINGS = ("num_bases", "prng", "strategy", "kind", "sparsity", "group_width")
@@ -50,44 +52,33 @@ _ATTEMPTS = 100
 DAMAGE = (SafetensorError, OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError, RuntimeError)
 
 
-def read_config(folder: str | os.PathLike) -> RandLoraConfig:
-    """The config of the adapter in `folder`. Raises ``ValueError`` that names the file and what is wrong."""
-    folder = find_folder(folder)
-    with open_adapter(folder) as (_, described, given):
-        return make_config(folder, described, given)
+def settings_of(folder: Path, described: dict[str, Any] | None, given: dict[str, Any] | None) -> dict[str, Any]:
+    """An adapter's settings, from what ``adapter_config.json`` says, `given`, and what the weights' metadata says.
 
-
-def make_config(folder: Path, described: dict[str, Any] | None, given: dict[str, Any] | None) -> RandLoraConfig:
-    """From what ``adapter_config.json`` says, `given`, and what the weights' metadata says, where randlora wrote it."""
+    Raises:
+        ValueError: neither says it, or they contradict each other.
+    """
     path = folder / CONFIG_NAME
     if given is None and described is not None:
         # Saving was interrupted, or the file is not wanted: the metadata is complete.
-        values = described["config"]
-    elif given is None:
+        return described["config"]
+    if given is None:
         raise ValueError(f"{path}: cannot be read: {os.strerror(errno.ENOENT)}")
-    elif described is None:
+    if described is None:
         if given.get("peft_type") == OWN_PEFT_TYPE and os.path.lexists(folder / WEIGHTS_NAME):
             raise ValueError(
                 f"{folder / WEIGHTS_NAME} has lost the metadata that its bases are made from (was it written anew "
                 "by another program?)"
             )
-        values = {"prng": "peft"} | given  # PEFT wrote it, and drew the bases
-    else:
-        own = described["config"]
-        for name in NUMBERS:
-            if name in given and given[name] != own.get(name):
-                raise ValueError(
-                    f"{path} says {name}={given[name]!r}, but {WEIGHTS_NAME} beside it was saved with "
-                    f"{name}={own.get(name)!r}: they do not belong together (without {CONFIG_NAME} the latter is taken)"
-                )
-        values = own | given
-    try:
-        config = RandLoraConfig.from_dict(values)
-    except DAMAGE as error:
-        raise ValueError(f"{path}: {error}") from error
-    if described is not None and config.kind == "hadamard" and config.group_width is None:
-        raise ValueError(f"{folder / WEIGHTS_NAME} does not say the group_width of its hadamard bases: it is damaged")
-    return config
+        return {"prng": "peft"} | given  # PEFT wrote it, and drew the bases
+    own = described["config"]
+    for name in NUMBERS:
+        if name in given and given[name] != own.get(name):
+            raise ValueError(
+                f"{path} says {name}={given[name]!r}, but {WEIGHTS_NAME} beside it was saved with "
+                f"{name}={own.get(name)!r}: they do not belong together (without {CONFIG_NAME} the latter is taken)"
+            )
+    return own | given
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
@@ -221,4 +212,4 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 def is_projection(key: str) -> bool:
     """PEFT writes the projections once for the model and once more per layer: gigabytes that all say the same."""
-    return key.startswith("base_model.") and key.rpartition(".")[2] in PROJECTIONS
+    return key.startswith("base_model.") and key.rpartition(".")[2] in BASES

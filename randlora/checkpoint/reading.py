@@ -2,44 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import errno
-import hashlib
-import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..bases.random_bases import RandomBases
-from ..bases.shared import shared
-from ..checks import FLOATS
+from ..config import config_of_files
 from ..layers import offload
-from ..model import injection
-from ..model.injection import Plan, adapted_layers
-from ..model.targets import is_supported, layer_sizes
+from ..model.adapter_plan import Plan, plan_adapter
+from ..model.parts import adapted_layers, is_bias
 from ..names import plain_name
 from . import biases
+from .bases_of_file import check_sizes, on_bases_of
 from .hub import find_folder
-from .layout import (
-    DAMAGE,
-    PARAMETERS,
-    PREFIX,
-    PROJECTIONS,
-    WEIGHTS_NAME,
-    as_bytes,
-    check_numbers,
-    checksum,
-    is_projection,
-    make_config,
-    open_adapter,
-)
+from .layout import PARAMETERS, PREFIX, WEIGHTS_NAME, check_numbers, checksum, is_projection
+from .weights import Place, Weights
 
 
 @dataclass(frozen=True)
@@ -75,10 +57,12 @@ def _put(parameters: nn.ParameterDict, adapter_name: str, tensor: Tensor) -> Non
         parameters[adapter_name].copy_(tensor)
 
 
-def read(model: nn.Module, folder: str | os.PathLike) -> Loaded:
+def read(model: nn.Module, folder: str | os.PathLike, is_trainable: bool = False) -> Loaded:
     """Read the adapter in `folder` and check that it fits `model`, which is not changed.
 
-    `folder` may be ``"user/repository"`` of the Hugging Face Hub.
+    Args:
+        folder: may be ``"user/repository"`` of the Hugging Face Hub.
+        is_trainable: whether the adapter is trained when it first acts, whatever its file says.
 
     Raises:
         ValueError: a file that is missing, damaged, not safe to load, of a newer format, or of another model, rank or
@@ -86,45 +70,37 @@ def read(model: nn.Module, folder: str | os.PathLike) -> Loaded:
     """
     folder = find_folder(folder)
     path = folder / WEIGHTS_NAME
-    with _Weights.open(folder) as file:
-        config = make_config(folder, file.described, file.given)
+    with Weights.open(folder) as file:
+        config = config_of_files(folder, file.described, file.given)
         try:
             # The first bases only stand in, until it is known that the file has the layers of this model.
-            plan = injection.plan(model, config, RandomBases(1, 1, config.r))
+            plan = plan_adapter(model, config, RandomBases(1, 1, config.r))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{folder} does not fit this model: {error}") from error
         # By the header first: nothing is read that is larger than what it is for.
         shapes = file.shapes()
         places = _assign(path, model, plan, shapes, file.described is not None)
-        _check_projections(path, model, plan, shapes)
+        check_sizes(path, model, plan, shapes)
         tensors = file.tensors()
         if file.described is not None and checksum(file.described, tensors) != file.described["sha256"]:
             raise ValueError(f"{path} is damaged, or was changed since it was written: its checksum does not match")
         values = places.read(path, tensors)
-        bases = _bases(file, plan)
-    return Loaded(dataclasses.replace(plan, bases=bases), *values)
-
-
-class _Place(NamedTuple):
-    """A tensor of the file, and the dtype of what it will be copied into."""
-
-    key: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype | None = None
+        plan = on_bases_of(file, plan)
+    return Loaded(plan.with_inference_mode(not is_trainable), *values)
 
 
 @dataclass(frozen=True)
 class _Places:
     """Where in the file the tensors of :class:`Loaded` are."""
 
-    parameters: dict[str, dict[str, _Place]]
-    saved: dict[str, dict[str, _Place]]
-    biases: dict[str, _Place]
+    parameters: dict[str, dict[str, Place]]
+    saved: dict[str, dict[str, Place]]
+    biases: dict[str, Place]
 
     def read(self, path: Path, tensors: Mapping[str, Tensor]) -> tuple:
         """The same with the tensors, or ``ValueError`` for what cannot be copied."""
 
-        def values(places: Mapping[str, _Place]) -> dict[str, Tensor]:
+        def values(places: Mapping[str, Place]) -> dict[str, Tensor]:
             for key, _, dtype in places.values():
                 check_numbers(f"{path}: {key}", tensors[key], dtype)
             return {name: tensors[place.key] for name, place in places.items()}
@@ -133,141 +109,16 @@ class _Places:
         return parameters, saved, values(self.biases)
 
 
-@dataclass(frozen=True)
-class _Weights:
-    """An open ``adapter_model.safetensors``; what it cannot read, or what is no number, raises ``ValueError``."""
-
-    path: Path
-    file: Any
-    described: dict[str, Any] | None
-    given: dict[str, Any] | None  # adapter_config.json
-
-    @classmethod
-    @contextlib.contextmanager
-    def open(cls, folder: Path) -> Iterator[_Weights]:
-        path = folder / WEIGHTS_NAME
-        with open_adapter(folder) as (file, described, given):
-            pickles = sorted(p.name for p in folder.glob("adapter_model.*") if p.suffix in (".bin", ".pt", ".pth"))
-            if file is None and pickles:
-                raise ValueError(
-                    f"{folder / pickles[0]} is a pickle, which can run any code when it is loaded: load it with PEFT, "
-                    "if you trust it, and save it anew with safe_serialization=True"
-                )
-            if file is None:
-                raise ValueError(f"{path}: cannot be read: {os.strerror(errno.ENOENT)}")
-            yield cls(path, file, described, given)
-
-    def shapes(self) -> dict[str, _Place]:
-        """Shapes of all tensors by their names in a model that is not compiled, from the header alone."""
-        found: dict[str, _Place] = {}
-        for key in self.file.keys():  # noqa: SIM118
-            if (name := plain_name(key)) in found:
-                raise ValueError(f"{self.path} holds {name} twice, as {found[name].key} and as {key}")
-            found[name] = _Place(key, tuple(self.file.get_slice(key).get_shape()))
-        return found
-
-    def get(self, key: str) -> Tensor:
-        """The tensor, which may be a view of the file itself."""
-        try:
-            return self.file.get_tensor(key)
-        except DAMAGE as error:
-            raise ValueError(f"{self.path}: {key} cannot be read: {error}") from error
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All but the projections."""
-        return {key: self.get(key) for key in self.file.keys() if not is_projection(key)}  # noqa: SIM118
-
-    def projections(self) -> tuple[Tensor, Tensor] | None:
-        keys = sorted(filter(is_projection, self.file.keys()))
-        first = [min((k for k in keys if k.endswith(name)), key=len, default=None) for name in PROJECTIONS]
-        if first == [None, None]:
-            return None
-        if None in first:
-            raise ValueError(f"{self.path} holds only one of randlora_A and randlora_B")
-        A, B = (self.get(key) for key in first)
-        for key, tensor in zip(first, (A, B), strict=True):
-            check_numbers(f"{self.path}: {key}", tensor, tensor.dtype if tensor.dtype in FLOATS else torch.float32)
-        return A, B
-
-
-def _bases(file: _Weights, plan: Plan) -> RandomBases:
-    """The bases of a file: made again and proven by the fingerprint, or its projections."""
-    config, need = plan.config, injection.required(plan.config, plan.slots)
-    if file.described is None:
-        projections = file.projections()
-        if projections is not None:
-            return _given(file.path, plan, projections)
-        warnings.warn(
-            f"{file.path} holds no projections, and nothing by which the bases made here could be checked: they are "
-            'drawn as PEFT draws them on machines with bfloat16 ("prng": "peft-fp16" in its config: on those without)',
-            stacklevel=4,
-        )
-        return injection.make_bases(config, plan.slots, plan.peft_dims)
-    expected = file.described["fingerprint"]
-    if tuple(file.described["dims"]) != need:
-        raise ValueError(
-            f"{file.path}: its bases are for layers up to (max_dim, min_dim, num_bases) = "
-            f"{tuple(file.described['dims'])}, not {need}: it is of another model"
-        )
-    if file.described["prng"] != "none":
-        bases = injection.make_bases(config, plan.slots, plan.peft_dims)
-        bases.require(*need)
-        if (made := bases.fingerprint(*need)) == expected:
-            return bases
-    if file.described["prng"] != "philox" and (projections := file.projections()) is not None:
-        bases = _given(file.path, plan, projections)
-        # A fingerprint covers how bases are made, which nobody knows of given ones.
-        if file.described["prng"] != "none" or (made := bases.fingerprint(*need)) == expected:
-            return bases
-    elif file.described["prng"] == "none":
-        raise ValueError(f"{file.path} lacks its projections, which cannot be made again")
-    raise ValueError(
-        f"{file.path}: the random bases made here are not those that it was trained with (fingerprint {made[:16]}..., "
-        f"expected {expected[:16]}...)"
-    )
-
-
-def _given(path: Path, plan: Plan, projections: tuple[Tensor, Tensor]) -> RandomBases:
-    """Bases of these values, the same object for equal ones, with memory apart from the file."""
-    digest = hashlib.sha256()
-    for tensor in projections:
-        digest.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
-        digest.update(as_bytes(tensor))
-    try:
-        bases = shared(
-            ("given", digest.digest()), lambda: RandomBases.from_tensors(*(tensor.clone() for tensor in projections))
-        )
-        if bases.r != plan.config.r:
-            raise ValueError(f"the config says r = {plan.config.r}, but these bases have r = {bases.r}")
-        bases.require(*injection.required(plan.config, plan.slots))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its projections do not fit: {error}") from error
-    return bases
-
-
-def _check_projections(path: Path, model: nn.Module, plan: Plan, shapes: dict[str, _Place]) -> None:
-    """PEFT sizes projections by the layers of the model's first adapter: none of this model's can need larger ones."""
-    r, largest = plan.config.r, max(max(layer_sizes(m)) for m in model.modules() if is_supported(m))
-    num_bases = max(plan.config.num_bases or 0, -(-largest // r))
-    for name, (key, shape, _) in shapes.items():
-        limit = r * largest if name.endswith("A") else r * largest * num_bases
-        if is_projection(name) and math.prod(shape) > limit:
-            raise ValueError(
-                f"{path}: {key} {list(shape)} is too large: bases for this model, whose layers have at most {largest} "
-                f"features, have at most {limit} numbers there"
-            )
-
-
-def _assign(path: Path, model: nn.Module, plan: Plan, shapes: dict[str, _Place], complete: bool) -> _Places:
+def _assign(path: Path, model: nn.Module, plan: Plan, shapes: dict[str, Place], complete: bool) -> _Places:
     """Every tensor of the file to where it belongs, or ``ValueError``."""
     shapes = {name: place for name, place in shapes.items() if not is_projection(name)}
-    parameters: dict[str, dict[str, _Place]] = {}
+    parameters: dict[str, dict[str, Place]] = {}
     for slot, sizes in plan.slots.items():
         n = plan.num_bases(slot)
         for part, shape in zip(PARAMETERS, ((plan.config.r, n), (n, min(sizes))), strict=True):
             key = f"{PREFIX}{plain_name(slot)}.{part}"
             parameters.setdefault(slot, {})[part] = _take(path, shapes, key, shape, torch.float32)
-    saved: dict[str, dict[str, _Place]] = {}
+    saved: dict[str, dict[str, Place]] = {}
     modules = dict(model.named_modules())
     for name in plan.saved:
         module, prefix = modules[name], PREFIX + plain_name(name)
@@ -284,12 +135,12 @@ def _assign(path: Path, model: nn.Module, plan: Plan, shapes: dict[str, _Place],
 
 
 def _assign_biases(
-    path: Path, model: nn.Module, plan: Plan, shapes: dict[str, _Place], complete: bool
-) -> dict[str, _Place]:
+    path: Path, model: nn.Module, plan: Plan, shapes: dict[str, Place], complete: bool
+) -> dict[str, Place]:
     if plan.config.bias == "none":
         return {}
     present, found = biases.biases_of(model, plan.slots), {}
-    for key in filter(biases.is_bias, list(shapes)):
+    for key in filter(is_bias, list(shapes)):
         name = biases.plain(key.removeprefix(PREFIX))
         if name in present and present[name].is_meta:
             raise ValueError(
@@ -313,7 +164,7 @@ def _assign_biases(
     return found
 
 
-def _take(path: Path, shapes: dict[str, _Place], name: str, shape: tuple[int, ...], dtype: torch.dtype) -> _Place:
+def _take(path: Path, shapes: dict[str, Place], name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Place:
     """Remove `name`, a tensor of this shape that is meant for one of this dtype, or ``ValueError``."""
     place = shapes.pop(name, None)
     if place is None:

@@ -18,15 +18,26 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..bases.random_bases import RandomBases
-from ..config import ALL_LINEAR, CONFIG_NAME, OWN_PEFT_TYPE, RandLoraConfig
+from ..config import ALL_LINEAR, RandLoraConfig
 from ..layers.offload import with_numbers
 from ..layers.randlora_layer import RandLoraLayer
-from ..model import injection
-from ..model.injection import adapted_layers, saved_modules
+from ..model.adapter_plan import required
+from ..model.parts import adapted_layers, is_bias, saved_modules
 from ..names import plain_name
 from . import biases
 from .for_peft import drawn_dims, exact_targets, misread
-from .layout import FORMAT, METADATA_KEY, OWN_SETTINGS, PARAMETERS, PREFIX, WEIGHTS_NAME, check_numbers, checksum
+from .layout import (
+    CONFIG_NAME,
+    FORMAT,
+    METADATA_KEY,
+    OWN_PEFT_TYPE,
+    OWN_SETTINGS,
+    PARAMETERS,
+    PREFIX,
+    WEIGHTS_NAME,
+    check_numbers,
+    checksum,
+)
 from .replace import replace_files
 
 if TYPE_CHECKING:
@@ -102,8 +113,8 @@ def _contents(
     layers = {path: layer for path, layer in adapted_layers(model.model).items() if name in layer.randlora_lambda}
     bases = _same_everywhere(name, config, layers)
     slots = {path: (layer.in_features, layer.out_features) for path, layer in layers.items()}
-    dims = injection.required(config, slots)
-    for_all = drawn_dims(model.model, config, layers)
+    dims = required(config, slots)
+    for_all = drawn_dims(config, layers)
     given = bases.prng == "none"
     if given:
         pair = (_copy(name, f"randlora_{x}", t, t.dtype) for x, t in zip("AB", bases.given, strict=True))
@@ -231,7 +242,7 @@ def _of_state(
 def _in_state(key: str) -> str:
     """A key of the model's state dict, also as DistributedDataParallel and torch.compile give it; biases: plain."""
     key = plain_name(key).removeprefix("module.")
-    return biases.plain(key) if biases.is_bias(key) and ".modules_to_save." not in key else key
+    return biases.plain(key) if is_bias(key) and ".modules_to_save." not in key else key
 
 
 def _copy(name: str, key: str, value: Any, dtype: torch.dtype | None) -> Tensor:

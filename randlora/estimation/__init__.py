@@ -1,1 +1,1 @@
-"""What adapting a model would cost, told without adapting it."""
+"""What adapting a model would cost in time and memory, told without adapting it."""

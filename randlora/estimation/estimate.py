@@ -1,8 +1,8 @@
 """What an adapter will cost, told before training.
 
 Layers, bases, strategies and operations come from the functions that adapt and run a model
-(:mod:`randlora.model.injection`, :mod:`randlora.bases.patterns`, :mod:`randlora.planner`); the inputs that layers share
-from a call without numbers (:mod:`randlora.estimation.trial_call`). The counting is in
+(:mod:`randlora.model.adapter_plan`, :mod:`randlora.bases.patterns`, :mod:`randlora.planner`); the inputs that layers
+share from a call without numbers (:mod:`randlora.estimation.trial_call`). The counting is in
 :mod:`randlora.estimation.methods`.
 """
 
@@ -19,8 +19,8 @@ from torch import nn
 from ..bases.random_bases import KINDS, PEFT_KINDS, RandomBases
 from ..checks import require_dtype, require_int
 from ..config import RandLoraConfig
-from ..model import injection
-from ..model.injection import adapted_layers
+from ..model.adapter_plan import plan_adapter
+from ..model.parts import adapted_layers
 from .methods import Step, beside, layers_of, lora, randlora, writes_projections
 from .table import table
 from .trial_call import trial_call
@@ -92,7 +92,7 @@ def estimate(
     if autocast is not None:
         require_dtype("autocast", autocast)
     # These bases only stand in, so that no others of this process grow.
-    plan = injection.plan(model, config, RandomBases(1, 1, config.r))
+    plan = plan_adapter(model, config, RandomBases(1, 1, config.r))
     layers = layers_of(model, plan, autocast)
 
     notes: list[str] = []

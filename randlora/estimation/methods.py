@@ -19,8 +19,7 @@ from ..checkpoint import biases
 from ..checkpoint.layout import PARAMETERS, PREFIX
 from ..config import RandLoraConfig
 from ..layers.linear import is_plain
-from ..model import injection
-from ..model.injection import Plan
+from ..model.adapter_plan import Plan, own_bases, required
 from ..planner import Cost
 from .trial_call import Call
 
@@ -120,8 +119,8 @@ def randlora(step: Step, plan: Plan, kind: str, others: Beside, projections: boo
     same = kind == plan.config.kind
     sparsity, width = (plan.config.sparsity, plan.config.group_width) if same else (None, None)
     config = replace(plan.config, kind=kind, sparse=False, very_sparse=False, sparsity=sparsity, group_width=width)
-    max_dim, min_dim, num_bases = need = injection.required(config, plan.slots)
-    bases = injection.make_bases(config, plan.slots, plan.peft_dims)
+    max_dim, min_dim, num_bases = need = required(config, plan.slots)
+    config, bases = own_bases(config, plan.slots, plan.peft_dims)
     if bases.prng != "philox":
         max_dim, min_dim, num_bases = need = bases.max_dim, bases.min_dim, bases.num_bases
 

@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_map
 
 from ..bases.random_bases import RandomBases
 from ..layers import quantized
-from ..model import injection
-from ..model.injection import Plan, adapted_layers
+from ..model.adapter_plan import Plan, plan_adapter
 from ..model.model import RandLoraModel
+from ..model.parts import adapted_layers
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def _call_twin(model: nn.Module, plan: Plan, arguments: Any) -> dict[str, list[C
     config = replace(plan.config, strategy="auto", inference_mode=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said already, about the model itself
-        adapted = RandLoraModel(twin, injection.plan(twin, config, _NoBases(1, 1, config.r))).train()
+        adapted = RandLoraModel.from_plan(twin, plan_adapter(twin, config, _NoBases(1, 1, config.r))).train()
     with torch.enable_grad(), _watched(adapted_layers(twin)) as calls:
         if isinstance(arguments, Mapping):
             adapted(**arguments)

@@ -1,1 +1,1 @@
-"""randlora inside other libraries; each module imports its library only when it is used."""
+"""randlora inside other libraries, each of which is imported only when it is used."""

@@ -1,1 +1,1 @@
-"""Adapted layers: what a model's layer is replaced by, from its first call to its merged weight."""
+"""Adapted layers: what stands in the place of a model's layer, from its first call to its merged weight."""

@@ -1,23 +1,22 @@
 """A batch of mixed adapters: every sample goes through its own adapter, the base product is computed once for all.
 
-``with mixed_batch(model, layers, names):`` holds the names, one per sample, for the calls of `model` inside it; each
-layer then adds, per adapter, the update of that adapter's rows (:func:`add_updates`). PEFT has this for LoRA
+``with mixed_batch(model, parts, names):`` holds the names, one per sample, for the calls of `model` inside it. Each
+adapted layer then adds, per adapter, the update of that adapter's rows (:func:`add_updates`); a module that every
+adapter has a copy of runs each copy on its adapter's rows (:func:`run_apart`). PEFT has this for LoRA
 (``adapter_names=``, S-LoRA and Punica have kernels for it) and ignores it for RandLoRA.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 BASE = "__base__"  # PEFT's name for: no adapter
 CHECKPOINTING = "adapter_names cannot be used with gradient checkpointing in training"
-
-
 # A call's samples are counted in the first of these that it has, else in its first tensor.
 INPUTS = (
     "input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "pixel_values", "input_values",
@@ -103,6 +102,17 @@ def _refuse_checkpointing(x: Tensor) -> None:
         raise ValueError(CHECKPOINTING)
 
 
+class Mixable(Protocol):
+    """What can take a mixed batch: an adapted layer, or what stands for a module that every adapter has a copy of."""
+
+    mixed_batch: MixedBatch | None
+    """The batch that is running. None: the active adapters act on all samples."""
+
+    def mixable_adapters(self) -> Collection[str]:
+        """Names of the adapters that it has. Raises ``ValueError`` while some are merged and so act on all samples."""
+        ...
+
+
 def add_updates(
     batch: MixedBatch, x: Tensor, result: Tensor, adapters: Iterable[str], update: Callable[[Tensor, str], Tensor]
 ) -> Tensor:
@@ -175,48 +185,50 @@ def _counted_repetitions(model: nn.Module, batches: Sequence[MixedBatch]) -> Ite
 
 
 @contextlib.contextmanager
-def mixed_batch(model: nn.Module, layers: Sequence[nn.Module], names: Sequence[str] | None) -> Iterator[None]:
+def mixed_batch(model: nn.Module, parts: Sequence[Mixable], names: Sequence[str] | None) -> Iterator[None]:
     """While this lasts, calls of `model` take `names`, one per sample, instead of the active adapters (None: as ever).
 
     Where transformers' ``generate`` repeats samples, the names are repeated with them.
 
     Args:
-        layers: the adapted layers in `model`: those with an attribute ``mixed_batch``, ``randlora_lambda`` and
-            ``merged_adapters``.
+        parts: all of `model` that adapters have a share in.
 
     Raises:
-        TypeError, ValueError: names that no layer knows, merged layers, or gradient checkpointing while training, which
-            would run the layers once more after the batch is over.
+        TypeError, ValueError: names that no part knows, merged layers, layers of experts, or gradient checkpointing
+            while training, which would run the layers once more after the batch is over.
     """
     if names is None:
         yield
         return
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"adapter_names must be a list of names, one per sample, got {names!r}")
-    known = {name for layer in layers for name in layer.randlora_lambda}
+    known = {name for part in parts for name in part.mixable_adapters()}
     if not names or (unknown := sorted(set(names) - known - {BASE})):
         got = ", ".join(unknown) if names else "an empty list"
         raise ValueError(f"adapter_names must be {BASE!r} or one of {', '.join(sorted(known))}, got {got}")
-    if any(layer.merged_adapters for layer in layers):
-        raise ValueError("adapter_names cannot be used while adapters are merged: call unmerge_adapter() first")
     modules = list(model.modules())
     if model.training and torch.is_grad_enabled() and any(getattr(m, "gradient_checkpointing", 0) for m in modules):
         raise ValueError(CHECKPOINTING)
-    inside = {id(part) for name, m in model.named_modules() if name.endswith("experts") for part in m.modules()}
-    if any(id(getattr(layer, "module", layer)) in inside for layer in layers):
-        raise ValueError("adapter_names: experts get the tokens that are routed to them, not samples")
+    refuse_experts(model, parts)
     attentions = [m for m in modules if isinstance(m, nn.MultiheadAttention)]
     projections = {id(part) for attention in attentions for part in attention.modules()}  # get the batch first
     length_first = any(not attention.batch_first for attention in attentions)
     inner, outer = MixedBatch(names), MixedBatch(names, length_first)
     hooks = [model.register_forward_pre_hook(batch.see, with_kwargs=True) for batch in (inner, outer)]
     try:
-        for layer in layers:
-            layer.mixed_batch = inner if id(layer) in projections else outer
+        for part in parts:
+            part.mixed_batch = inner if id(part) in projections else outer
         with _counted_repetitions(model, (inner, outer)):
             yield
     finally:
         for hook in hooks:
             hook.remove()
-        for layer in layers:
-            layer.mixed_batch = None
+        for part in parts:
+            part.mixed_batch = None
+
+
+def refuse_experts(model: nn.Module, parts: Iterable[object]) -> None:
+    """Raises ``ValueError`` if one of `parts` is a module inside a mixture of experts, which gets no whole samples."""
+    inside = {id(part) for name, m in model.named_modules() if name.endswith("experts") for part in m.modules()}
+    if any(id(part) in inside for part in parts):
+        raise ValueError("adapter_names: experts get the tokens that are routed to them, not samples")

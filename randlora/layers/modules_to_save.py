@@ -22,12 +22,6 @@ class ModuleToSave(nn.Module):
         self.active_adapter: str | None = None
         self.enabled, self.inference_mode = True, False
         self.mixed_batch: MixedBatch | None = None
-        self.merged_adapters = ()  # as mixed_batch() asks of a layer
-
-    @property
-    def randlora_lambda(self) -> nn.ModuleDict:
-        """Which adapters it has, as mixed_batch() asks of a layer; an attribute would be in the state dict twice."""
-        return self.modules_to_save
 
     def add(self, adapter_name: str) -> None:
         fresh = copy_of(self.original_module)
@@ -46,6 +40,10 @@ class ModuleToSave(nn.Module):
     def enable_adapters(self, enabled: bool) -> None:
         self.enabled = enabled
         self.set_adapter(self.active_adapter, self.inference_mode)
+
+    def mixable_adapters(self) -> list[str]:
+        """See :class:`randlora.layers.mixed_batch.Mixable`: nothing of a module to save is ever merged."""
+        return list(self.modules_to_save)
 
     def active_module(self) -> nn.Module:
         if self.active_adapter is None or not self.enabled:

@@ -226,6 +226,12 @@ class RandLoraLayer(Mergeable):
     def disable_adapters(self) -> bool:
         return self._disable_adapters
 
+    def mixable_adapters(self) -> list[str]:
+        """See :class:`randlora.layers.mixed_batch.Mixable`."""
+        if self.merged:
+            raise ValueError("adapter_names cannot be used while adapters are merged: call unmerge_adapter() first")
+        return list(self.randlora_lambda)
+
     # ---- the update as a matrix ----
 
     @property

@@ -1,1 +1,1 @@
-"""A whole model with adapters: finding its layers, wrapping them, and switching between adapters."""
+"""A whole model with adapters: finding its layers, replacing them, and switching between adapters."""

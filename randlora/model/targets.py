@@ -4,21 +4,51 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..config import ALL_LINEAR, RandLoraConfig
 from ..expressions import Expression
-from ..layers.attention import MultiheadAttention
+from ..layers.attention import PROJECTIONS, MultiheadAttention
 from ..layers.linear import conv1d_types
 from ..layers.randlora_layer import RandLoraLayer
 from ..names import is_wrapper, plain_name
 
 
+def named_targets(model: nn.Module, config: RandLoraConfig) -> list[str] | str:
+    """``target_modules`` of `config`, or the defaults of the model's architecture, which are taken from PEFT.
+
+    Raises:
+        ValueError: a model that has no layer of its own to adapt, no names, or no defaults.
+    """
+    if is_supported(model):
+        raise ValueError(
+            f"this model is itself one layer, a {type(model).__name__}, with nothing to put an adapted layer into: "
+            "take randlora.Linear(model, ...), or adapt torch.nn.Sequential(model)"
+        )
+    if config.target_modules is not None:
+        if not config.target_modules:
+            raise ValueError("target_modules must name at least one layer, got an empty list")
+        return config.target_modules
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind is None:
+        raise ValueError('target_modules must be given for this model: names of layers, or "all-linear"')
+    try:
+        from peft.utils import TRANSFORMERS_MODELS_TO_RANDLORA_TARGET_MODULES_MAPPING as table
+    except ImportError as error:
+        raise ValueError(
+            "target_modules must be given: the defaults of known architectures are taken from PEFT, which is not "
+            "installed (pip install peft)"
+        ) from error
+    if kind not in table:
+        raise ValueError(f'target_modules must be given: there is no default for {kind!r}; "all-linear" is one choice')
+    return table[kind] if isinstance(table[kind], str) else sorted(table[kind])
+
+
 def find_targets(model: nn.Module, config: RandLoraConfig) -> dict[str, nn.Module]:
-    """Name -> module for every layer that `config` targets, in the model's order.
+    """Name -> module for every layer that `config`, which has ``target_modules``, means; in the model's order.
 
     Adapted layers stand for themselves. ``nn.MultiheadAttention`` counts as one layer; its ``out_proj`` alone can be
     targeted too. A module that a model uses under several names is meant by each of them, and found under the first.
@@ -28,12 +58,7 @@ def find_targets(model: nn.Module, config: RandLoraConfig) -> dict[str, nn.Modul
         ValueError: nothing matches (with the nearest names), something that is not supported does, or a regular
             expression takes too long.
     """
-    if is_supported(model):
-        raise ValueError(
-            f"this model is itself one layer, a {type(model).__name__}, with nothing to put an adapted layer into: "
-            "take randlora.Linear(model, ...), or adapt torch.nn.Sequential(model)"
-        )
-    config.target_modules = wanted = _wanted(model, config)
+    wanted = config.target_modules
     modules = dict(_modules(model))
     names: dict[int, list[str]] = {}
     for name, module in modules.items():
@@ -130,29 +155,9 @@ def _modules(model: nn.Module):
         if isinstance(module, RandLoraLayer) or getattr(module, "is_modules_to_save", False):
             inner.append(f"{name}.")
         elif isinstance(module, MultiheadAttention):
-            inner += [f"{name}.{part}." for part in ("q_proj", "k_proj", "v_proj", "out_proj")]
-            inner += [f"{name}.{part}" for part in ("q_proj", "k_proj", "v_proj")]
+            inner += [f"{name}.{part}." for part in PROJECTIONS]
+            inner += [f"{name}.{part}" for part in PROJECTIONS[:3]]
         yield name, module
-
-
-def _wanted(model: nn.Module, config: RandLoraConfig) -> list[str] | str:
-    if config.target_modules is not None:
-        if not config.target_modules:
-            raise ValueError("target_modules must name at least one layer, got an empty list")
-        return config.target_modules
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind is None:
-        raise ValueError('target_modules must be given for this model: names of layers, or "all-linear"')
-    try:
-        from peft.utils import TRANSFORMERS_MODELS_TO_RANDLORA_TARGET_MODULES_MAPPING as table
-    except ImportError as error:
-        raise ValueError(
-            "target_modules must be given: the defaults of known architectures are taken from PEFT, which is not "
-            "installed (pip install peft)"
-        ) from error
-    if kind not in table:
-        raise ValueError(f'target_modules must be given: there is no default for {kind!r}; "all-linear" is one choice')
-    return table[kind] if isinstance(table[kind], str) else sorted(table[kind])
 
 
 def _matcher(setting: str, wanted: list[str] | str | None) -> Callable[[str], bool]:
@@ -223,7 +228,7 @@ def _meant(wanted: list[str] | str, model: nn.Module) -> str:
     return (f"; did you mean {' or '.join(map(repr, close))}?" if close else "") + f" (its linear layers: {listing})"
 
 
-def peft_dims(model: nn.Module, config: RandLoraConfig, found: dict[str, nn.Module]) -> tuple[int, int]:
+def peft_dims(found: Mapping[str, nn.Module]) -> tuple[int, int]:
     """``(max_dim, min_dim)`` of the bases that PEFT would make: it takes the largest out and in dimensions apart."""
     sizes = [layer_sizes(module) for module in found.values()]
     largest_in, largest_out = max(s[0] for s in sizes), max(s[1] for s in sizes)

@@ -10,16 +10,17 @@ from torch import Tensor, nn
 
 from ..checks import require_float
 from ..config import RandLoraConfig
+from ..layers import offload
 from ..layers.attention import MultiheadAttention
 from ..layers.randlora_layer import RandLoraLayer
 from ..names import plain_name
-from .injection import adapted_layers
+from .parts import adapted_layers
 
 if TYPE_CHECKING:
-    from .model import RandLoraModel
+    from .adapters import Adapters
 
 
-def add(model: RandLoraModel, adapters: list[str], weights: list[float], adapter_name: str) -> RandLoraConfig:
+def add(model: Adapters, adapters: list[str], weights: list[float], adapter_name: str) -> RandLoraConfig:
     """Add the adapter whose update is ``sum_i weights[i] * dW_i`` to every layer; returns its config."""
     if not adapters or len(adapters) != len(weights) or len(set(adapters)) != len(adapters):
         raise ValueError(f"adapters and weights must be as many, at least one, each once, got {adapters} and {weights}")
@@ -70,7 +71,10 @@ def _sum(path: str, layer: RandLoraLayer, present: list[tuple[str, float]], scal
     """lambda and gamma of the sum, for an adapter of this scaling."""
     real = torch.device("cpu")  # any device that has numbers: those on meta are refused
     with torch.no_grad():
-        lambdas, gammas = zip(*(layer._trained(name, real) for name, _ in present), strict=True)
+        lambdas, gammas = (
+            [offload.trained(parameters, name, part, real) for name, _ in present]
+            for part, parameters in zip(layer.adapter_layer_names, layer.trained_parts(), strict=True)
+        )
     factors = [weight * layer.scaling[name] / scaling for name, weight in present]
     if all(torch.equal(gamma, gammas[0]) for gamma in gammas):
         return sum(f * lam for f, lam in zip(factors, lambdas, strict=True)), gammas[0]

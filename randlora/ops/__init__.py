@@ -1,1 +1,1 @@
-"""Autograd, compile and transform rules around the compiled operators of ``csrc/``."""
+"""What PyTorch has to know of the operators: their derivatives, their shapes, and the rules of ``torch.func``."""

@@ -23,7 +23,7 @@ from helpers.models import adapt, assert_unchanged, net, snapshot
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from randlora import checkpoint
+from randlora.checkpoint import reading
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def outcome(model, folder):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            loaded = checkpoint.read(model, folder)
+            loaded = reading.read(model, folder)
         except ValueError as error:
             assert type(error) is ValueError and str(folder) in str(error), repr(error)
             return None
@@ -110,7 +110,7 @@ def test_every_tensor_has_its_checksum(folders, tmp_path, name):
         place = start + entry["data_offsets"][0]
         (folder / WEIGHTS).write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
         with pytest.raises(ValueError, match="its checksum does not match"):
-            checkpoint.read(net(), folder)
+            reading.read(net(), folder)
 
 
 changes = st.one_of(

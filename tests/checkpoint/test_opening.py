@@ -146,7 +146,7 @@ def test_large_tensors_are_refused_by_the_header(folders, tmp_path, kind, key, s
     save_file(tensors, folder / WEIGHTS, metadata)
     add_hole(folder / WEIGHTS, key, shape)
     read = []
-    monkeypatch.setattr("randlora.checkpoint.reading._Weights.get", lambda self, key: read.append(key))
+    monkeypatch.setattr("randlora.checkpoint.weights.Weights.get", lambda self, key: read.append(key))
     assert_refused(folder, message)
     assert not read
 

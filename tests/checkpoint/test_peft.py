@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import randlora
-from randlora.model import injection
+from randlora.model.adapter_plan import plan_adapter
 
 pytest.importorskip("transformers", reason="the models have a Conv1D")
 
@@ -114,11 +114,11 @@ def test_bases_that_peft_drew_on_a_machine_without_bfloat16(tmp_path):
 
 
 def test_copies_per_layer_are_not_read(tmp_path, monkeypatch):
-    from randlora.checkpoint import reading
+    from randlora.checkpoint.weights import Weights
 
     got = []
-    get = reading._Weights.get
-    monkeypatch.setattr(reading._Weights, "get", lambda self, key: got.append(key) or get(self, key))
+    get = Weights.get
+    monkeypatch.setattr(Weights, "get", lambda self, key: got.append(key) or get(self, key))
     load(DATA / "peft_adapters" / "0.21.2" / "dense", made.make_model(""))
     assert sorted(key for key in got if "randlora_A" in key or "randlora_B" in key) == [
         "base_model.randlora_A", "base_model.randlora_B",
@@ -250,8 +250,8 @@ def test_given_bases_that_are_smaller_than_pefts(tmp_path):
             A, B = made.numbers(3, 1, 20, seed=1), made.numbers(30, 7, 3, seed=2)
         config = randlora.RandLoraConfig(r=3, randlora_alpha=6, target_modules=["up", "down"])
         model = made.make_model("")
-        plan = injection.plan(model, config, randlora.RandomBases.from_tensors(A, B))
-        model = randomize(randlora.RandLoraModel(model, plan)).eval()
+        plan = plan_adapter(model, config, randlora.RandomBases.from_tensors(A, B))
+        model = randomize(randlora.RandLoraModel.from_plan(model, plan)).eval()
         x = made.numbers(5, 8, seed=1000)
         if larger:
             model.save_pretrained(tmp_path, for_peft=True)

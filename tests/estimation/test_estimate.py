@@ -16,8 +16,8 @@ from torch import nn
 import randlora
 from randlora import RandLoraConfig, RandomBases, estimate, planner
 from randlora.__main__ import main
-from randlora.model import injection
-from randlora.model.injection import adapted_layers
+from randlora.model.adapter_plan import own_bases
+from randlora.model.parts import adapted_layers
 
 TOKENS = IDS.numel()
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
@@ -350,7 +350,7 @@ def test_nothing_is_changed_and_no_bases_are_made(monkeypatch):
     def no(*args):
         raise AssertionError("bases were made")
 
-    mine = injection.make_bases(config(), {"": (1, 1)}, (1, 1))  # those that a model would take
+    _, mine = own_bases(config(), {"": (1, 1)}, (1, 1))  # those that a model would take
     mine.require(3, 3, 1)
     mine.tensors()
     monkeypatch.setattr(RandomBases, "fill", no)

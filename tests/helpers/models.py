@@ -8,7 +8,8 @@ from torch import nn
 
 import randlora
 from helpers.common import normal, reference_update
-from randlora.model.injection import adapted_layers
+from randlora.layers.randlora_layer import RandLoraLayer
+from randlora.model.parts import adapted_layers
 
 WIDTH, HIDDEN, WORDS, CLASSES = 13, 22, 19, 7
 IDS = torch.randint(0, WORDS, (4, 5), generator=torch.Generator().manual_seed(3))
@@ -134,6 +135,21 @@ def assert_computes(model, adapters, plain=None, ids=IDS, tolerance=1e-11, call=
     torch.testing.assert_close(call(model).double(), expected, rtol=tolerance, atol=tolerance)
     if adapters:
         assert (expected - call(copy.deepcopy(plain).double())).abs().max() > 0.05
+
+
+LAYERS_ALONE = (
+    "randlora_lambda", "randlora_gamma", "bases", "scaling", "num_bases", "merged_adapters", "merged", "merge",
+    "get_delta_weight", "get_base_layer", "update_layer",
+)  # fmt: skip
+
+
+def assert_only_layers_look_like_layers(model, but=()):
+    """What has an attribute of adapted layers, `but` for these, is one and has all of them."""
+    for path, module in model.named_modules():
+        if path and module is not getattr(model, "base_model", None):  # what stands for the whole model may have more
+            wanted = set(LAYERS_ALONE) - set(but)
+            has = {name for name in wanted if hasattr(module, name)}
+            assert has == (wanted if isinstance(module, RandLoraLayer) else set()), f"{path}: {has}"
 
 
 def snapshot(model):

@@ -183,7 +183,7 @@ def call(model, name):
 def test_transformers(name):
     settings = {"r": 4, "randlora_alpha": 3, "target_modules": "all-linear"}
     model = randlora.get_peft_model(transformers_model(name), settings)
-    layers = randlora.model.injection.adapted_layers(model.model)
+    layers = randlora.model.parts.adapted_layers(model.model)
     expectation = (
         pytest.warns(UserWarning, match=f"reads the weights of {BYPASSED[name]} of its {len(layers)} adapted layers")
         if name in BYPASSED

@@ -5,7 +5,9 @@ import torch
 from helpers.models import (
     IDS,
     adapt,
+    add,
     assert_computes,
+    assert_only_layers_look_like_layers,
     layers_of,
     merged_by_hand,
     net,
@@ -97,3 +99,38 @@ def test_inference_mode():
     assert not any(p.requires_grad for p in model.parameters())
     model.set_adapter("default")
     assert sum(p.requires_grad for p in model.parameters()) == 2 * len(layers_of(model)) + 2
+
+
+def test_what_looks_like_a_layer_is_one():
+    """Scripts, PEFT's among them, know an adapted layer by the attributes that it has."""
+    model = adapt(net(), modules_to_save=["head"])
+    updates = [m.get_delta_weight("default") for m in model.modules() if hasattr(m, "randlora_lambda")]
+    assert len(updates) == len(layers_of(model)) == 8
+    assert_only_layers_look_like_layers(model)
+    with torch.no_grad():
+        model(IDS, adapter_names=["default", "__base__"] * 2)
+    assert_only_layers_look_like_layers(model)
+
+
+def test_an_attention_does_not_look_like_a_layer():
+    model = adapt(nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 3)), target_modules=["0"])
+    assert_only_layers_look_like_layers(model)
+    assert [name.rpartition(".")[2] for name in layers_of(model)] == ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+
+def test_an_attribute_of_a_saved_module_that_is_called_module():
+    """Whatever a module to save has, a mixed batch asks nothing of it but its outputs."""
+
+    class Router(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList([nn.Linear(13, 13)])
+
+    model = net()
+    model.router = Router()
+    model.head.__dict__["module"] = model.router.experts[0]
+    model = add(adapt(model, modules_to_save=["head"]), "bare", seed=2)
+    own = model(IDS)
+    model.set_adapter("bare")  # which runs the head as it was, whose attributes those of its wrapper are then
+    with torch.no_grad():
+        assert_close(model(IDS, adapter_names=["default"] * 4), own)

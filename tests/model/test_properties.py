@@ -75,7 +75,7 @@ class Machine:
         return any(layer.merged for path, layer in self.layers().items() if path in targets)
 
     def layers(self):
-        return randlora.model.injection.adapted_layers(self.model.model)
+        return randlora.model.parts.adapted_layers(self.model.model)
 
     def joins(self, name):
         self.names.append(name)

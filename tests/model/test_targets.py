@@ -50,7 +50,7 @@ def test_same_layers_and_trainable_parameters_as_peft(make, values, capsys):
         theirs = peft.get_peft_model(make(), peft.RandLoraConfig(r=4, **values))
         ours = randlora.get_peft_model(make(), peft.RandLoraConfig(r=4, **values))
     expected = {name for name, m in theirs.base_model.model.named_modules() if isinstance(m, RandLoraLayer)}
-    assert set(randlora.model.injection.adapted_layers(ours.model)) == expected and expected
+    assert set(randlora.model.parts.adapted_layers(ours.model)) == expected and expected
     trained = {name.removeprefix("base_model.model.") for name, p in theirs.named_parameters() if p.requires_grad}
     assert {name.removeprefix("model.") for name, p in ours.named_parameters() if p.requires_grad} == trained
     theirs.print_trainable_parameters()

@@ -200,7 +200,7 @@ def test_low_memory_goes_on_where_it_was(monkeypatch):
     with pytest.raises(MemoryError):
         model.merge_and_unload(low_memory=True)
     torch.testing.assert_close(model(IDS), expected)
-    first, *_, last = randlora.model.injection.adapted_layers(model.model).values()
+    first, *_, last = randlora.model.parts.adapted_layers(model.model).values()
     assert first.merged and first._unmerged_weight is None and not last.merged
     for call in (model.unmerge_adapter, model.unload, lambda: model.set_adapter("b")):
         before = state(model)
@@ -239,6 +239,6 @@ def test_layers_without_numbers(sizes):
         randlora.get_peft_model(model, {"r": 2, "target_modules": ["empty", "other"]})
     assert_same_state(model, before)
     adapted = randlora.get_peft_model(model, {"r": 2, "target_modules": "all-linear"})
-    assert list(randlora.model.injection.adapted_layers(adapted.model)) == ["other"]
+    assert list(randlora.model.parts.adapted_layers(adapted.model)) == ["other"]
     with pytest.raises(ValueError, match="matches no layer"):
         randlora.get_peft_model(nn.Sequential(nn.Linear(*sizes)), {"r": 2, "target_modules": "all-linear"})

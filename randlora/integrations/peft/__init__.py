@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import nn
 
+__all__ = ["Enabled", "accelerate", "disable", "enable"]
+
 TESTED = ((0, 16), (0, 21))  # the first minor version of PEFT that has RandLoRA, the last that this is tested with
 
 _replaced: list[tuple[Any, Any, Any]] = []  # (object, attribute or key, what PEFT has there)

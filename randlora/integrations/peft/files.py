@@ -11,7 +11,7 @@ from typing import Any
 from peft import RandLoraConfig
 from torch import Tensor, nn
 
-from ... import checkpoint
+from ...checkpoint import checking
 from ...names import plain_name
 from .wrappers import make_room, saved_names
 
@@ -21,7 +21,7 @@ def checked(load_file: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[s
 
     @functools.wraps(load_file)
     def load(filename: str | os.PathLike, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        return checkpoint.load(Path(filename), lambda path: load_file(path, *args, **kwargs))
+        return checking.load(Path(filename), lambda path: load_file(path, *args, **kwargs))
 
     return load
 

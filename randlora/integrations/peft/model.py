@@ -18,13 +18,14 @@ from ...layers.fast_path import disable_fast_path, restore_fast_path
 from ...layers.merging import check_unmerge, merged_or_not
 from ...layers.update_cache import inference_cache
 from ...model import ties
-from ...model.injection import adapted_layers, to_merge
+from ...model.injection import to_merge
+from ...model.parts import adapted_layers
 from ...names import check_savable
 from ...undo import all_or_nothing
 from .bases import Bases, is_8_bit
 from .layer import Linear, convert, initialise_anew, seen_where_it_computes
 from .targets import check_targets, matched
-from .wrappers import Trainability, activate, mixed, wrappers
+from .wrappers import Trainability, activate, mixed_batch_with_wrappers, wrappers
 
 HALF = {"peft": torch.bfloat16, "peft-fp16": torch.float16}
 
@@ -214,7 +215,7 @@ class RandLoraModel(PeftRandLoraModel):
     def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
         """PEFT calls this around every call of the model: here the names of a mixed batch come in."""
         layers = [module for module in self.model.modules() if isinstance(module, Linear)]
-        with mixed(self.model, layers, kwargs.get("adapter_names")), first_calls(self, self.model):
+        with mixed_batch_with_wrappers(self.model, layers, kwargs.get("adapter_names")), first_calls(self, self.model):
             yield
 
     def generate(self, *args, **kwargs):

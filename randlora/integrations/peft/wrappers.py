@@ -10,7 +10,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, _se
 from torch import nn
 
 from ...layers import offload
-from ...layers.mixed_batch import MixedBatch, mixed_batch, run_apart
+from ...layers.mixed_batch import MixedBatch, mixed_batch, refuse_experts, run_apart
 
 
 def wrappers(model: nn.Module) -> list[AuxiliaryTrainingWrapper]:
@@ -99,23 +99,25 @@ class Trainability:
 
 
 class _InMixedBatch:
-    """A wrapper as :func:`randlora.layers.mixed_batch.mixed_batch` takes it, beside the layers."""
+    """What takes part in a mixed batch for one of PEFT's wrappers (:class:`randlora.layers.mixed_batch.Mixable`)."""
 
-    merged_adapters = ()
     mixed_batch: MixedBatch | None = None
 
     def __init__(self, wrapper: AuxiliaryTrainingWrapper, layers: Sequence[nn.Module]) -> None:
-        self.module, self.layers, self.randlora_lambda = wrapper, layers, set(wrapper._adapters)
+        self.wrapper, self.layers, self.adapters = wrapper, layers, set(wrapper._adapters)
+
+    def mixable_adapters(self) -> set[str]:
+        return self.adapters
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """In place of the wrapper's: PEFT's takes few kinds of modules, and looks at the active adapter first."""
-        wrapper = self.module
+        wrapper = self.wrapper
         # Not what the wrapper says: earlier versions of PEFT disable those in which the active adapter has no copy.
         if any(layer.disable_adapters for layer in self.layers):
             return wrapper.original_module(*args, **kwargs)
 
         def call(name: str, args: tuple, kwargs: dict) -> Any:
-            if name not in self.randlora_lambda:
+            if name not in self.adapters:
                 return wrapper.original_module(*args, **kwargs)
             if isinstance(wrapper, ModulesToSaveWrapper):
                 return wrapper.modules_to_save[name](*args, **kwargs)
@@ -126,12 +128,15 @@ class _InMixedBatch:
 
 
 @contextmanager
-def mixed(model: nn.Module, layers: Sequence[nn.Module], names: Sequence[str] | None) -> Iterator[None]:
-    """While this lasts, calls of `model` take `names`, one per sample: in its layers and in its wrappers."""
+def mixed_batch_with_wrappers(
+    model: nn.Module, layers: Sequence[nn.Module], names: Sequence[str] | None
+) -> Iterator[None]:
+    """:func:`randlora.layers.mixed_batch.mixed_batch` for the layers of a PEFT model and for its wrappers."""
     parts = [] if names is None else [_InMixedBatch(wrapper, layers) for wrapper in wrappers(model)]
+    refuse_experts(model, [part.wrapper for part in parts])
     with mixed_batch(model, [*layers, *parts], names), ExitStack() as stack:
         for part in parts:
-            stack.callback(_replace_forward(part.module, part.forward))
+            stack.callback(_replace_forward(part.wrapper, part.forward))
         yield
 
 

@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 from helpers.common import normal
+from helpers.models import assert_only_layers_look_like_layers
 from torch import nn
 
 peft = pytest.importorskip("peft")
@@ -306,3 +307,19 @@ def test_heads_that_cannot_be_taken_apart(extra, message):
     model = three(Model(Two(), extra=extra))
     with pytest.raises(TypeError, match=rf"Two of modules_to_save .* {message}"):
         model(normal(4, 5, 6), adapter_names=NAMES)
+
+
+@pytest.mark.parametrize("head", ["linear", "deep"])
+def test_what_looks_like_a_layer_is_one(head):
+    """PEFT's wrappers are no layers, while they take part in a batch as well."""
+    model = three(HEADS[head]())
+    seen = []
+
+    def look(*_):
+        assert_only_layers_look_like_layers(model, but=["merged_adapters"])  # which PEFT's wrappers have
+        seen.append([m.get_delta_weight("default") for m in model.modules() if hasattr(m, "randlora_lambda")])
+
+    look()
+    model.base_model.model.body.register_forward_hook(look)
+    model(normal(4, 5, 6), adapter_names=NAMES)
+    assert [len(updates) for updates in seen] == [1, 1]

@@ -1,21 +1,25 @@
-"""The part of ``RandLoraModel`` that says which of a model's adapters act, are trained and are merged."""
+"""The part of ``RandLoraModel`` that knows its adapters: which it has, which act, are trained and are merged."""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
-from ..config import PEFT_TYPE, RandLoraConfig
+from ..checkpoint.layout import PEFT_TYPE
+from ..config import RandLoraConfig
+from ..layers.bypassed import forget_calls
 from ..layers.merging import merged_or_not, unmerged
 from ..undo import all_or_nothing
-from . import injection, ties
-from .injection import adapted_layers, saved_modules
+from . import injection, ties, weighted_sum
+from .adapter_plan import Plan, plan_adapter
+from .parts import adapted_layers, saved_modules, train_biases
 
 
-class ActiveAdapters(nn.Module):
+class Adapters(nn.Module):
     """Base class of :class:`randlora.RandLoraModel`, which documents it. ``model`` is the adapted model."""
 
     model: nn.Module
@@ -24,6 +28,80 @@ class ActiveAdapters(nn.Module):
         self.peft_config: dict[str, RandLoraConfig] = {}
         self._active: list[str] = []
         self._enabled, self._inference_mode = True, False
+
+    # ---- adding and removing adapters ----
+
+    def add_adapter(self, adapter_name: str, config: Any) -> None:
+        """Add an adapter, initialised as `config` says. It acts once :meth:`set_adapter` names it.
+
+        Raises:
+            TypeError, ValueError: as :func:`randlora.get_peft_model`, and for a second adapter with ``bias`` other than
+                ``"none"``; nothing has been changed then.
+        """
+        injection.check_name(adapter_name, self.peft_config)
+        plan = plan_adapter(self.model, RandLoraConfig.of(config))
+        with all_or_nothing(self):
+            self._add(adapter_name, plan)
+
+    def _add(self, adapter_name: str, plan: Plan) -> None:
+        """Callers undo what a failure leaves."""
+        config = plan.config
+        with_bias = [name for name, other in self.peft_config.items() if other.bias != "none"]
+        if with_bias and config.bias != "none":
+            raise ValueError(
+                f"bias={config.bias!r}: the biases are the base model's, and adapter {with_bias[0]!r} trains them "
+                "already"
+            )
+        flags = self._flags() if self.peft_config else []
+        injection.apply(self.model, plan, adapter_name)
+        self.peft_config[adapter_name] = config
+        if self._active:
+            self._set_active(self._active, self._inference_mode)
+        else:
+            self._set_active([adapter_name], config.inference_mode)
+        restore(flags)  # what was there before keeps its trainability
+        if not self._enabled:
+            self._enable(False)
+        forget_calls(self)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. If it was the only active one, the first of the others becomes active."""
+        self._check(adapter_name)
+        if any(adapter_name in layer.merged_adapters for layer in adapted_layers(self.model).values()):
+            raise ValueError(f"adapter {adapter_name!r} is merged: call unmerge_adapter() first")
+        left = [name for name in self._active if name != adapter_name]
+        others = [name for name in self.peft_config if name != adapter_name]
+        flags, orphaned = self._flags(), self._active == [adapter_name]
+        with all_or_nothing(self):
+            self._set_active(others[:1] if orphaned else left, self._inference_mode)
+            for layer in adapted_layers(self.model).values():
+                if adapter_name in layer.randlora_lambda:
+                    layer.delete_adapter(adapter_name)
+            for module in saved_modules(self.model).values():
+                if adapter_name in module.modules_to_save:
+                    del module.modules_to_save[adapter_name]
+            del self.peft_config[adapter_name]
+            if not orphaned:
+                restore(flags)
+
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        """Add an adapter whose update is exactly ``sum_i weights[i] * dW_i``.
+
+        RandLoRA's update is bilinear in lambda and gamma, so that a sum has this form only for a single adapter, or for
+        adapters on the same bases whose gammas, or whose lambdas, are equal. Any others add up when they are active
+        together (``set_adapter([...])``) or merged.
+
+        Raises:
+            ValueError: where the sum is not exact, with the reason; nothing is changed then.
+        """
+        injection.check_name(adapter_name, self.peft_config)
+        for name in adapters:
+            self._check(name)
+        flags = self._flags()
+        with all_or_nothing(self):
+            self.peft_config[adapter_name] = weighted_sum.add(self, list(adapters), list(weights), adapter_name)
+            self._set_active(self._active, self._inference_mode)
+            restore(flags)
 
     # ---- which adapters act ----
 
@@ -74,7 +152,7 @@ class ActiveAdapters(nn.Module):
             module.set_adapter(next((name for name in names if name in module.modules_to_save), None), inference_mode)
         if any(config.bias != "none" for config in self.peft_config.values()):
             modes = set() if inference_mode else {self.peft_config[name].bias for name in names}
-            injection.train_biases(self.model, modes)
+            train_biases(self.model, modes)
 
     def _parts(self) -> list[nn.Module]:
         return [*adapted_layers(self.model).values(), *saved_modules(self.model).values()]

@@ -1,0 +1,31 @@
+"""The parts of a model that its adapters have a share in: adapted layers, modules to save, and biases."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..layers.modules_to_save import ModuleToSave
+from ..layers.randlora_layer import RandLoraLayer
+
+_BIASES = ("bias", "bias_k", "bias_v")
+
+
+def adapted_layers(model: nn.Module) -> dict[str, RandLoraLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, RandLoraLayer)}
+
+
+def saved_modules(model: nn.Module) -> dict[str, ModuleToSave]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, ModuleToSave)}
+
+
+def is_bias(name: str) -> bool:
+    """Whether a parameter of this name is a bias of a layer or of an attention."""
+    return name.rpartition(".")[2] in _BIASES
+
+
+def train_biases(model: nn.Module, modes: set[str]) -> None:
+    """Biases of the base model require gradients as these modes (``RandLoraConfig.bias``) ask for."""
+    own = {id(p) for layer in adapted_layers(model).values() for p in layer.get_base_layer().parameters(recurse=False)}
+    for name, parameter in model.named_parameters():
+        if is_bias(name) and ".modules_to_save." not in name:
+            parameter.requires_grad_("all" in modes or ("randlora_only" in modes and id(parameter) in own))
