@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from helpers.common import STRATEGIES, make_bases, make_layer, normal
-from helpers.products import multiply_adds
+from helpers.counted import multiply_adds
 from helpers.ternary import FORMS
 
 import randlora

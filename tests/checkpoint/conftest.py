@@ -1,11 +1,28 @@
-"""Processes that save adapters for ever, to be killed or read from meanwhile."""
+"""Folders with adapters to be damaged, and processes that save for ever, to be killed or read from meanwhile."""
 
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+from helpers.damaged import make_adapters
 from helpers.savers import SAVER, kill
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return make_adapters(tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture
+def folder(folders, tmp_path):
+    return shutil.copytree(folders / "ours", tmp_path / "adapter")
+
+
+@pytest.fixture
+def peft_folder(folders, tmp_path):
+    return shutil.copytree(folders / "peft", tmp_path / "peft adapter")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.checkpoints import assert_same_numbers, load
-from helpers.damaged import CONFIG, WEIGHTS, assert_refused, make_adapters, read_header, tensors_of, write_header
+from helpers.damaged import CONFIG, WEIGHTS, assert_refused, read_header, tensors_of, write_header
 from helpers.memory import little_memory
 from helpers.models import adapt, net
 from helpers.savers import before_deadline
@@ -21,11 +21,6 @@ from safetensors.torch import save_file
 
 import randlora
 from randlora.checkpoint import layout, opening
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return make_adapters(tmp_path_factory.mktemp("adapters"))
 
 
 @pytest.fixture(params=["ours", "ours_small", "peft", "peft_small"])
