@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ._C import UNPACKED_BYTES  # csrc/packed_update.h: of B, which the CPU makes dense at a time
+
 # An addition of a fast transform, in multiply-adds of a dense product, by device: it moves a number through
 # registers for each, where a product has it at hand for as many as there are columns.
 TRANSFORM = {"cpu": 3.0, "cuda": 2.0}
@@ -15,9 +17,6 @@ TILE = {"cpu": 4 << 20, "cuda": 32 << 20}
 # Of the dense product's work, what ternary bases at two bits per element cost: a third, in code that is not quite MKL
 # (0.3 to 0.4 with AVX-512, 0.4 to 0.55 with AVX2).
 PLANES = 0.45
-
-# Bytes of B that the CPU makes dense at a time (csrc/packed_update.h: unpacked_rows).
-UNPACKED_GROUP = 4 << 20
 
 # An addition from lists to a vector of tokens, in multiply-adds of a dense product. Measured; adding to a vector in
 # memory (h to y, csrc/sparse_products.h) takes longer than to one in a register.
@@ -79,7 +78,7 @@ def costs(
     gradient = need_parameters * P * m * max(4, e)  # of the scaled base
     unpacked, rows = P * M * e, r  # bases made dense, for a group of rows k of A at a time
     if device_type == "cpu" and e >= 4:
-        rows = min(r, max(1, UNPACKED_GROUP // (n * M * e)))
+        rows = min(r, max(1, UNPACKED_BYTES // (n * M * e)))
 
     def at_once(thin: int, unpacks: bool) -> int:
         """Of matrices with an axis P, how much there is at a time."""
@@ -221,7 +220,7 @@ def hadamard_costs(
     build = int(weight * m * hidden)
     dense, gradient = M * m * e, need_parameters * M * m * acc
     dropped = T * in_features * e if dropout else 0
-    # On the CPU the parameters' gradients come from the tokens all the same (csrc/linear.cpp): no gradient of dW.
+    # On the CPU the parameters' gradients come from the tokens all the same, without one of dW (csrc/layer).
     through_dW = need_parameters * (T * M * m + 2 * build)
     if device_type == "cpu":
         through_dW, gradient = T * gradients, 0

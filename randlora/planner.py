@@ -50,8 +50,8 @@ import functools
 
 import torch
 
-from .bases.patterns import is_bits, is_hadamard, is_planes
 from .costs import Cost, Lists, costs, hadamard_costs, sparse_costs
+from .ops.pattern import ListTensors, is_bits, is_planes, is_signs
 
 STRATEGIES = ("factored", "materialized", "merged")
 
@@ -155,12 +155,14 @@ def form(pattern) -> Lists | str | None:
     """What the costs depend on: :class:`Lists`, ``"planes"``, ``"bits"``, ``"signs"``, or None for dense bases."""
     if pattern is None:
         return None
-    if is_hadamard(pattern):
+    if is_signs(pattern):
         return "signs"
+    if is_bits(pattern):
+        return "bits"
     if is_planes(pattern):
-        return "bits" if is_bits(pattern) else "planes"
-    columns, _, _, b_starts, b_indices = pattern
-    return Lists(columns.numel(), b_indices.numel() / (b_starts.numel() // 2))
+        return "planes"
+    lists = ListTensors(*pattern)
+    return Lists(lists.columns.numel(), lists.b_indices.numel() / (lists.b_starts.numel() // 2))
 
 
 def options_of(

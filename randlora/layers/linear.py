@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import planner
-from ..bases.patterns import is_hadamard
 from ..bases.random_bases import RandomBases
 from ..functional import compute_dtype, linear_of
+from ..ops.pattern import is_signs
 from ..planner import STRATEGIES
 from ..undo import all_or_nothing
 from . import base_layer as base_layers
@@ -236,7 +236,7 @@ class Linear(nn.Linear, RandLoraLayer, Noticed):
                     self._trained(name, device)  # raises for those that have no numbers
                 return None
         patterns = (self._pattern(name, device) for name in adapters)
-        if all(found is not None and is_hadamard(found[0]) for found in patterns):
+        if all(found is not None and is_signs(found[0]) for found in patterns):
             return None  # one token costs little more than the base layer alone
         stream = torch._C._cuda_getCurrentRawStream(device.index) if x.is_cuda else None  # others would have to wait
         key = merged, dtype, device, stream, *adapters

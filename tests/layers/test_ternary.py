@@ -15,7 +15,7 @@ from helpers.layer_op import gradients
 from helpers.ternary import FORMS
 
 import randlora
-from randlora.bases.patterns import Bits, Lists, Planes
+from randlora.bases.patterns import StoredBits, StoredLists, StoredPlanes
 
 forms = pytest.mark.parametrize("form", FORMS)
 
@@ -50,14 +50,17 @@ def test_bytes_of_the_bases(kind, limit, device):
     assert 0.2 * limit < bases.nbytes / 2**20 <= limit
 
 
-@pytest.mark.parametrize("sparsity, form, planes", [(1.0, Bits, 1), (2.4, Bits, 2), (2.5, Planes, 2), (9.9, Planes, 2)])
+@pytest.mark.parametrize(
+    "sparsity, form, planes",
+    [(1.0, StoredBits, 1), (2.4, StoredBits, 2), (2.5, StoredPlanes, 2), (9.9, StoredPlanes, 2)],
+)
 def test_which_form_is_taken(sparsity, form, planes):
     bases = randlora.RandomBases(64, 48, 4, "sparse", sparsity=sparsity)
     pattern, _ = bases.pattern(48)
     assert type(bases._lists[torch.device("cpu")][0]) is form and pattern[-1].shape == (48, planes, 4)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert randlora.bases.patterns.form_of(sparsity, cuda) is Bits
-    assert [randlora.bases.patterns.form_of(10.0, device) for device in (cpu, cuda)] == [Lists, Bits]
+    assert randlora.bases.patterns.form_of(sparsity, cuda) is StoredBits
+    assert [randlora.bases.patterns.form_of(10.0, device) for device in (cpu, cuda)] == [StoredLists, StoredBits]
     assert randlora.RandomBases(64, 48, 4).pattern(48) is None
 
 
@@ -102,13 +105,13 @@ def test_given_bases_stay_dense_where_packing_saves_nothing(form):
     assert make_layer(96, 130, 8, randlora_A=A, randlora_B=B).pattern("default") is None
     # PEFT's own draw is not kept: where it is bits, it is packed, and the scale is that of its values.
     made, scale = randlora.bases.patterns.of_tensors(A, B, held=False)
-    assert type(made) is Bits and made.b_planes.shape[1] == (1 if form == "sign" else 2)
+    assert type(made) is StoredBits and made.tensors.b_planes.shape[1] == (1 if form == "sign" else 2)
     torch.testing.assert_close(scale, 1.7**2, rtol=1e-6, atol=0)
     got = torch.ops.randlora.packed_expand(made.of(96), 12, 96, 130, torch.float32)
     assert_same_bits(got[0] * A.abs().max(), A)
     assert_same_bits((got[1].t() * B.abs().max()).contiguous(), B.flatten(1))
     mixed, _ = randlora.bases.patterns.of_tensors(A * (A > 0), B, held=False)
-    assert type(mixed) is Bits and mixed.b_planes.shape[1] == 2
+    assert type(mixed) is StoredBits and mixed.tensors.b_planes.shape[1] == 2
 
 
 @forms

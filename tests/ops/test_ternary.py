@@ -17,8 +17,9 @@ from helpers.layer_op import gradients
 from helpers.ternary import FORMS, draw
 
 import randlora
-from randlora.bases.patterns import Bits, Lists, Planes, is_bits, is_planes
+from randlora.bases.patterns import StoredBits, StoredLists, StoredPlanes
 from randlora.functional import linear
+from randlora.ops.pattern import is_bits, is_packed
 
 SHAPES = [(41, 64, 5), (64, 41, 5), (3, 1, 4), (1, 1, 1), (33, 33, 40), (130, 341, 32), (341, 130, 32), (600, 520, 7)]
 
@@ -81,7 +82,7 @@ def test_forms_expand_to_the_same_bits(form, size, dtype, device):
     bases = randlora.RandomBases(*size, seed=3, **FORMS[form])
     A, B = bases.draw(dtype, device)
     pattern, n = bases.pattern(m, device)[0], bases.num_bases
-    if is_planes(pattern):
+    if is_packed(pattern):
         got, transposed = torch.ops.randlora.packed_expand(pattern, n, m, M, dtype)
         assert_same_bits(got, A)
         assert_same_bits(transposed.t().contiguous(), B.flatten(1))
@@ -125,7 +126,7 @@ def test_planes_expand_on_cuda(dtype):
 
 
 @pytest.mark.parametrize("which", ["empty row", "full row", "empty column", "one column", "all zero B", "last rows"])
-@pytest.mark.parametrize("make", [Lists, Planes, Bits])
+@pytest.mark.parametrize("make", [StoredLists, StoredPlanes, StoredBits])
 def test_odd_patterns(which, make):
     """Patterns that random bases have now and then."""
     r, n, m, M = 4, 5, 17, 37
