@@ -64,10 +64,14 @@ def layer_checks(device: torch.device, few: bool) -> Iterator[Check]:
                                     for t in (problem.lam, problem.gamma)
                                 )
                                 A, B, pattern = given(problem.bases, form, dtype, device)
-                                options = (dtype, strategy, dropout, seed.to(device), False, 0, pattern)
-                                y = op(x, weight, bias, A, B, lam, gamma, g.shape[1], problem.scale, *options)
+                                others = A, B, lam, gamma, pattern, seed.to(device)
+                                options = {
+                                    "scale": problem.scale, "dtype": dtype, "strategy": strategy, "dropout": dropout,
+                                    "weight_is_transposed": False, "workspace": 0,
+                                }  # fmt: skip
+                                y = op(x, weight, bias, *others, out_features=g.shape[1], **options)
                                 gradients = op_backward(
-                                    g, x, weight, A, B, lam, gamma, problem.scale, *options, True, True, True
+                                    g, x, weight, *others, need_x=True, need_lambda=True, need_gamma=True, **options
                                 )
                                 return list(zip((y, *gradients), expected, strict=True))
 
@@ -105,6 +109,8 @@ def _to(device: torch.device, *pairs: tuple[Tensor, torch.dtype]) -> list[Tensor
 
 def sparse_checks(device: torch.device, few: bool) -> Iterator[Check]:
     """Updates by themselves: with the weight by rows, by columns and without it, in every form that there is."""
+    from randlora.ops.pattern import ListTensors
+
     ops = torch.ops.randlora
     for kind, sizes in (
         ("sparse", (41, 107)),
@@ -125,7 +131,7 @@ def sparse_checks(device: torch.device, few: bool) -> Iterator[Check]:
                     _, _, pattern = given(problem.bases, form, dtype, device)
                     lam, gamma = (t.to(device, accumulator) for t in (problem.lam, problem.gamma))
                     options = problem.M, problem.scale
-                    rows = pattern[0].long().cpu() if form == "lists" else torch.arange(problem.m)
+                    rows = ListTensors(*pattern).columns.long().cpu() if form == "lists" else torch.arange(problem.m)
                     D, W = problem.update(problem.lam, problem.gamma).T, problem.weight.T  # [m, M]
                     by_rows, by_columns = W.contiguous().to(device, dtype), problem.weight.to(device, dtype).T
                     G = normal(len(rows), problem.M, seed=7)

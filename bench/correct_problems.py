@@ -56,9 +56,9 @@ def given(bases: Any, form: str, dtype: torch.dtype, device: torch.device) -> tu
     A, B = bases.draw(torch.int8, device)
     A, columns, M = A[:, 0], iter([B.flatten(1)]), B.shape[0]
     if form == "bits":
-        made = patterns.Bits(A, columns, M, patterns.planes_of(bases.sparsity))
+        made = patterns.StoredBits(A, columns, M, patterns.planes_of(bases.sparsity))
     else:
-        made = {"planes": patterns.Planes, "lists": patterns.Lists}[form](A, columns, M)
+        made = {"planes": patterns.StoredPlanes, "lists": patterns.StoredLists}[form](A, columns, M)
     return None, None, list(made.of(A.shape[1]))
 
 

@@ -52,7 +52,7 @@ def cases(device: torch.device, d: int, tokens: int, r: int = 32) -> list[Case]:
 
     bases = randlora.RandomBases(d, d, r, kind="sparse")
     A, B = bases.draw(torch.int8, device)
-    bits = list(patterns.Bits(A[:, 0], iter([B.flatten(1)]), d).of(d))
+    bits = list(patterns.StoredBits(A[:, 0], iter([B.flatten(1)]), d).of(d))
     found.append(("bits made dense", (d * n * r) * (2 + 0.25), lambda: ops.packed_expand(bits, n, d, d, bf16)))
     return found + hadamard_cases(device, d, tokens, r)
 

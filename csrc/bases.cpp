@@ -8,7 +8,7 @@
 #include <c10/core/GradMode.h>
 #include <c10/util/Exception.h>
 
-#include "sizes.h"
+#include "dtypes.h"
 
 namespace randlora {
 namespace {

@@ -16,7 +16,7 @@
 
 namespace randlora {
 
-// What the kernels need to know of a slice. Row (x0, x1) begins at out + x0 * stride0 + x1 * stride1.
+// A slice as kernels see it. Row (x0, x1) begins at out + x0 * stride0 + x1 * stride1.
 struct BaseSlice {
   int64_t size0, size1, size2;
   int64_t stride0, stride1;  // in elements; the last axis has stride 1
@@ -33,7 +33,7 @@ struct BaseSlice {
 BaseSlice make_base_slice(const at::Tensor& out, int64_t seed, int64_t stream, c10::IntArrayRef offsets,
                           std::optional<double> sparsity);
 
-// floor(2^32 / (2 z)): -1 below it, +1 from 2^32 minus it on.
+// t = floor(2^32 / (2 z)) for sparsity z: a random word below t means -1, one from 2^32 - t on means +1, others 0.
 uint32_t ternary_threshold(double sparsity);
 
 }  // namespace randlora

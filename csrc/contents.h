@@ -1,5 +1,5 @@
-// What index lists contain. Kernels follow them without looking left or right, so an op takes lists only after their
-// contents were checked: once for each pair of tensors, and again as soon as one of them was written to.
+// Checks of what index lists contain. Kernels use indices as addresses without checking them, so an op takes lists only
+// after their contents were checked: once for each pair of tensors, and again as soon as one of them was written to.
 //
 // List l of (starts, values) is values[starts[l] .. starts[l + 1]).
 #pragma once
@@ -12,8 +12,8 @@ namespace randlora {
 
 // Checks that `starts` (int32, at least one) never falls and stays inside `values` (int32, or int16 read as unsigned),
 // and that each list ascends from 0 or more; returns the largest value of a list, -1 where there is none (ValueError).
-// Both are contiguous vectors. Without `starts`, an undefined tensor, all values are one list. Tensors on another
-// device than the CPU are copied for it, the first time.
+// Both are contiguous vectors. An undefined `starts` means that all values are one list. Tensors that are not on the
+// CPU are copied there for the check.
 int64_t largest_of_lists(const at::Tensor& starts, const at::Tensor& values, const char* name);
 
 }  // namespace randlora

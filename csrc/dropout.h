@@ -2,14 +2,14 @@
 //
 // Element e (flat, C order) of x is dropped if word e % 4 of the Philox counter {e / 4 (64 bits), 0, 2} under the
 // 64-bit key `seed` lies below p * 2^32; the others are divided by 1 - p. The mask can thus be drawn again instead of
-// kept, and it is the same on every device. The map is its own gradient.
+// kept, and it is the same on every device. The gradient of x is the same op, applied to the gradient of the result.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include "dtypes.h"
 #include "philox.h"
-#include "sizes.h"
 
 namespace randlora {
 
@@ -23,7 +23,7 @@ struct DropoutMask {
 };
 
 inline void check_dropout(const at::Tensor& x, const at::Tensor& seed, double p) {
-  TORCH_CHECK_TYPE(is_float(x.scalar_type()), "x must be float64, float32, bfloat16 or float16, got ", x.scalar_type());
+  check_float(x, "x");
   TORCH_CHECK_TYPE(seed.scalar_type() == at::kLong, "seed must be int64, got ", seed.scalar_type());
   TORCH_CHECK_VALUE(seed.numel() == 1, "seed must have one element, got shape ", seed.sizes());
   TORCH_CHECK_VALUE(seed.device() == x.device(), "seed must be on the device of x, ", x.device(), ", got ",

@@ -3,9 +3,10 @@
 //
 //   A[k, 0, j] = a_j W(k, g)        B2[o, p] = b_o c_p W(o, p)
 //
-// pattern is (a, b, c, width): words of sign bits, int32, bit x % 32 of word x / 32 of sign x, 1: minus; of at least m,
-// M and P signs. `width` is int8 of shape [w, 0]: its shape alone says w (1, 2, 4 or 8), so that no device is ever
-// asked for it. The narrow side of a layer has m = min(in, out) features, the wide side M = max(in, out).
+// The pattern is signs (pattern.h): (a, b, c, width). The first three are int32 words with a bit for each of at least
+// m, M and P signs: bit x % 32 of word x / 32 is 1 where sign x is -1. `width` is an empty int8 tensor of shape [w, 0]:
+// w (1, 2, 4 or 8) is read from its shape, without waiting for a device. The narrow side of a layer has m = min(in,
+// out) features, the wide side M = max(in, out).
 //
 //   up     u[t,g,i] = sum of a_j gamma[i,j] x[t,j] over the columns j of g      v[t,k,i] = sum_g W(k,g) u[t,g,i]
 //          h[t,p] = scale c_p lambda[k,i] v[t,k,i], p = k n + i                 y[t,o] += b_o sum_p W(o,p) h[t,p]
@@ -20,12 +21,12 @@
 // randlora::hadamard_gradients(Tensor narrow, Tensor wide, Tensor(a!)? into_narrow, Tensor(b!)? into_wide,
 //                              Tensor[] pattern, Tensor randlora_lambda, Tensor randlora_gamma, float scale)
 //                              -> (Tensor, Tensor)
-//     dlambda and dgamma in fp32 (fp64 for fp64), from x and dy: narrow [T, m] and wide [T, M]. On the way, into_narrow
-//     [T, m] += down(wide) or into_wide [T, M] += up(narrow), whichever is given; at most one is.
+//     dlambda and dgamma in fp32 (fp64 for fp64), from x and dy: narrow [T, m] and wide [T, M]. In the same pass,
+//     into_narrow [T, m] += down(wide) or into_wide [T, M] += up(narrow), if it is given; at most one may be.
 // randlora::hadamard_update(Tensor[] pattern, Tensor randlora_lambda, Tensor randlora_gamma, int max_dim, float scale,
 //                           Tensor? weight, ScalarType dtype) -> Tensor
-//     D [m, M] = scale * the rows up() gives for unit vectors, so dW^T where in <= out and dW otherwise; or weight + D
-//     in the weight's layout, one stride of which is 1.
+//     D [m, M], whose row j is what up() gives for the unit vector j: dW^T where in <= out and dW otherwise. With a
+//     weight, weight + D in the weight's layout, one stride of which is 1.
 // randlora::hadamard_update_backward(Tensor grad, Tensor[] pattern, Tensor randlora_lambda, Tensor randlora_gamma,
 //                                    float scale, bool need_lambda, bool need_gamma) -> (Tensor, Tensor)
 //     From the gradient of D, [m, M] in fp32 or fp64; results in the parameters' dtypes.
@@ -39,25 +40,26 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "dtypes.h"
+#include "update.h"
+
 namespace randlora {
 
-struct HadamardShape {
-  const int32_t *a, *b, *c;  // sign bits
-  int64_t r, n, m, M;
-  int64_t P, R;
-  int64_t width;    // w
-  int64_t columns;  // of the largest group: w * ceil(m / (w R))
+// Signs as kernels read them, for one layer.
+struct HadamardShape : LayerSizes {
+  const int32_t *a = nullptr, *b = nullptr, *c = nullptr;  // sign bits
+  int64_t P = 0, R = 0;
+  int64_t width = 0;    // w
+  int64_t columns = 0;  // of the largest group: w * ceil(m / (w R))
 };
 
-inline bool is_hadamard(at::TensorList pattern) { return pattern.size() == 4; }
-
 // Checks what is the same for layers of any size (ValueError, TypeError).
-void check_hadamard_pattern(at::TensorList pattern, at::Device device);
+void check_signs(at::TensorList pattern, at::Device device);
 
 // Checks the pattern and the parameters of a layer (ValueError, TypeError).
 HadamardShape check_hadamard(at::TensorList pattern, const at::Tensor& lambda, const at::Tensor& gamma, int64_t M);
 
-// The same, and the tokens of up (wide is written to), down (narrow is) and, with both given, gradients.
+// The same, and the tokens: up writes to `wide`, down to `narrow`, and gradients reads both.
 HadamardShape check_hadamard_tokens(const at::Tensor& narrow, const at::Tensor& wide, at::TensorList pattern,
                                     const at::Tensor& lambda, const at::Tensor& gamma);
 HadamardShape check_hadamard_gradients(const at::Tensor& narrow, const at::Tensor& wide,
@@ -65,15 +67,15 @@ HadamardShape check_hadamard_gradients(const at::Tensor& narrow, const at::Tenso
                                        const std::optional<at::Tensor>& into_wide, at::TensorList pattern,
                                        const at::Tensor& lambda, const at::Tensor& gamma);
 
-// Checks `weight`; the result of hadamard_update on gamma's device, not filled yet.
+// The uninitialised result of hadamard_update on gamma's device, for `weight`, which is checked.
 at::Tensor make_hadamard_update(const HadamardShape& s, const std::optional<at::Tensor>& weight,
                                 const at::Tensor& gamma, at::ScalarType dtype);
 
-// Of hadamard_update_backward.
+// Checks the arguments of hadamard_update_backward.
 HadamardShape check_hadamard_grad(const at::Tensor& grad, at::TensorList pattern, const at::Tensor& lambda,
                                   const at::Tensor& gamma);
 
-// What sums have for tokens of this type.
-inline at::ScalarType hadamard_sums(at::ScalarType tokens) { return tokens == at::kDouble ? at::kDouble : at::kFloat; }
+// The dtype that sums over tokens of this type are kept in.
+inline at::ScalarType hadamard_sums(at::ScalarType tokens) { return sum_type(tokens); }
 
 }  // namespace randlora

@@ -1,9 +1,11 @@
-// The schemas of torch.ops.randlora.*. Implementations stand at the end of cpu/<op>.cpp and cuda/<op>.cu; fake kernels,
-// autograd and vmap in randlora/ops/.
+// The schemas of torch.ops.randlora.*, and the ops as C++ functions. Kernels are registered at the end of cpu/<op>.cpp,
+// cuda/<op>.cu and layer/linear.cpp; fake kernels, vmap and most of autograd in randlora/ops/.
 #include "ops.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
+
+#include "layer/schema.h"
 
 TORCH_LIBRARY(randlora, m) {
   // A slice of a random base, see bases.h.
@@ -24,6 +26,17 @@ TORCH_LIBRARY(randlora, m) {
   m.def(
       "sparse_update_backward(Tensor grad, Tensor[] pattern, Tensor randlora_lambda, Tensor randlora_gamma,"
       " float scale, bool need_lambda, bool need_gamma) -> (Tensor, Tensor)");
+
+  // Products of tokens with it, see sparse_products.h.
+  m.def(
+      "sparse_up_(Tensor(a!) out, Tensor x, Tensor[] pattern, Tensor randlora_lambda, Tensor randlora_gamma,"
+      " float scale) -> ()");
+  m.def(
+      "sparse_down_(Tensor(a!) out, Tensor x, Tensor[] pattern, Tensor randlora_lambda, Tensor randlora_gamma,"
+      " float scale) -> ()");
+  m.def(
+      "sparse_gradients(Tensor narrow, Tensor wide, Tensor(a!)? into_narrow, Tensor[] pattern,"
+      " Tensor randlora_lambda, Tensor randlora_gamma, float scale) -> (Tensor, Tensor)");
 
   // The update of Hadamard bases, see hadamard.h.
   m.def(
@@ -54,16 +67,15 @@ TORCH_LIBRARY(randlora, m) {
   // x with elements dropped by a mask that depends on (seed, p) and their position only, see dropout.h.
   m.def("dropout(Tensor x, Tensor seed, float p) -> Tensor");
 
-  // A whole layer, see linear.h.
+  // A whole layer, see layer/arguments.h. Tensors come first; what is not a tensor is given by name.
   m.def(
       "linear(Tensor x, Tensor? weight, Tensor? bias, Tensor? A, Tensor? B, Tensor randlora_lambda,"
-      " Tensor randlora_gamma, int out_features, float scale, ScalarType dtype, str strategy, float dropout,"
-      " Tensor? seed, bool weight_is_transposed, int workspace, Tensor[] pattern, str? backward_strategy=None)"
-      " -> Tensor");
+      " Tensor randlora_gamma, Tensor[] pattern, Tensor? seed, *, int out_features, float scale, ScalarType dtype,"
+      " str strategy, float dropout, bool weight_is_transposed, int workspace, str? backward_strategy=None) -> Tensor");
   m.def(
       "linear_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? A, Tensor? B, Tensor randlora_lambda,"
-      " Tensor randlora_gamma, float scale, ScalarType dtype, str strategy, float dropout, Tensor? seed,"
-      " bool weight_is_transposed, int workspace, Tensor[] pattern, bool need_x, bool need_lambda, bool need_gamma)"
+      " Tensor randlora_gamma, Tensor[] pattern, Tensor? seed, *, float scale, ScalarType dtype, str strategy,"
+      " float dropout, bool weight_is_transposed, int workspace, bool need_x, bool need_lambda, bool need_gamma)"
       " -> (Tensor, Tensor, Tensor)");
 }
 
@@ -101,6 +113,26 @@ std::tuple<at::Tensor, at::Tensor> sparse_update_backward(const at::Tensor& grad
                                                           double scale, bool need_lambda, bool need_gamma) {
   static const auto op = find<decltype(sparse_update_backward)>("randlora::sparse_update_backward");
   return op.call(grad, pattern, lambda, gamma, scale, need_lambda, need_gamma);
+}
+
+void sparse_up_(const at::Tensor& out, const at::Tensor& x, at::TensorList pattern, const at::Tensor& lambda,
+                const at::Tensor& gamma, double scale) {
+  static const auto op = find<decltype(sparse_up_)>("randlora::sparse_up_");
+  op.call(out, x, pattern, lambda, gamma, scale);
+}
+
+void sparse_down_(const at::Tensor& out, const at::Tensor& x, at::TensorList pattern, const at::Tensor& lambda,
+                  const at::Tensor& gamma, double scale) {
+  static const auto op = find<decltype(sparse_down_)>("randlora::sparse_down_");
+  op.call(out, x, pattern, lambda, gamma, scale);
+}
+
+std::tuple<at::Tensor, at::Tensor> sparse_gradients(const at::Tensor& narrow, const at::Tensor& wide,
+                                                    const std::optional<at::Tensor>& into_narrow,
+                                                    at::TensorList pattern, const at::Tensor& lambda,
+                                                    const at::Tensor& gamma, double scale) {
+  static const auto op = find<decltype(sparse_gradients)>("randlora::sparse_gradients");
+  return op.call(narrow, wide, into_narrow, pattern, lambda, gamma, scale);
 }
 
 std::tuple<at::Tensor, at::Tensor> packed_expand(at::TensorList pattern, int64_t n, int64_t min_dim, int64_t max_dim,
@@ -146,6 +178,19 @@ std::tuple<at::Tensor, at::Tensor> hadamard_update_backward(const at::Tensor& gr
 at::Tensor dropout(const at::Tensor& x, const at::Tensor& seed, double p) {
   static const auto op = find<decltype(dropout)>("randlora::dropout");
   return op.call(x, seed, p);
+}
+
+at::Tensor call_linear(const LayerArguments& a) {
+  static const auto op = find<decltype(linear_kernel<call_linear>)>("randlora::linear");
+  return op.call(a.x, a.weight, a.bias, a.A, a.B, a.lambda, a.gamma, a.pattern, a.seed, a.out_features, a.scale,
+                 a.dtype, a.strategy, a.dropout, a.weight_is_transposed, a.workspace, a.backward_strategy);
+}
+
+LayerGradients call_linear_backward(const at::Tensor& grad, const LayerArguments& a, const Needed& needed) {
+  static const auto op = find<decltype(linear_backward_kernel<call_linear_backward>)>("randlora::linear_backward");
+  return op.call(grad, a.x, a.weight, a.A, a.B, a.lambda, a.gamma, a.pattern, a.seed, a.scale, a.dtype,
+                 a.backward_strategy, a.dropout, a.weight_is_transposed, a.workspace, needed.x, needed.lambda,
+                 needed.gamma);
 }
 
 }  // namespace randlora

@@ -10,12 +10,14 @@
 
 namespace randlora {
 
-// Products that choose their own precision: neither autocast nor autograd may step in. Nor is a result that was
-// reshaped recorded as a view: what an op returns is an ordinary tensor, which in-place operations may touch.
-struct PlainKernels {
+// As long as it lives, ops that are called go past autocast and autograd: our kernels choose the precision of their
+// products, and have gradients of their own. Nor is a result that was reshaped recorded as a view: what an op returns
+// is an ordinary tensor, which in-place operations may touch.
+struct SkipAutogradAndAutocast {
   c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset |
                                            c10::autograd_dispatch_keyset_with_ADInplaceOrView};
 };
+using PlainKernels = SkipAutogradAndAutocast;  // its name in cuda/hadamard.cu
 
 at::Tensor unique_base(const at::Tensor& A, const at::Tensor& lambda, const at::Tensor& gamma, double scale,
                        std::optional<at::ScalarType> dtype);
@@ -30,6 +32,17 @@ at::Tensor sparse_update(at::TensorList pattern, const at::Tensor& lambda, const
 std::tuple<at::Tensor, at::Tensor> sparse_update_backward(const at::Tensor& grad, at::TensorList pattern,
                                                           const at::Tensor& lambda, const at::Tensor& gamma,
                                                           double scale, bool need_lambda, bool need_gamma);
+
+void sparse_up_(const at::Tensor& out, const at::Tensor& x, at::TensorList pattern, const at::Tensor& lambda,
+                const at::Tensor& gamma, double scale);
+
+void sparse_down_(const at::Tensor& out, const at::Tensor& x, at::TensorList pattern, const at::Tensor& lambda,
+                  const at::Tensor& gamma, double scale);
+
+std::tuple<at::Tensor, at::Tensor> sparse_gradients(const at::Tensor& narrow, const at::Tensor& wide,
+                                                    const std::optional<at::Tensor>& into_narrow,
+                                                    at::TensorList pattern, const at::Tensor& lambda,
+                                                    const at::Tensor& gamma, double scale);
 
 std::tuple<at::Tensor, at::Tensor> packed_expand(at::TensorList pattern, int64_t n, int64_t min_dim, int64_t max_dim,
                                                  at::ScalarType dtype, int64_t first, std::optional<int64_t> rows);

@@ -7,38 +7,36 @@
 //
 //   D[j, o] = scale * sum_{k: A[k,j] != 0} A[k,j] * sum_i lambda[k,i] gamma[i,j] B2[o, k*n + i]      [m, M]
 //
-// dW is D^T where in <= out and D otherwise. Rows j without a non-zero in A are zero: without `weight` the others come
-// back, [columns, M], in `dtype`; with it, weight + D, [m, M], in the weight's dtype and layout (one of its strides is
-// 1). The backward takes the gradient of the rows that are not zero, [columns, M], fp32 or fp64, and gives
+// dW is D^T where in <= out and D otherwise. Row j of D is zero where column j of A is. Without `weight`, sparse_update
+// returns the other rows alone, [columns, M], in `dtype`; with it, weight + D, [m, M], in the weight's dtype and layout
+// (one of its strides is 1). The backward takes the gradient of these rows, [columns, M], fp32 or fp64, and returns
 //
 //   t[k,i,j] = scale * A[k,j] * sum_o B2[o, k*n + i] grad[j, o]
 //   dlambda[k,i] = sum_j t[k,i,j] gamma[i,j]        dgamma[i,j] = sum_k t[k,i,j] lambda[k,i]
 //
-// Both take nnz(A) * n * M / z additions, z the sparsity: r / z of the dense product's multiply-adds over z, some
-// thousand times fewer at M = m = 2048, z = sqrt(m). Sums have one order, whatever the number of threads.
+// Both take nnz(A) * n * M / z = r n m M / z^2 additions, where z is the sparsity. The dense product takes r n m M
+// multiply-adds: at M = m = 2048, z = sqrt(m), two thousand times as many. Sums have one order, whatever the number of
+// threads.
 #pragma once
 
 #include <cstdint>
-#include <optional>
 
 #include <ATen/core/Tensor.h>
 
+#include "update.h"
+
 namespace randlora {
 
-// The tensors of `pattern`, all int32 but b_indices. A layer smaller than the store uses leading parts of them.
-struct SparsePattern {
-  const int32_t* columns;    // [columns] the j < m with a non-zero in A, ascending
-  const int32_t* a_starts;   // [columns + 1] where the entries of each begin
-  const int32_t* a_entries;  // [a_starts[columns]] 2 k + (A[k, j] < 0), ascending k
-  const int32_t* b_starts;   // [2 n r + 1] of column p of B2: +1 at [2p, 2p + 1), -1 at [2p + 1, 2p + 2)
-  const void* b_indices;     // rows o of B2, ascending in each list; int16 (read as unsigned) or int32
-  bool short_indices;
-  int64_t count;       // of columns
-  int64_t r, n, m, M;  // of this layer
+// Lists as kernels read them, for one layer. A layer smaller than the store uses leading parts of them.
+struct SparsePattern : LayerSizes {
+  const int32_t* columns = nullptr;    // [columns] the j < m with a non-zero in A, ascending
+  const int32_t* a_starts = nullptr;   // [columns + 1] where the entries of each begin
+  const int32_t* a_entries = nullptr;  // [a_starts[columns]] 2 k + (A[k, j] < 0), ascending k
+  const int32_t* b_starts = nullptr;   // [2 n r + 1] of column p of B2: +1 at [2p, 2p + 1), -1 at [2p + 1, 2p + 2)
+  const void* b_indices = nullptr;     // rows o of B2, ascending in each list; int16 (read as unsigned) or int32
+  bool short_indices = false;          // int16
+  int64_t count = 0;                   // of columns
 };
-
-// Checks the parameters: the sizes of a layer whose update has all m rows (packed_update.h).
-SparsePattern all_rows(const at::Tensor& lambda, const at::Tensor& gamma, int64_t M);
 
 // The smallest m and r of a layer that these lists fit.
 struct ListsExtent {
@@ -48,13 +46,8 @@ struct ListsExtent {
 // Checks types, devices and, once per pattern, contents (ValueError, TypeError).
 ListsExtent check_lists(at::TensorList pattern, at::Device device);
 
-// check_lists, and the sizes of a layer with these parameters.
-SparsePattern check_pattern(at::TensorList pattern, const at::Tensor& lambda, const at::Tensor& gamma, int64_t M);
-
-// Checks `weight`; an uninitialised result of the same layout, or the compact one without it.
-at::Tensor make_sparse_result(const SparsePattern& s, const std::optional<at::Tensor>& weight, const at::Tensor& gamma,
-                              at::ScalarType dtype);
-
-void check_sparse_grad(const SparsePattern& s, const at::Tensor& grad, const at::Tensor& gamma);
+// Checks the lists and the parameters of a layer, and that they fit each other.
+SparsePattern check_lists_of_layer(at::TensorList pattern, const at::Tensor& lambda, const at::Tensor& gamma,
+                                   int64_t M);
 
 }  // namespace randlora

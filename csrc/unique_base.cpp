@@ -3,14 +3,13 @@
 #include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
-#include "sizes.h"
+#include "dtypes.h"
 
 namespace randlora {
 namespace {
 
 void check_tensor(const at::Tensor& t, const char* name, const char* shape, int64_t dim, const at::Device& device) {
-  TORCH_CHECK_TYPE(is_float(t.scalar_type()), name, " must be float64, float32, bfloat16 or float16, got ",
-                   t.scalar_type());
+  check_float(t, name);
   TORCH_CHECK_VALUE(t.dim() == dim, name, " must have shape ", shape, ", got ", t.sizes());
   TORCH_CHECK_VALUE(t.numel() > 0, name, " must not be empty, got shape ", t.sizes());
   TORCH_CHECK_VALUE(t.device() == device, name, " must be on the device of A, ", device, ", got ", t.device());
@@ -44,7 +43,7 @@ at::ScalarType unique_base_dtype(const at::Tensor& A, const at::Tensor& lambda, 
                                  std::optional<at::ScalarType> dtype) {
   const at::ScalarType type =
       dtype.value_or(c10::promoteTypes(A.scalar_type(), c10::promoteTypes(lambda.scalar_type(), gamma.scalar_type())));
-  TORCH_CHECK_TYPE(is_float(type), "dtype must be float64, float32, bfloat16 or float16, got ", type);
+  check_float(type, "dtype");
   return type;
 }
 

@@ -8,6 +8,7 @@ from . import planner
 from .bases import hadamard
 from .checks import require_int
 from .costs.strategies import LayerCall
+from .ops.pattern import SignTensors
 
 
 def explain(layer: torch.nn.Module, tokens: int, training: bool = True) -> str:
@@ -42,7 +43,9 @@ def explain(layer: torch.nn.Module, tokens: int, training: bool = True) -> str:
             f"{'training' if training else 'inference'}"
         )
         if bases == "signs":
-            lines.append("  " + _groups(min(layer.in_features, layer.out_features), n, r, pattern[3].shape[0]))
+            lines.append(
+                "  " + _groups(min(layer.in_features, layer.out_features), n, r, len(SignTensors(*pattern).width))
+            )
         for which, direction in enumerate(("forward", "backward") if training else ("forward",)):
             lines.append(f"  {direction:<13}{'multiply-adds':>15}{'temporaries':>15}{'cost':>7}")
             least = min(cost[which].total(balance) for cost in options.values()) or 1

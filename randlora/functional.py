@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import planner
-from .bases.patterns import Pattern, is_hadamard, is_lists
+from .bases.patterns import Pattern
 from .ops import fake_kernels  # noqa: F401
 from .ops import linear as linear_op
 from .ops.fake_kernels import require_one_device
+from .ops.linear import Fixed, Settings
+from .ops.pattern import ListTensors, is_lists, is_signs, require_form
 from .ops.unique_base import UniqueBaseGrad, in_transform
 
 __all__ = ["delta_weight", "flat_bases", "linear", "sparse_delta_weight", "unique_base"]
@@ -142,9 +144,11 @@ def sparse_delta_weight(
                 x, None, None, None, None, randlora_lambda, randlora_gamma, scaling * scale, pattern=pattern,
                 strategy="materialized", out_features=out_features,
             ).T  # fmt: skip
-    build = torch.ops.randlora.hadamard_update if is_hadamard(pattern) else torch.ops.randlora.sparse_update
+    build = torch.ops.randlora.hadamard_update if is_signs(pattern) else torch.ops.randlora.sparse_update
     rows = build(pattern, randlora_lambda, randlora_gamma, M, scaling * scale, None, dtype)
-    update = rows.new_zeros(m, M).index_copy(0, pattern[0].long(), rows) if is_lists(pattern) else rows
+    update = rows
+    if is_lists(pattern):
+        update = rows.new_zeros(m, M).index_copy(0, ListTensors(*pattern).columns.long(), rows)
     return update.T if in_features <= out_features else update
 
 
@@ -258,10 +262,9 @@ def linear_of(
             need_parameters=grad and (randlora_lambda.requires_grad or randlora_gamma.requires_grad),
             form=planner.form(pattern),
         )  # fmt: skip
-    y = linear_op.apply(
-        x, weight, bias, A, B, randlora_lambda, randlora_gamma, out_features, scaling, dtype, strategy, p, seed,
-        weight_is_transposed, workspace, [*pattern] if pattern else [], backward_strategy,
-    )  # fmt: skip
+    settings = Settings(out_features, scaling, dtype, strategy, backward_strategy, p, weight_is_transposed, workspace)
+    fixed = Fixed(weight, A, B, seed, [*pattern] if pattern else [], settings)
+    y = linear_op.apply(x, randlora_lambda, randlora_gamma, bias, fixed)
     return y if ordinary is None else ordinary + y
 
 
@@ -276,10 +279,7 @@ def _require_pattern(pattern: Sequence[Tensor]) -> None:
         return
     if not isinstance(pattern, tuple | list) or not all(isinstance(t, Tensor) for t in pattern):
         raise TypeError(f"pattern must be what RandomBases.pattern gives, tensors, got {type(pattern).__name__}")
-    if len(pattern) not in (0, 2, 3, 4, 5):
-        raise ValueError(
-            f"pattern must be 5 lists, 4 tensors of Hadamard bases, or 3 or 2 of packed ones, got {len(pattern)}"
-        )
+    require_form(pattern)
 
 
 def _require_numbers(scaling, strategy, out_features, workspace, seed) -> None:

@@ -32,12 +32,12 @@ import functools
 
 import torch
 
-from .bases.patterns import is_bits, is_hadamard, is_planes
 from .costs.dense import Dense
 from .costs.hadamard import Hadamard
 from .costs.lists import Lists, Sparse
 from .costs.strategies import Cost, LayerCall
 from .dtypes import at_least_fp32
+from .ops.pattern import ListTensors, is_bits, is_planes, is_signs
 
 STRATEGIES = ("factored", "materialized", "merged")
 
@@ -164,12 +164,14 @@ def form(pattern) -> Lists | str | None:
     """The form of the bases, as costs take it: :class:`Lists`, ``"planes"``, ``"bits"``, ``"signs"``; None if dense."""
     if pattern is None:
         return None
-    if is_hadamard(pattern):
+    if is_signs(pattern):
         return "signs"
+    if is_bits(pattern):
+        return "bits"
     if is_planes(pattern):
-        return "bits" if is_bits(pattern) else "planes"
-    columns, _, _, b_starts, b_indices = pattern
-    return Lists(columns.numel(), b_indices.numel() / (b_starts.numel() // 2))
+        return "planes"
+    lists = ListTensors(*pattern)
+    return Lists(lists.columns.numel(), lists.b_indices.numel() / (lists.b_starts.numel() // 2))
 
 
 def costs_of(call: LayerCall, form: Lists | str | None) -> dict[str, tuple[Cost, Cost]]:

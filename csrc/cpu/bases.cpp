@@ -3,12 +3,14 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include "cpu/large.h"
 #include "cpu/vec.h"
+#include "dtypes.h"
 
 namespace randlora::cpu {
 namespace {
@@ -98,14 +100,11 @@ void fill(const at::Tensor& out, const BaseSlice& slice, const Element& element)
 
 template <class Element>
 void fill_any(const at::Tensor& out, const BaseSlice& slice, const Element& element) {
-  switch (out.scalar_type()) {
-    case at::kFloat: return fill<float>(out, slice, element);
-    case at::kDouble: return fill<double>(out, slice, element);
-    case at::kBFloat16: return fill<c10::BFloat16>(out, slice, element);
-    case at::kHalf: return fill<c10::Half>(out, slice, element);
-    default:
-      if constexpr (!std::is_same_v<Element, DenseElement>) return fill<int8_t>(out, slice, element);
-  }
+  if constexpr (!std::is_same_v<Element, DenseElement>)
+    if (out.scalar_type() == at::kChar) return fill<int8_t>(out, slice, element);
+  with_float_type(out.scalar_type(), [&](auto number) {
+    fill<decltype(number)>(out, slice, element);
+  });
 }
 
 void fill_bases_(const at::Tensor& out, int64_t seed, int64_t stream, c10::IntArrayRef offsets,

@@ -9,6 +9,8 @@
 
 #include "cpu/large.h"
 #include "cpu/vec.h"
+#include "dtypes.h"
+#include "sizes.h"
 
 namespace randlora::cpu {
 namespace {
@@ -44,7 +46,7 @@ template <class T>
 void drop(const at::Tensor& out, const at::Tensor& x, const DropoutMask& mask, double p) {
   T* const to = advise_large(out).mutable_data_ptr<T>();
   const T* const from = x.const_data_ptr<T>();
-  const int64_t elements = x.numel(), batches = (elements + kBatch - 1) / kBatch;
+  const int64_t elements = x.numel(), batches = divide_up(elements, kBatch);
   at::parallel_for(0, batches, 256, [&](int64_t begin, int64_t end) {
     run<DropElements<T>>(to, from, mask, acc_t<T>(1 / (1 - p)), begin * kBatch, std::min(elements, end * kBatch));
   });

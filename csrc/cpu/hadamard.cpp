@@ -157,7 +157,7 @@ void for_tiles(const HadamardLayer<Acc>& layer, int64_t tokens, const Function& 
 
 void up(const at::Tensor& out, const at::Tensor& x, at::TensorList pattern, const at::Tensor& lambda,
         const at::Tensor& gamma, double scale) {
-  const PlainKernels guard;
+  const SkipAutogradAndAutocast guard;
   const HadamardShape s = check_hadamard_tokens(x, out, pattern, lambda, gamma);
   const int64_t tokens = x.size(0);
   if (tokens == 0) return;
@@ -177,7 +177,7 @@ void up(const at::Tensor& out, const at::Tensor& x, at::TensorList pattern, cons
 
 void down(const at::Tensor& out, const at::Tensor& x, at::TensorList pattern, const at::Tensor& lambda,
           const at::Tensor& gamma, double scale) {
-  const PlainKernels guard;
+  const SkipAutogradAndAutocast guard;
   const HadamardShape s = check_hadamard_tokens(out, x, pattern, lambda, gamma);
   const int64_t tokens = x.size(0);
   if (tokens == 0) return;
@@ -199,9 +199,9 @@ std::tuple<at::Tensor, at::Tensor> gradients(const at::Tensor& narrow, const at:
                                              const std::optional<at::Tensor>& into_narrow,
                                              const std::optional<at::Tensor>& into_wide, at::TensorList pattern,
                                              const at::Tensor& lambda, const at::Tensor& gamma, double scale) {
-  const PlainKernels guard;
+  const SkipAutogradAndAutocast guard;
   const HadamardShape s = check_hadamard_gradients(narrow, wide, into_narrow, into_wide, pattern, lambda, gamma);
-  const auto options = gamma.options().dtype(hadamard_sums(narrow.scalar_type()));
+  const auto options = gamma.options().dtype(sum_type(narrow.scalar_type()));
   const at::Tensor dlambda = at::empty({s.r, s.n}, options), dgamma = at::empty({s.n, s.m}, options);
   const int64_t tokens = narrow.size(0);
   if (tokens == 0) return {dlambda.zero_(), dgamma.zero_()};

@@ -15,15 +15,15 @@ namespace randlora::cpu {
 // Tokens up to which it is faster than bringing gamma into the order of groups.
 constexpr int64_t kFew = 8;
 
-// Lanes of the sums of one base: w R, padded to whole vectors.
+// How many lanes the sums of one base have: w R, rounded up to whole vectors.
 template <class Acc>
 int64_t few_row(const HadamardShape& s) {
   return round_up(s.width * s.R, kLanes<Acc>);
 }
 
 // u[t, g, i] of bases [i, i + width), for x [tokens, m] with a. Column j counts to lane j mod (w R), and the w lanes of
-// a group are added when there are as many bases as lanes. `sums` [tokens, kLanes, few_row] is room, zero where it is
-// not written.
+// a group are added when there are as many bases as lanes. `sums` [tokens, kLanes, few_row] is work memory; what is
+// not written there must be zero.
 template <class Acc>
 struct UpOfBases {
   static RANDLORA_INLINE void run(Acc* u, int64_t token, const Acc* gamma, const Acc* x, int64_t tokens, Acc* sums,
@@ -49,7 +49,7 @@ struct UpOfBases {
       }
   }
 
-  // Of several bases at once: x is loaded as seldom as can be.
+  // Several bases at once, so that x is loaded only once for all of them.
   template <int Bases>
   static RANDLORA_INLINE void add_lanes(Acc* sums, int64_t row, const Acc* gamma, const Acc* x,
                                         const HadamardShape& s) {
@@ -83,7 +83,7 @@ struct UpOfBases {
 };
 
 // y[t, j] += gamma[i, j] du[t, g, i] for j in [begin, end) and bases [i, i + width); begin is a multiple of w R.
-// `spread` [kLanes, few_row] is room for what each lane is multiplied with.
+// `spread` [kLanes, few_row] is work memory for what each lane is multiplied with.
 template <class Acc>
 struct DownOfBases {
   static RANDLORA_INLINE void run(Acc* y, const Acc* gamma, const Acc* du, int64_t token, int64_t tokens, Acc* spread,
@@ -111,7 +111,7 @@ struct DownOfBases {
     }
   }
 
-  // Of several bases at once: y is moved as little as can be.
+  // Several bases at once, so that y is loaded and stored only once for all of them.
   template <int Bases>
   static RANDLORA_INLINE void add_products(Acc* y, const Acc* gamma, const Acc* spread, int64_t count, int64_t m,
                                            int64_t row) {

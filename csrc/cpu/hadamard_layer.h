@@ -1,6 +1,6 @@
 // One layer's parameters as the kernels of Hadamard bases take them. Features of the narrow side are ordered by groups:
-// column j = (q R + g) w + e is column c = q w + e of group g. Groups have `columns` columns each, the last ones of
-// some may be missing and count as zero.
+// column j = (q R + g) w + e is column c = q w + e of group g. Every group has room for `columns` columns; those that
+// the layer does not have count as zero.
 //
 // Rows of n bases and of a group's columns are padded to a multiple of the lanes, so that every row begins with a whole
 // vector. What is in the padding is never read.
@@ -14,6 +14,7 @@
 
 #include "cpu/hadamard_products.h"
 #include "cpu/vec.h"
+#include "dtypes.h"
 #include "hadamard.h"
 #include "sizes.h"
 
@@ -164,7 +165,7 @@ struct HadamardLayer {
 template <class Function>
 void with_layer(at::ScalarType type, const HadamardShape& s, const at::Tensor& lambda, const at::Tensor& gamma,
                 double scale, const Function& function) {
-  const at::Tensor l = lambda.to(hadamard_sums(type)).contiguous(), g = gamma.to(hadamard_sums(type)).contiguous();
+  const at::Tensor l = lambda.to(sum_type(type)).contiguous(), g = gamma.to(sum_type(type)).contiguous();
   with_float_type(type, [&](auto t) {
     using Acc = acc_t<decltype(t)>;
     function(t, HadamardLayer<Acc>(s, l.const_data_ptr<Acc>(), g.const_data_ptr<Acc>(), Acc(scale)));

@@ -77,8 +77,8 @@ void multiply(const Product<Acc>& p) {
   run_fitted<Multiply<Acc, 8, 2, 64>, Multiply<Acc, 6, 2, 32>, Multiply<Acc, 4, 2, 16>>(p);
 }
 
-// What a product takes as b is kept in panels of this many columns, [panels][depth][kPanel], the last one as wide as is
-// left: a panel's rows then lie side by side.
+// The right factor of a product is kept in panels of this many columns, [panels][depth][kPanel], so that a panel's rows
+// lie side by side. The last panel has the columns that are left.
 template <class Acc>
 inline constexpr int64_t kPanel = 2 * kLanes<Acc>;
 

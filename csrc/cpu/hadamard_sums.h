@@ -56,7 +56,7 @@ void write_lambda(Acc* to, const Acc* sums, int64_t groups, const HadamardLayer<
 
 template <class Acc>
 struct HadamardSums {
-  // Bytes that they may take where two groups take less, and the tokens do.
+  // How many bytes the sums may take, unless two groups or the tokens themselves take more.
   static constexpr int64_t kBytes = int64_t{4} << 20;
 
   const HadamardLayer<Acc>& layer;

@@ -1,4 +1,5 @@
-// What is done to one token of the narrow side, of the wide side and between them, beside transforms and products.
+// The steps for one token that are neither transforms nor products: reading and writing each side, and scaling between
+// them.
 #pragma once
 
 #include <algorithm>
@@ -11,8 +12,8 @@
 
 namespace randlora::cpu {
 
-// Tokens are rows in memory: where one is read, the next one is asked for, `ahead` elements on. What the hardware
-// fetches by itself ends with a page.
+// While a token is read, the next one, `ahead` elements on, is prefetched: the hardware's own prefetching stops at the
+// end of a page.
 template <class T>
 RANDLORA_INLINE void fetch(const T* p, int64_t ahead) {
   __builtin_prefetch(p + ahead);
@@ -42,7 +43,8 @@ RANDLORA_INLINE void add_to(T* to, const acc_t<T>* from, int64_t count) {
   for (; x < count; ++x) to[x] = T(acc_t<T>(to[x]) + from[x]);
 }
 
-// function(position among the groups, column j, how many) for one piece after the other; how many may be 0 at the end.
+// function(position among the groups, column j, count) for one run of neighbouring columns after the other; the last
+// count may be 0.
 template <int Width, class Function>
 RANDLORA_INLINE void for_pieces(const HadamardShape& s, int64_t columns, const Function& function) {
   const int64_t whole = s.m / (Width * s.R);
@@ -65,7 +67,7 @@ RANDLORA_INLINE void with_width(int64_t width, const Function& function) {
   }
 }
 
-// to [R, columns] = from [m]; `row` [m] is room.
+// to [R, columns] = from [m]; `row` [m] is work memory.
 template <class T>
 struct ReadNarrow {
   using Acc = acc_t<T>;

@@ -1,5 +1,5 @@
-// Fast Walsh-Hadamard transforms in place: y[o] = sum_q (-1)^popcount(o & q) x[q]. Up to four levels are done between a
-// load and a store, in registers; the levels inside a vector with the first of them.
+// Fast Walsh-Hadamard transforms in place: y[o] = sum_q (-1)^popcount(o & q) x[q]. A pass over memory does up to four
+// levels in registers; the first pass does the levels inside of vectors as well.
 #pragma once
 
 #include <algorithm>
@@ -38,7 +38,7 @@ RANDLORA_INLINE V transform_inside(V v) {
     return v;
 }
 
-// Over `Radix` rows that are `stride` elements apart; Inside: the levels inside of vectors as well.
+// Transforms `Radix` rows that are `stride` elements apart; Inside: the levels inside of vectors as well.
 template <class Acc, int Bytes, int Radix, bool Inside>
 RANDLORA_INLINE void transform_pass(Acc* data, int64_t total, int64_t stride) {
   constexpr int L = kLanes<Acc, Bytes>;
@@ -69,7 +69,7 @@ RANDLORA_INLINE void transform_pass(int levels, Acc* data, int64_t total, int64_
   }
 }
 
-// All levels of `rows` rows of `width` elements, Most of them at a time.
+// All levels over `rows` rows of `width` elements, at most `Most` of them in a pass.
 template <class Acc, int Bytes, int Most>
 RANDLORA_INLINE void transform_levels(Acc* data, int levels, int64_t total, int64_t stride) {
   while (levels > 0) {
@@ -82,7 +82,7 @@ RANDLORA_INLINE void transform_levels(Acc* data, int levels, int64_t total, int6
 
 inline int log2_of(int64_t power) { return __builtin_ctzll(uint64_t(power)); }
 
-// Over the rows of data [rows, width]; rows is a power of two, width a multiple of kLanes<Acc>.
+// Transforms along the first axis of data [rows, width]; rows is a power of two, width a multiple of kLanes<Acc>.
 template <class Acc, int Bytes, int Most>
 struct TransformRows {
   static RANDLORA_INLINE void run(Acc* data, int64_t rows, int64_t width) {
@@ -90,7 +90,7 @@ struct TransformRows {
   }
 };
 
-// Of a vector; length is a power of two, at least kLanes<Acc>.
+// Transforms a vector; length is a power of two, at least kLanes<Acc>.
 template <class Acc, int Bytes, int Most>
 struct TransformVector {
   static RANDLORA_INLINE void run(Acc* data, int64_t length) {

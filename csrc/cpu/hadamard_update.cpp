@@ -150,7 +150,7 @@ void build(const at::Tensor& out, const std::optional<at::Tensor>& weight, const
 
 at::Tensor update(at::TensorList pattern, const at::Tensor& lambda, const at::Tensor& gamma, int64_t max_dim,
                   double scale, const std::optional<at::Tensor>& weight, at::ScalarType dtype) {
-  const PlainKernels guard;
+  const SkipAutogradAndAutocast guard;
   const HadamardShape s = check_hadamard(pattern, lambda, gamma, max_dim);
   const at::Tensor out = make_hadamard_update(s, weight, gamma, dtype);
   with_layer(dtype, s, lambda, gamma, scale, [&](auto type, const auto& layer) {
@@ -196,7 +196,7 @@ void gather(const at::Tensor& dlambda, const at::Tensor& dgamma, const at::Tenso
 std::tuple<at::Tensor, at::Tensor> update_backward(const at::Tensor& grad, at::TensorList pattern,
                                                    const at::Tensor& lambda, const at::Tensor& gamma, double scale,
                                                    bool need_lambda, bool need_gamma) {
-  const PlainKernels guard;
+  const SkipAutogradAndAutocast guard;
   const HadamardShape s = check_hadamard_grad(grad, pattern, lambda, gamma);
   const at::Tensor rows = grad.contiguous();
   const at::Tensor dlambda = at::empty({s.r, s.n}, grad.options()), dgamma = at::empty({s.n, s.m}, grad.options());

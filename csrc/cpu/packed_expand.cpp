@@ -6,6 +6,7 @@
 
 #include "cpu/large.h"
 #include "cpu/unpack.h"
+#include "dtypes.h"
 #include "packed_update.h"
 #include "sizes.h"
 

@@ -10,6 +10,7 @@
 
 #include "cpu/packed_tile.h"
 #include "cpu/vec.h"
+#include "dtypes.h"
 #include "packed_update.h"
 #include "sizes.h"
 
@@ -136,10 +137,9 @@ std::tuple<at::Tensor, at::Tensor> gather_packed(const at::Tensor& grad, const P
                                                  const at::Tensor& lambda, const at::Tensor& gamma, double scale) {
   const at::Tensor partial = at::zeros({divide_up(s.m, kGatherBlock), s.r, s.n}, grad.options());
   const at::Tensor dgamma = at::zeros({s.n, s.m}, grad.options());
-  if (grad.scalar_type() == at::kDouble)
-    gather<double>(grad, s, lambda, gamma, scale, partial, dgamma);
-  else
-    gather<float>(grad, s, lambda, gamma, scale, partial, dgamma);
+  with_sum_type(grad.scalar_type(), [&](auto number) {
+    gather<decltype(number)>(grad, s, lambda, gamma, scale, partial, dgamma);
+  });
   return {partial.sum(0), dgamma};
 }
 

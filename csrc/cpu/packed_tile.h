@@ -1,4 +1,4 @@
-// Pieces of A and B, as planes keep them, that the loops over ternary bases work on.
+// The pieces of planes (packed_update.h) that the loops over A and B work on.
 #pragma once
 
 #include <algorithm>

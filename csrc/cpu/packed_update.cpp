@@ -8,6 +8,7 @@
 #include "cpu/large.h"
 #include "cpu/packed_tile.h"
 #include "cpu/vec.h"
+#include "dtypes.h"
 #include "packed_update.h"
 #include "sizes.h"
 

@@ -3,15 +3,17 @@
 #include "sparse_products.h"
 
 #include <algorithm>
+#include <optional>
+#include <tuple>
 #include <vector>
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
-#include <c10/util/Exception.h>
+#include <torch/library.h>
 
 #include "cpu/sparse_tile.h"
 #include "cpu/vec.h"
+#include "dtypes.h"
 #include "sizes.h"
 
 namespace randlora::cpu {
@@ -58,9 +60,7 @@ struct Parameters {
   at::Tensor lambda, gamma;
 
   Parameters(const at::Tensor& lambda, const at::Tensor& gamma, at::ScalarType tokens)
-      : lambda(lambda.to(type(tokens)).contiguous()), gamma(gamma.to(type(tokens)).t().contiguous()) {}
-
-  static at::ScalarType type(at::ScalarType tokens) { return tokens == at::kDouble ? at::kDouble : at::kFloat; }
+      : lambda(lambda.to(sum_type(tokens)).contiguous()), gamma(gamma.to(sum_type(tokens)).t().contiguous()) {}
 };
 
 // Data that is written, or read only; null for a tensor that is not there.
@@ -70,19 +70,10 @@ Tokens<T> tokens_of(const std::optional<at::Tensor>& t) {
   return {const_cast<T*>(t->const_data_ptr<T>()), t->size(1), t->size(0)};
 }
 
-void check_tokens(const at::Tensor& large, const at::Tensor& small, const SparsePattern& s) {
-  TORCH_INTERNAL_ASSERT(large.dim() == 2 && small.dim() == 2 && large.size(0) == small.size(0) &&
-                        large.size(1) == s.M && small.size(1) == s.m && large.scalar_type() == small.scalar_type());
-}
-
-std::tuple<at::Tensor, at::Tensor> down(const std::optional<at::Tensor>& into, const at::Tensor& large,
-                                        const std::optional<at::Tensor>& small, at::TensorList pattern,
+// The gradients of lambda and gamma where `small` is given, and into += large D^T where `into` is.
+std::tuple<at::Tensor, at::Tensor> down(const SparsePattern& s, const std::optional<at::Tensor>& into,
+                                        const at::Tensor& large, const std::optional<at::Tensor>& small,
                                         const at::Tensor& lambda, const at::Tensor& gamma, double scale) {
-  const SparsePattern s = check_pattern(pattern, lambda, gamma, large.size(1));
-  check_tokens(large, into.has_value() ? *into : *small, s);
-  TORCH_INTERNAL_ASSERT(!into.has_value() || into->is_contiguous());
-  const at::Tensor rows = large.contiguous();
-  const std::optional<at::Tensor> others = small.has_value() ? std::optional(small->contiguous()) : std::nullopt;
   const Parameters p(lambda, gamma, large.scalar_type());
   const bool gradients = small.has_value();
   const at::Tensor dlambda = at::zeros({gradients ? s.r : 0, s.n}, p.lambda.options());
@@ -102,7 +93,7 @@ std::tuple<at::Tensor, at::Tensor> down(const std::optional<at::Tensor>& into, c
       for (int64_t group = begin; group < end; ++group) {
         Acc* const sums = gradients ? t.data() + group * size : nullptr;
         for (int64_t tile = group * tiles / groups; tile < (group + 1) * tiles / groups; ++tile)
-          down<T, decltype(index)>(&scratch, c, tokens_of<T>(rows).at(tile), tokens_of<T>(others).at(tile),
+          down<T, decltype(index)>(&scratch, c, tokens_of<T>(large).at(tile), tokens_of<T>(small).at(tile),
                                    tokens_of<T>(into).at(tile), sums);
       }
     });
@@ -121,39 +112,45 @@ std::tuple<at::Tensor, at::Tensor> down(const std::optional<at::Tensor>& into, c
         }
       }
   });
-  return {dlambda, dgamma.t()};
+  return {dlambda, dgamma.t().contiguous()};
 }
 
-}  // namespace
-
-void sparse_up(const at::Tensor& large, const at::Tensor& small, at::TensorList pattern, const at::Tensor& lambda,
-               const at::Tensor& gamma, double scale) {
-  const SparsePattern s = check_pattern(pattern, lambda, gamma, large.size(1));
-  check_tokens(large, small, s);
-  TORCH_INTERNAL_ASSERT(large.is_contiguous());
-  const at::Tensor rows = small.contiguous();
-  const Parameters p(lambda, gamma, small.scalar_type());
-  with_types(small.scalar_type(), s.short_indices, [&](auto type, auto index) {
+void sparse_up_(const at::Tensor& out, const at::Tensor& x, at::TensorList pattern, const at::Tensor& lambda,
+                const at::Tensor& gamma, double scale) {
+  const SparsePattern s = check_sparse_tokens(x, out, pattern, lambda, gamma);
+  const Parameters p(lambda, gamma, x.scalar_type());
+  with_types(x.scalar_type(), s.short_indices, [&](auto type, auto index) {
     using T = decltype(type);
     using Acc = acc_t<T>;
     const Scaled<Acc> c(s, p.lambda.const_data_ptr<Acc>(), p.gamma.const_data_ptr<Acc>(), Acc(scale));
-    at::parallel_for(0, divide_up(small.size(0), kLanes<Acc>), 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, divide_up(x.size(0), kLanes<Acc>), 1, [&](int64_t begin, int64_t end) {
       Scratch<Acc> scratch(c);
       for (int64_t tile = begin; tile < end; ++tile)
-        up<T, decltype(index)>(&scratch, c, tokens_of<T>(large).at(tile), tokens_of<T>(rows).at(tile));
+        up<T, decltype(index)>(&scratch, c, tokens_of<T>(out).at(tile), tokens_of<T>(x).at(tile));
     });
   });
 }
 
-void sparse_down(const at::Tensor& into, const at::Tensor& large, at::TensorList pattern, const at::Tensor& lambda,
-                 const at::Tensor& gamma, double scale) {
-  down(into, large, std::nullopt, pattern, lambda, gamma, scale);
+void sparse_down_(const at::Tensor& out, const at::Tensor& x, at::TensorList pattern, const at::Tensor& lambda,
+                  const at::Tensor& gamma, double scale) {
+  down(check_sparse_tokens(out, x, pattern, lambda, gamma), out, x, std::nullopt, lambda, gamma, scale);
 }
 
-std::tuple<at::Tensor, at::Tensor> sparse_gradients(const std::optional<at::Tensor>& into, const at::Tensor& large,
-                                                    const at::Tensor& small, at::TensorList pattern,
-                                                    const at::Tensor& lambda, const at::Tensor& gamma, double scale) {
-  return down(into, large, small, pattern, lambda, gamma, scale);
+std::tuple<at::Tensor, at::Tensor> sparse_gradients(const at::Tensor& narrow, const at::Tensor& wide,
+                                                    const std::optional<at::Tensor>& into_narrow,
+                                                    at::TensorList pattern, const at::Tensor& lambda,
+                                                    const at::Tensor& gamma, double scale) {
+  const SparsePattern s = check_sparse_tokens(narrow, wide, pattern, lambda, gamma);
+  if (into_narrow.has_value()) check_tokens_like(*into_narrow, "into_narrow", narrow, s.m);
+  return down(s, into_narrow, wide, narrow, lambda, gamma, scale);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(randlora, CPU, m) {
+  m.impl("sparse_up_", &sparse_up_);
+  m.impl("sparse_down_", &sparse_down_);
+  m.impl("sparse_gradients", &sparse_gradients);
 }
 
 }  // namespace randlora::cpu

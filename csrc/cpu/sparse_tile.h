@@ -1,5 +1,5 @@
-// A tile of tokens, transposed, and what is done to it: the steps of sparse_products.cpp. Each is a kernel by itself,
-// as compiling every chain of them would take minutes.
+// A tile of tokens, transposed, and the steps of sparse_products.cpp on it. Each step is a kernel by itself
+// (cpu/isa.h): compiling every combination of them as one kernel would take minutes.
 #pragma once
 
 #include <algorithm>
@@ -8,11 +8,13 @@
 
 #include "cpu/sparse_column.h"
 #include "cpu/vec.h"
+#include "sizes.h"
+#include "sparse_update.h"
 
 namespace randlora::cpu {
 
-// One feature of a tile of tokens. Two vectors of 32 bytes: compilers keep sums in wider ones on the stack where the
-// instruction set has no wider registers, and what is in L2 does not come faster for wider loads.
+// One feature of a tile of tokens, in two vectors of 32 bytes. Where registers are not wider than that, compilers keep
+// sums in wider vectors on the stack; where they are, wider loads would not make what is in L2 come faster.
 template <class Acc>
 struct Row {
   typedef Acc Half __attribute__((vector_size(32)));
@@ -43,8 +45,8 @@ struct Row {
   }
 };
 
-// The coefficients of one call, and how h is laid out: its n rows of every k are padded to `padded`, a multiple of the
-// lanes, so that blocks of them can be transposed.
+// The coefficients of one call. In them and in h, the n bases of every k are padded to `padded`, a multiple of the
+// lanes, so that blocks of h can be transposed.
 template <class Acc>
 struct Scaled {
   const SparsePattern& s;
@@ -55,7 +57,7 @@ struct Scaled {
 
   // lambda [r, n] and gamma transposed, [m, n].
   Scaled(const SparsePattern& s, const Acc* lambda, const Acc* gamma, Acc scale)
-      : s(s), padded((s.n + kLanes<Acc> - 1) / kLanes<Acc> * kLanes<Acc>), coefficients(entries() * padded) {
+      : s(s), padded(divide_up(s.n, kLanes<Acc>) * kLanes<Acc>), coefficients(entries() * padded) {
     for (int64_t c = 0; c < s.count; ++c)
       for (int32_t e = s.a_starts[c]; e < s.a_starts[c + 1]; ++e) {
         const Acc a = s.a_entries[e] & 1 ? -scale : scale;
@@ -66,7 +68,7 @@ struct Scaled {
   }
 };
 
-// What a thread works in; a row is one feature of a tile of tokens.
+// Work memory of a thread; a row is one feature of a tile of tokens.
 template <class Acc>
 struct Scratch {
   std::vector<Acc> small, large, h;  // [m, lanes], [M, lanes], [r * padded, lanes]
@@ -152,7 +154,7 @@ struct SmallToH {
   }
 };
 
-// small = h C, where C has a column that is not zero.
+// small = h C, for the columns of C that are not zero.
 template <class Acc>
 struct HToSmall {
   static RANDLORA_INLINE void run(Scratch<Acc>* scratch, const Scaled<Acc>& c) {
@@ -220,8 +222,8 @@ struct LargeToH {
   }
 };
 
-// t [entries, padded] += h^T small where C is not zero. Blocks of h are transposed in place: a vector is then what one
-// token has for `lanes` of the bases i, and no sum runs across lanes.
+// t [entries, padded] += h^T small where C is not zero. Blocks of h are transposed in place, so that a vector
+// holds `lanes` bases i of one token, and no sum runs across lanes.
 template <class Acc>
 struct AddGradient {
   static RANDLORA_INLINE void run(Acc* t, Scratch<Acc>* scratch, const Scaled<Acc>& c) {

@@ -16,6 +16,7 @@
 #include "cpu/large.h"
 #include "cpu/sparse_column.h"
 #include "cpu/vec.h"
+#include "dtypes.h"
 #include "parameter_gradients.h"
 #include "sizes.h"
 
@@ -99,7 +100,7 @@ void build(const at::Tensor& out, const std::optional<at::Tensor>& weight, const
   const Acc *lambda_data = lambda.const_data_ptr<Acc>(), *gamma_data = gamma.const_data_ptr<Acc>();
   const bool columns = weight.has_value() && weight->stride(1) != 1;
   const int64_t stride = !weight.has_value() ? 0 : columns ? weight->stride(1) : weight->stride(0);
-  const int64_t tasks = columns ? (s.m + kGroup - 1) / kGroup : out.size(0);
+  const int64_t tasks = columns ? divide_up(s.m, kGroup) : out.size(0);
   at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<Acc[]> buffer(new Acc[s.M * (columns ? kGroup : 1)]);
     if (columns)
@@ -116,17 +117,18 @@ at::Tensor as(const at::Tensor& t, at::ScalarType type) { return t.to(type).cont
 at::Tensor sparse_update(at::TensorList pattern, const at::Tensor& lambda, const at::Tensor& gamma, int64_t M,
                          double scale, const std::optional<at::Tensor>& weight, at::ScalarType dtype) {
   if (is_bits(pattern)) return unpacked_update(pattern, lambda, gamma, M, scale, weight, dtype);
-  const bool packed = is_packed(pattern);
-  const SparsePattern s = packed ? all_rows(lambda, gamma, M) : check_pattern(pattern, lambda, gamma, M);
-  const at::Tensor out = make_sparse_result(s, weight, gamma, dtype);
   // Sums are as wide as the result: fp64 parameters with an fp32 result are rounded first.
-  const at::ScalarType acc = dtype == at::kDouble ? at::kDouble : at::kFloat;
-  const at::Tensor l = as(lambda, acc), g = as(gamma, acc);
-  if (out.numel() == 0) return out;
-  if (packed) {
-    build_packed(out, weight, check_packed(pattern, s.r, s.n, s.m, M, gamma), l, g, scale);
+  const at::ScalarType acc = sum_type(dtype);
+  if (is_planes(pattern)) {
+    const LayerSizes layer = check_parameters(lambda, gamma, M);
+    const at::Tensor out = empty_update(layer, layer.m, weight, gamma, dtype);
+    build_packed(out, weight, check_packed(pattern, layer, gamma), as(lambda, acc), as(gamma, acc), scale);
     return out;
   }
+  const SparsePattern s = check_lists_of_layer(pattern, lambda, gamma, M);
+  const at::Tensor out = empty_update(s, s.count, weight, gamma, dtype);
+  if (out.numel() == 0) return out;
+  const at::Tensor l = as(lambda, acc), g = as(gamma, acc);
   with_float_type(dtype, [&](auto t) {
     using T = decltype(t);
     if (s.short_indices)
@@ -192,24 +194,23 @@ std::tuple<at::Tensor, at::Tensor> sparse_update_backward(const at::Tensor& grad
                                                           const at::Tensor& lambda, const at::Tensor& gamma,
                                                           double scale, bool need_lambda, bool need_gamma) {
   if (is_bits(pattern)) return unpacked_update_backward(grad, pattern, lambda, gamma, scale, need_lambda, need_gamma);
-  TORCH_CHECK_VALUE(grad.dim() == 2, "grad must have shape [columns, M], got ", grad.sizes());
-  const bool packed = is_packed(pattern);
-  const SparsePattern s =
-      packed ? all_rows(lambda, gamma, grad.size(1)) : check_pattern(pattern, lambda, gamma, grad.size(1));
-  check_sparse_grad(s, grad, gamma);
+  TORCH_CHECK_VALUE(grad.dim() == 2, "grad must have shape [rows, M], got ", grad.sizes());
   const at::ScalarType acc = grad.scalar_type();
-  const at::Tensor g = grad.contiguous(), l = as(lambda, acc), gam = as(gamma, acc);
   at::Tensor dlambda, dgamma;
-  if (packed) {
-    std::tie(dlambda, dgamma) = gather_packed(g, check_packed(pattern, s.r, s.n, s.m, s.M, gamma), l, gam, scale);
+  if (is_planes(pattern)) {
+    const LayerSizes layer = check_parameters(lambda, gamma, grad.size(1));
+    check_update_gradient(grad, layer, layer.m, gamma);
+    std::tie(dlambda, dgamma) =
+        gather_packed(grad.contiguous(), check_packed(pattern, layer, gamma), as(lambda, acc), as(gamma, acc), scale);
   } else {
-    const int64_t groups = divide_up(s.count, kColumnsPerSum);
-    const at::Tensor partial = at::zeros({groups, s.r, s.n}, g.options());
+    const SparsePattern s = check_lists_of_layer(pattern, lambda, gamma, grad.size(1));
+    check_update_gradient(grad, s, s.count, gamma);
+    const at::Tensor g = grad.contiguous(), l = as(lambda, acc), gam = as(gamma, acc);
+    const at::Tensor partial = at::zeros({divide_up(s.count, kColumnsPerSum), s.r, s.n}, g.options());
     dgamma = at::zeros({s.n, s.m}, g.options());
-    if (acc == at::kDouble)
-      backward<double>(g, s, l, gam, scale, partial, dgamma);
-    else
-      backward<float>(g, s, l, gam, scale, partial, dgamma);
+    with_sum_type(acc, [&](auto number) {
+      backward<decltype(number)>(g, s, l, gam, scale, partial, dgamma);
+    });
     dlambda = partial.sum(0);
   }
   return parameter_gradients(dlambda, dgamma, lambda, gamma, need_lambda, need_gamma);

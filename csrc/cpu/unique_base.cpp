@@ -12,6 +12,7 @@
 
 #include "cpu/large.h"
 #include "cpu/vec.h"
+#include "dtypes.h"
 #include "parameter_gradients.h"
 #include "sizes.h"
 
@@ -51,16 +52,10 @@ Rows<Acc> rows_of(const at::Tensor& t, int64_t offset, int64_t rows, int64_t col
                   int64_t col_stride, Acc* buffer) {
   if (t.scalar_type() == c10::CppTypeToScalarType<Acc>::value && col_stride == 1)
     return {t.const_data_ptr<Acc>() + offset, row_stride};
-  const auto pack = [&](auto* p) {
-    run<PackRows<std::remove_const_t<std::remove_pointer_t<decltype(p)>>, Acc>>(buffer, p + offset, rows, cols,
-                                                                                row_stride, col_stride);
-  };
-  switch (t.scalar_type()) {
-    case at::kDouble: pack(t.const_data_ptr<double>()); break;
-    case at::kFloat: pack(t.const_data_ptr<float>()); break;
-    case at::kBFloat16: pack(t.const_data_ptr<c10::BFloat16>()); break;
-    default: pack(t.const_data_ptr<c10::Half>()); break;
-  }
+  with_float_type(t.scalar_type(), [&](auto number) {
+    using T = decltype(number);
+    run<PackRows<T, Acc>>(buffer, t.const_data_ptr<T>() + offset, rows, cols, row_stride, col_stride);
+  });
   return {buffer, cols};
 }
 

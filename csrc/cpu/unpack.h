@@ -8,8 +8,8 @@
 
 namespace randlora::cpu {
 
-// The 16 elements of a word as -1, 0, +1. By halves of 8: compilers take comparisons of wider vectors than the
-// registers are apart, element by element.
+// The 16 elements of a word as -1, 0, +1. In two halves of 8: compilers break comparisons of vectors that are wider
+// than the registers into single elements.
 template <class Acc>
 RANDLORA_INLINE void unpack16(Acc* to, uint32_t plus, uint32_t minus) {
   typedef int32_t Ints __attribute__((vector_size(32)));

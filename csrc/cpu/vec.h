@@ -1,16 +1,13 @@
-// Vectors of 16 floats (or 8 doubles) on the compilers' vector extension: one notation for every instruction set, and
-// the same grouping of sums on each of them. Sums stay in fp32 (fp64 for fp64), whatever the storage type.
+// Vectors of 16 floats (or 8 doubles), made with the compilers' vector extension: the same code for every instruction
+// set, which groups sums in the same way on each of them. Sums are fp32 (fp64 for fp64), whatever the storage type.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 #include <utility>
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
 #include "cpu/isa.h"
+#include "dtypes.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
 // Vectors are only passed between functions that are inlined, so no calling convention is involved.
@@ -18,9 +15,6 @@
 #endif
 
 namespace randlora::cpu {
-
-template <class T>
-using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <class Acc, int Bytes>
 struct VecOf {
@@ -134,7 +128,8 @@ RANDLORA_INLINE Acc sum(Vec<Acc, Bytes> v) {
 
 // ---- transposing ----
 
-// Lane l: the first vector's where bit `Half` of l is 0 (Second: where it is 1), otherwise the other's lane l ^ Half.
+// Lane l of the result is lane l of the first vector where bit `Half` of l is 0 (with Second: 1), and lane l ^ Half of
+// the other vector elsewhere.
 template <int Half, bool Second, class V, int... Lane>
 RANDLORA_INLINE V exchange(V first, V second, std::integer_sequence<int, Lane...>) {
   constexpr int L = sizeof...(Lane);

@@ -52,14 +52,11 @@ void fill(const at::Tensor& out, const BaseSlice& s, const Element& element) {
 
 template <class Element>
 void fill_any(const at::Tensor& out, const BaseSlice& s, const Element& element) {
-  switch (out.scalar_type()) {
-    case at::kFloat: return fill<float>(out, s, element);
-    case at::kDouble: return fill<double>(out, s, element);
-    case at::kBFloat16: return fill<c10::BFloat16>(out, s, element);
-    case at::kHalf: return fill<c10::Half>(out, s, element);
-    default:
-      if constexpr (!std::is_same_v<Element, DenseElement>) return fill<int8_t>(out, s, element);
-  }
+  if constexpr (!std::is_same_v<Element, DenseElement>)
+    if (out.scalar_type() == at::kChar) return fill<int8_t>(out, s, element);
+  with_float_type(out.scalar_type(), [&](auto number) {
+    fill<decltype(number)>(out, s, element);
+  });
 }
 
 void fill_bases_(const at::Tensor& out, int64_t seed, int64_t stream, c10::IntArrayRef offsets,

@@ -14,12 +14,10 @@
 #include <c10/util/Half.h>
 #include <cuda_runtime.h>
 
+#include "dtypes.h"
 #include "sizes.h"
 
 namespace randlora::cuda {
-
-template <class T>
-using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // N consecutive elements, moved as one access of up to 16 bytes.
 template <class T, int N>
@@ -27,8 +25,8 @@ struct alignas(sizeof(T) * N <= 16 ? sizeof(T) * N : 16) Pack {
   T v[N];
 };
 
-// *to = pack. By an intrinsic, as the compiler takes an assignment apart: it shares what follows with the stores of
-// single elements in the other branch. (Global stores are cached in L2 anyway.)
+// *to = pack, by an intrinsic: the compiler would split an assignment into single elements, to share their stores with
+// the other branch. (Global stores are cached in L2 anyway.)
 template <class T, int N>
 __device__ __forceinline__ void store_whole(T* to, const Pack<T, N>& pack) {
   using Word =

@@ -1,12 +1,17 @@
-"""Bases in the forms that are stored and multiplied: index lists, one or two bits per element, or signs alone.
+"""Bases in the forms in which they are stored and multiplied where they are not dense (:mod:`randlora.ops.pattern`).
 
-Lists (csrc/sparse_update.h): at density 1/z an entry of 16 bits per non-zero takes less room than two bits per element
-from z = 8 on, and on the CPU from about 10 on the update is built faster by walking the lists: at z = 45 with some
-thousand times fewer additions than the dense product has. Planes (csrc/packed_update.h): below that, on the CPU, A as
-lists of its rows and B at two bits per element. Bits (there too): where dense products are faster still, below z = 2.5
-on the CPU and everywhere on CUDA with its tensor cores (bench/NOTES-cuda.md), both at two bits per element or, where
-nothing is zero, one; they are made dense for every call. Signs (csrc/hadamard.h): of Hadamard bases, one bit per row
-and column. All are generated from the seed in blocks of int8, never through a dense float tensor.
+With sparsity z, 1/z of the elements are not zero. Which form costs the least depends on z and on the device:
+
+* Lists (csrc/sparse_update.h), on the CPU from z = 10 on. They take 16 bits per non-zero, less than two bits per
+  element from z = 8 on, and updates are built by walking them: at z = 45 with some thousand times fewer additions than
+  the dense product has.
+* Planes (csrc/packed_update.h), on the CPU between 2.5 and 10: A as lists of its rows, B at two bits per element.
+* Bits (the same file), on the CPU below 2.5 and on CUDA with its tensor cores always (bench/NOTES-cuda.md), where dense
+  products are faster still. A and B have two bits per element, or one where nothing is zero, and are made dense for
+  every call.
+* Signs (csrc/hadamard.h), of Hadamard bases: one bit per row and per column.
+
+All are generated from the seed in blocks of int8, never through a dense float tensor.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.pattern import BitTensors, ListTensors, PlaneTensors, SignTensors
 from . import hadamard
 from .definition import Definition
 
@@ -28,8 +34,7 @@ _BLOCK = 1 << 22  # elements of B generated at a time
 
 
 class Pattern(tuple[Tensor, ...]):
-    """What the ops take. Lists: columns, a_starts, a_entries, b_starts, b_indices. Planes: a_starts, a_entries,
-    b_planes. Bits: a_planes, b_planes. Signs: a, b, c, and an empty tensor ``[group_width, 0]``.
+    """What the ops take: the tensors of one of the forms of :mod:`randlora.ops.pattern`, in their order.
 
     Their contents are checked here, once (ValueError, TypeError), and again by the op that gets tensors which were
     written to meanwhile. The sizes are those of the bases, which the tensors alone do not tell in every form.
@@ -61,40 +66,20 @@ class Pattern(tuple[Tensor, ...]):
             )
 
 
-def is_planes(pattern: Sequence[Tensor]) -> bool:
-    """Whether a pattern is one of planes or bits (csrc/packed_update.h: ``is_packed``)."""
-    return len(pattern) in (2, 3)
-
-
-def is_lists(pattern: Sequence[Tensor]) -> bool:
-    """Whether a pattern is one of lists, whose updates have some of the m rows alone."""
-    return len(pattern) == 5
-
-
-def is_hadamard(pattern: Sequence[Tensor]) -> bool:
-    """Whether a pattern is one of signs, of Hadamard bases (csrc/hadamard.h: ``is_hadamard``)."""
-    return len(pattern) == 4
-
-
-def is_bits(pattern: Sequence[Tensor]) -> bool:
-    """Whether a pattern is one of bits, which are made dense for every call."""
-    return len(pattern) == 2
-
-
 def form_for(kind: str, sparsity: float | None, device: torch.device) -> type[Form] | None:
     """The form that bases of this kind are kept in on `device`; None: as dense tensors."""
     if device.type not in ("cpu", "cuda"):
         return None
     if kind == "hadamard":
-        return Signs
+        return StoredSigns
     return None if sparsity is None else form_of(sparsity, device)
 
 
 def form_of(sparsity: float, device: torch.device) -> type[Form]:
     """The form that ternary bases of this sparsity have on `device`."""
     if device.type != "cpu" or sparsity < PLANES_FROM:
-        return Bits
-    return Lists if sparsity >= LISTS_FROM else Planes
+        return StoredBits
+    return StoredLists if sparsity >= LISTS_FROM else StoredPlanes
 
 
 def planes_of(sparsity: float) -> int:
@@ -102,8 +87,10 @@ def planes_of(sparsity: float) -> int:
     return 1 if sparsity == 1 else 2
 
 
-class Lists:
+class StoredLists:
     """The non-zeros of one store on one device; :meth:`of` gives the part that a layer needs."""
+
+    name = "lists"
 
     def __init__(self, A: Tensor, columns_of_B: Iterator[Tensor], max_dim: int) -> None:
         """`A` is int8 ``[r, m]``; `columns_of_B` yields int8 ``[max_dim, columns]`` blocks of B2, in order."""
@@ -111,8 +98,7 @@ class Lists:
         entries = A.t().nonzero()  # (j, k), ascending
         j, k = entries.unbind(1)
         columns, counts = torch.unique_consecutive(j, return_counts=True)
-        self.columns, self.a_starts = columns.int(), _starts(counts)
-        self.a_entries = (2 * k + (A[k, j] < 0)).int()
+        a_starts, a_entries = _starts(counts), (2 * k + (A[k, j] < 0)).int()
         counts, indices = [], []
         for block in columns_of_B:
             flat = block.t().flatten()
@@ -121,76 +107,76 @@ class Lists:
             counts.append(torch.bincount(lists, minlength=2 * block.shape[1]))
             rows = (where % max_dim)[lists.argsort(stable=True)]
             indices.append(rows.to(torch.int16 if max_dim <= 1 << 16 else torch.int32))
-        self.b_starts, self.b_indices = _starts(torch.cat(counts)), torch.cat(indices)
+        self.tensors = ListTensors(columns.int(), a_starts, a_entries, _starts(torch.cat(counts)), torch.cat(indices))
         self._sorted_columns = columns.tolist()
         self._parts: dict[int, Pattern] = {}
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.columns, self.a_starts, self.a_entries, self.b_starts, self.b_indices))
+        return sum(t.nbytes for t in self.tensors)
 
     def of(self, min_dim: int) -> Pattern:
         part = self._parts.get(min_dim)
         if part is None:
+            t = self.tensors
             count = bisect.bisect_left(self._sorted_columns, min_dim)  # columns of A with a non-zero
-            tensors = self.columns[:count], self.a_starts[: count + 1], self.a_entries, self.b_starts, self.b_indices
-            num_bases = self.b_starts.numel() // (2 * self.r)
+            tensors = t._replace(columns=t.columns[:count], a_starts=t.a_starts[: count + 1])
+            num_bases = t.b_starts.numel() // (2 * self.r)
             part = self._parts[min_dim] = Pattern(tensors, self.r, num_bases, min_dim, self.max_dim)
         return part
 
 
-class Planes:
-    """Bases of medium density on the CPU, as :class:`Lists`."""
+class _Whole:
+    """A form that layers of any size take as it is."""
+
+    tensors: PlaneTensors | BitTensors | SignTensors
+    _pattern: Pattern
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors)
+
+    def of(self, min_dim: int) -> Pattern:
+        return self._pattern
+
+
+class StoredPlanes(_Whole):
+    """Bases of medium density on the CPU; arguments as of :class:`StoredLists`."""
+
+    name = "planes"
 
     def __init__(self, A: Tensor, columns_of_B: Iterator[Tensor], max_dim: int) -> None:
         k, j = A.nonzero().unbind(1)  # ascending
-        self.a_starts = _starts(torch.bincount(k, minlength=A.shape[0]))
-        self.a_entries = (2 * j + (A[k, j] < 0)).int()
-        self.b_planes = torch.cat([_bits(block) for block in columns_of_B])
-        self._pattern = _whole((self.a_starts, self.a_entries, self.b_planes), A, max_dim)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.a_starts, self.a_entries, self.b_planes))
-
-    def of(self, min_dim: int) -> Pattern:
-        return self._pattern
+        a_starts = _starts(torch.bincount(k, minlength=A.shape[0]))
+        a_entries = (2 * j + (A[k, j] < 0)).int()
+        self.tensors = PlaneTensors(a_starts, a_entries, torch.cat([_bits(block) for block in columns_of_B]))
+        self._pattern = _whole(self.tensors, A, max_dim)
 
 
-class Bits:
-    """Bases that are multiplied dense, on one device, as :class:`Lists`. `planes` is 1 where none is zero."""
+class StoredBits(_Whole):
+    """Bases that are multiplied dense; arguments as of :class:`StoredLists`. `planes` is 1 where none is zero."""
+
+    name = "bits"
 
     def __init__(self, A: Tensor, columns_of_B: Iterator[Tensor], max_dim: int, planes: int = 2) -> None:
-        self.a_planes = _bits(A.t(), planes)
-        self.b_planes = torch.cat([_bits(block, planes) for block in columns_of_B])
-        self._pattern = _whole((self.a_planes, self.b_planes), A, max_dim)
-
-    @property
-    def nbytes(self) -> int:
-        return self.a_planes.nbytes + self.b_planes.nbytes
-
-    def of(self, min_dim: int) -> Pattern:
-        return self._pattern
+        b_planes = torch.cat([_bits(block, planes) for block in columns_of_B])
+        self.tensors = BitTensors(_bits(A.t(), planes), b_planes)
+        self._pattern = _whole(self.tensors, A, max_dim)
 
 
-class Signs:
-    """The signs of Hadamard bases on one device, a bit each, as :class:`Lists`."""
+class StoredSigns(_Whole):
+    """The signs of Hadamard bases, a bit each."""
+
+    name = "signs"
 
     def __init__(self, a: Tensor, b: Tensor, c: Tensor, width: int, r: int) -> None:
         """int8 -1 and +1: `a` [min_dim], `b` [max_dim], `c` [num_bases * r]."""
         words = (_bits(F.pad(t, (0, -len(t) % 32), value=1)[:, None], 1).view(torch.int32).flatten() for t in (a, b, c))
-        empty = torch.empty((width, 0), dtype=torch.int8, device=a.device)  # its shape says all
-        self._pattern = Pattern((*words, empty), r, len(c) // r, len(a), len(b))
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in self._pattern)
-
-    def of(self, min_dim: int) -> Pattern:
-        return self._pattern
+        self.tensors = SignTensors(*words, width=torch.empty((width, 0), dtype=torch.int8, device=a.device))
+        self._pattern = Pattern(self.tensors, r, len(c) // r, len(a), len(b))
 
 
-Form = Lists | Planes | Bits | Signs
+Form = StoredLists | StoredPlanes | StoredBits | StoredSigns
 
 
 def _whole(tensors: tuple[Tensor, ...], A: Tensor, max_dim: int) -> Pattern:
@@ -218,8 +204,8 @@ def make(bases: Definition, device: torch.device) -> Form:
     """`bases` in the form that fits them, generated on `device`."""
     M, m, n, r = bases.max_dim, bases.min_dim, bases.num_bases, bases.r
     form = form_for(bases.kind, bases.sparsity, device)
-    if form is Signs:
-        return Signs(*hadamard.all_signs(bases.signed_seed, m, M, n * r, device), bases.group_width, r)
+    if form is StoredSigns:
+        return StoredSigns(*hadamard.all_signs(bases.signed_seed, m, M, n * r, device), bases.group_width, r)
     A = bases.fill(torch.empty((r, 1, m), dtype=torch.int8, device=device), 0, (0, 0, 0))[:, 0]
     step = max(1, _BLOCK // (M * r))
 
@@ -228,7 +214,7 @@ def make(bases: Definition, device: torch.device) -> Form:
             block = torch.empty((M, min(step, n - i), r), dtype=torch.int8, device=device)
             yield bases.fill(block, 1, (0, i, 0)).flatten(1)
 
-    return Bits(A, blocks(), M, planes_of(bases.sparsity)) if form is Bits else form(A, blocks(), M)
+    return StoredBits(A, blocks(), M, planes_of(bases.sparsity)) if form is StoredBits else form(A, blocks(), M)
 
 
 def of_tensors(A: Tensor, B: Tensor, held: bool = True) -> tuple[Form, float] | None:
@@ -246,12 +232,12 @@ def of_tensors(A: Tensor, B: Tensor, held: bool = True) -> tuple[Form, float] | 
         density = nonzero / t.numel()
         full = full and density == 1
     if full and (found := hadamard.recognise(A.sign().to(torch.int8)[:, 0], B.sign().to(torch.int8).flatten(1))):
-        return Signs(*found, A.shape[0]), scale
+        return StoredSigns(*found, A.shape[0]), scale
     form = form_of(1 / density, B.device)
-    if form is Bits and held:
+    if form is StoredBits and held:
         return None
     A, columns = A.sign().to(torch.int8)[:, 0], iter([B.sign().to(torch.int8).flatten(1)])
-    made = Bits(A, columns, B.shape[0], 1 if full else 2) if form is Bits else form(A, columns, B.shape[0])
+    made = StoredBits(A, columns, B.shape[0], 1 if full else 2) if form is StoredBits else form(A, columns, B.shape[0])
     return made, scale
 
 

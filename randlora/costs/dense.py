@@ -7,14 +7,12 @@ Making them dense costs the traffic of that, and they are a temporary then: on t
 
 from __future__ import annotations
 
+from .._C import UNPACKED_BYTES  # csrc/packed_update.h: of B, which the CPU makes dense at a time
 from .strategies import Cost, LayerCall, Strategies
 
 # Of the dense product's work, what ternary bases at two bits per element cost: a third, in code that is not quite MKL
 # (0.3 to 0.4 with AVX-512, 0.4 to 0.55 with AVX2).
 PLANES = 0.45
-
-# Bytes of B that the CPU makes dense at a time (csrc/packed_update.h: unpacked_rows).
-UNPACKED_GROUP = 4 << 20
 
 
 class Dense(Strategies):
@@ -37,7 +35,7 @@ class Dense(Strategies):
         self.unpacked_for_update = int(form == "bits")
         self.rows_at_once = call.r  # rows k of A, for which packed bases are made dense at a time
         if call.device_type == "cpu" and call.element_bytes >= 4:
-            self.rows_at_once = min(call.r, max(1, UNPACKED_GROUP // (call.n * M * call.element_bytes)))
+            self.rows_at_once = min(call.r, max(1, UNPACKED_BYTES // (call.n * M * call.element_bytes)))
 
     def at_once(self, thin_bytes: int, unpacked: int) -> int:
         """Bytes of matrices with an axis P that exist at a time, beside B2 where it is `unpacked`."""

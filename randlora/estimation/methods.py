@@ -200,12 +200,12 @@ def expected_pattern(
     def empty(*shape: float, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty([round(size) for size in shape], dtype=dtype, device="meta")
 
-    if form is patterns.Signs:
+    if form is patterns.StoredSigns:
         return *(empty(-(-count // 32)) for count in (m, M, n * r)), empty(bases.group_width, 0, dtype=torch.int8)
-    if form is not patterns.Lists:
-        planes = patterns.planes_of(z) if form is patterns.Bits else 2
+    if form is not patterns.StoredLists:
+        planes = patterns.planes_of(z) if form is patterns.StoredBits else 2
         b_planes = empty(n * r, planes, -(-M // 16), dtype=torch.int16)
-        if form is patterns.Bits:
+        if form is patterns.StoredBits:
             return empty(r, planes, -(-m // 16), dtype=torch.int16), b_planes
         return empty(r + 1), empty(r * m / z), b_planes
     columns = round(min_dim * (1 - (1 - 1 / z) ** r))
@@ -217,7 +217,7 @@ def expected_pattern(
 
 def _form(bases: RandomBases, device: torch.device) -> str:
     form = patterns.form_for(bases.kind, bases.sparsity, device)
-    return "dense" if form is None else form.__name__.lower()
+    return "dense" if form is None else form.name
 
 
 # ---- LoRA ----

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import planner
-from ..bases.patterns import is_hadamard
+from ..ops.pattern import is_signs
 from . import base_layer as base_layers
 from . import update_cache
 
@@ -43,7 +43,7 @@ class CachedForward:
                     self._trained(name, device)  # raises for those that have no numbers
                 return None
         patterns = (self._pattern(name, device) for name in adapters)
-        if all(found is not None and is_hadamard(found[0]) for found in patterns):
+        if all(found is not None and is_signs(found[0]) for found in patterns):
             return None  # one token costs little more than the base layer alone
         stream = torch._C._cuda_getCurrentRawStream(device.index) if x.is_cuda else None  # others would have to wait
         key = merged, dtype, device, stream, *adapters

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..bases.patterns import is_bits, is_lists
+from .pattern import BitTensors, ListTensors, PlaneTensors, is_bits, is_lists
 
 
 def require_one_device(**tensors: Tensor | Sequence[Tensor] | None) -> None:
@@ -61,8 +61,7 @@ def _(x, seed, p):
 
 
 @torch.library.register_fake("randlora::linear")
-def _(x, weight, bias, A, B, randlora_lambda, randlora_gamma, out_features, scale, dtype, strategy, dropout, seed,
-      transposed, workspace, pattern, backward_strategy=None):  # fmt: skip
+def _(x, weight, bias, A, B, randlora_lambda, randlora_gamma, pattern, seed, *, out_features, dtype, **_):
     require_one_device(
         x=x, weight=weight, bias=bias, A=A, B=B, randlora_lambda=randlora_lambda, randlora_gamma=randlora_gamma,
         seed=seed, pattern=pattern,
@@ -71,8 +70,7 @@ def _(x, weight, bias, A, B, randlora_lambda, randlora_gamma, out_features, scal
 
 
 @torch.library.register_fake("randlora::linear_backward")
-def _(grad, x, weight, A, B, randlora_lambda, randlora_gamma, scale, dtype, strategy, dropout, seed, transposed,
-      workspace, pattern, need_x, need_lambda, need_gamma):  # fmt: skip
+def _(grad, x, weight, A, B, randlora_lambda, randlora_gamma, pattern, seed, *, need_x, need_lambda, need_gamma, **_):
     require_one_device(
         x=x, grad=grad, weight=weight, A=A, B=B, randlora_lambda=randlora_lambda, randlora_gamma=randlora_gamma,
         seed=seed, pattern=pattern,
@@ -85,7 +83,7 @@ def _(pattern, randlora_lambda, randlora_gamma, max_dim, scale, weight, dtype):
     require_one_device(randlora_lambda=randlora_lambda, randlora_gamma=randlora_gamma, weight=weight, pattern=pattern)
     if weight is not None:
         return torch.empty_like(weight)
-    rows = pattern[0].numel() if is_lists(pattern) else randlora_gamma.shape[1]
+    rows = ListTensors(*pattern).columns.numel() if is_lists(pattern) else randlora_gamma.shape[1]
     return randlora_gamma.new_empty((rows, max_dim), dtype=dtype)
 
 
@@ -99,24 +97,36 @@ def _(grad, pattern, randlora_lambda, randlora_gamma, scale, need_lambda, need_g
 def _(pattern, n, min_dim, max_dim, dtype, first=0, rows=None):
     require_one_device(pattern=pattern)
     if rows is None:
-        rows = pattern[0].shape[0] - (0 if is_bits(pattern) else 1) - first
+        r = len(BitTensors(*pattern).a_planes) if is_bits(pattern) else len(PlaneTensors(*pattern).a_starts) - 1
+        rows = r - first
     A = pattern[0].new_empty((rows, 1, min_dim), dtype=dtype)
     return A, A.new_empty((rows * n, max_dim))
 
 
+@torch.library.register_fake("randlora::sparse_up_")
+@torch.library.register_fake("randlora::sparse_down_")
 @torch.library.register_fake("randlora::hadamard_up_")
 @torch.library.register_fake("randlora::hadamard_down_")
 def _(out, x, pattern, randlora_lambda, randlora_gamma, scale):
     require_one_device(x=x, out=out, randlora_lambda=randlora_lambda, randlora_gamma=randlora_gamma, pattern=pattern)
 
 
+@torch.library.register_fake("randlora::sparse_gradients")
+def _(narrow, wide, into_narrow, pattern, randlora_lambda, randlora_gamma, scale):
+    return _gradients_of_tokens(narrow, wide, into_narrow, None, pattern, randlora_lambda, randlora_gamma)
+
+
 @torch.library.register_fake("randlora::hadamard_gradients")
 def _(narrow, wide, into_narrow, into_wide, pattern, randlora_lambda, randlora_gamma, scale):
+    return _gradients_of_tokens(narrow, wide, into_narrow, into_wide, pattern, randlora_lambda, randlora_gamma)
+
+
+def _gradients_of_tokens(narrow, wide, into_narrow, into_wide, pattern, randlora_lambda, randlora_gamma):
     require_one_device(
         narrow=narrow, wide=wide, into_narrow=into_narrow, into_wide=into_wide, randlora_lambda=randlora_lambda,
         randlora_gamma=randlora_gamma, pattern=pattern,
     )  # fmt: skip
-    dtype = torch.float64 if narrow.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(narrow.dtype, torch.float32)
     return tuple(like.new_empty(like.shape, dtype=dtype) for like in (randlora_lambda, randlora_gamma))
 
 

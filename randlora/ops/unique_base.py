@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..bases.patterns import is_hadamard, is_lists
+from .pattern import ListTensors, is_lists, is_signs
 
 _ops = torch.ops.randlora
 
@@ -219,9 +219,11 @@ def _keep_sparse(ctx, inputs, output):
 
 def _sparse_gradients(ctx, grad):
     lam, gamma, *pattern = ctx.saved_tensors
-    rows = grad.index_select(0, pattern[0]) if ctx.with_weight and is_lists(pattern) else grad
+    rows = grad
+    if ctx.with_weight and is_lists(pattern):
+        rows = grad.index_select(0, ListTensors(*pattern).columns)
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    backward = _ops.hadamard_update_backward if is_hadamard(pattern) else _ops.sparse_update_backward
+    backward = _ops.hadamard_update_backward if is_signs(pattern) else _ops.sparse_update_backward
     d_lam, d_gamma = backward(rows, pattern, lam, gamma, ctx.scale, True, True)
     return [None] * len(pattern), d_lam, d_gamma, None, None, grad if ctx.with_weight else None, None
 

@@ -9,7 +9,8 @@ from torch import nn
 
 import randlora
 from randlora import RandomBases
-from randlora.bases import hadamard, patterns
+from randlora.bases import hadamard
+from randlora.ops.pattern import is_signs
 
 
 def group_sizes(m, r, width):
@@ -133,7 +134,7 @@ def test_given_ones_are_recognised(i, o, r, width, factors):
     bases = RandomBases.from_tensors(A, B)
     layer = randomize(randlora.Linear(make_base(i, o, dtype=torch.float64), r=r, bases=bases))
     pattern, scale = bases.pattern(min(i, o))
-    assert patterns.is_hadamard(pattern) and scale == pytest.approx(factors[0] * factors[1])
+    assert is_signs(pattern) and scale == pytest.approx(factors[0] * factors[1])
     update = layer.get_delta_weight("default")
     A, B = A.double(), B.double()
     lam, gamma = layer.randlora_lambda["default"], layer.randlora_gamma["default"]

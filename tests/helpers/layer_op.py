@@ -21,6 +21,18 @@ def draw_layer(shape, dtype=torch.float64, parameter_dtype=None, device="cpu", n
     return x, weight, bias, A, B, lam, gamma
 
 
+# Of the raw op's backward.
+ALL_GRADIENTS = {"need_x": True, "need_lambda": True, "need_gamma": True}
+
+
+def op_options(dtype, strategy):
+    """What is not a tensor for the raw op and its backward; the forward needs `out_features`, too."""
+    return {
+        "scale": 0.7, "dtype": dtype, "strategy": strategy, "dropout": 0.0, "weight_is_transposed": False,
+        "workspace": 0,
+    }  # fmt: skip
+
+
 def reference(x, weight, bias, A, B, lam, gamma, scaling, mask=1.0):
     dW = reference_dW(A, B, lam, gamma, scaling, x.shape[-1], weight.shape[0])
     y = F.linear(x.double(), weight.double(), None if bias is None else bias.double())

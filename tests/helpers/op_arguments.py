@@ -213,9 +213,10 @@ def packed_update(d, backward):
     return Call(op, arguments, [compact if weight is None else weight.double() + D], layer.tolerance)
 
 
-def hadamard_tokens(d, which):
+def products_of_tokens(d, which):
     """The update of tokens, or its gradients: the narrow side of a layer has m features, the wide one M."""
-    layer, tokens = Layer(d, "hadamard"), d.of((0, 1, d.int(2, 70)))
+    layer, tokens = Layer(d, d.of(("hadamard", "lists"))), d.of((0, 1, d.int(2, 70)))
+    kind = "hadamard" if layer.form == "hadamard" else "sparse"
     narrow, wide, into_narrow, into_wide = (
         d.normal(tokens, size, dtype=layer.dtype) for size in 2 * (layer.m, layer.M)
     )
@@ -224,21 +225,23 @@ def hadamard_tokens(d, which):
     D = D.T if layer.i <= layer.o else D
     up, down = narrow.double() @ D, wide.double() @ D.T
     layer_arguments = {
-        "pattern": list(layer.pattern), "randlora_lambda": layer.lam, "randlora_gamma": layer.gamma, "scale": 0.7
+        "pattern": list(layer.pattern), "randlora_lambda": layer.lam, "randlora_gamma": layer.gamma,
+        "scale": 0.7 * layer.scale,
     }  # fmt: skip
     if which == "up":
         arguments = {"out": into_wide, "x": narrow, **layer_arguments}
-        return Call("hadamard_up_", arguments, [into_wide.double() + up], layer.tolerance)
+        return Call(f"{kind}_up_", arguments, [into_wide.double() + up], layer.tolerance)
     if which == "down":
         arguments = {"out": into_narrow, "x": wide, **layer_arguments}
-        return Call("hadamard_down_", arguments, [into_narrow.double() + down], layer.tolerance)
+        return Call(f"{kind}_down_", arguments, [into_narrow.double() + down], layer.tolerance)
     expected = [*torch.autograd.grad((up * wide.double()).sum(), (lam, gamma), retain_graph=True)]
-    into = d.of((None, "into_narrow", "into_wide"))
-    arguments = {"narrow": narrow, "wide": wide, "into_narrow": None, "into_wide": None, **layer_arguments}
+    all_into = {"into_narrow": into_narrow} | ({"into_wide": into_wide} if kind == "hadamard" else {})
+    into = d.of((None, *all_into))
+    arguments = {"narrow": narrow, "wide": wide, **dict.fromkeys(all_into), **layer_arguments}
     if into:
-        arguments[into] = into_narrow if into == "into_narrow" else into_wide
+        arguments[into] = all_into[into]
         expected.append(arguments[into].double() + (down if into == "into_narrow" else up))
-    return Call("hadamard_gradients", arguments, expected, layer.tolerance)
+    return Call(f"{kind}_gradients", arguments, expected, layer.tolerance)
 
 
 def packed_expand(d):
@@ -302,9 +305,9 @@ MAKERS = (
     lambda d: linear(d, True),
     lambda d: packed_update(d, False),
     lambda d: packed_update(d, True),
-    lambda d: hadamard_tokens(d, "up"),
-    lambda d: hadamard_tokens(d, "down"),
-    lambda d: hadamard_tokens(d, "gradients"),
+    lambda d: products_of_tokens(d, "up"),
+    lambda d: products_of_tokens(d, "down"),
+    lambda d: products_of_tokens(d, "gradients"),
     packed_expand,
     lambda d: unique_base(d, False),
     lambda d: unique_base(d, True),

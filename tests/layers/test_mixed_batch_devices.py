@@ -51,16 +51,18 @@ def calls():
         found[f"{kind}_update_backward, {form}"] = build_backward, {
             "grad": rows, **pattern, **bases, "scale": 1.0, "need_lambda": True, "need_gamma": True
         }  # fmt: skip
-        if form == "hadamard":
+        if form in ("hadamard", "lists"):
             narrow, wide = normal(7, 24), normal(7, 41, seed=1)
             parts = {**pattern, **bases, "scale": 1.0}
-            found["hadamard_up_"] = _ops.hadamard_up_, {"out": wide.clone(), "x": narrow, **parts}
-            found["hadamard_down_"] = _ops.hadamard_down_, {"out": narrow.clone(), "x": wide, **parts}
+            up, down, gradients = (getattr(_ops, f"{kind}_{end}") for end in ("up_", "down_", "gradients"))
+            found[f"{kind}_up_"] = up, {"out": wide.clone(), "x": narrow, **parts}
+            found[f"{kind}_down_"] = down, {"out": narrow.clone(), "x": wide, **parts}
             both = {"narrow": narrow, "wide": wide}
-            for into, t in (("into_narrow", narrow), ("into_wide", wide)):
-                given = dict.fromkeys(("into_narrow", "into_wide")) | {into: t.clone()}
-                found[f"hadamard_gradients {into}"] = _ops.hadamard_gradients, {**both, **given, **parts}
-        elif form != "lists":
+            all_into = {"into_narrow": narrow} | ({"into_wide": wide} if kind == "hadamard" else {})
+            for into, t in all_into.items():
+                given = dict.fromkeys(all_into) | {into: t.clone()}
+                found[f"{kind}_gradients {into}"] = gradients, {**both, **given, **parts}
+        else:
             sizes = {"n": 5, "min_dim": 24, "max_dim": 41, "dtype": torch.float32}
             found[f"packed_expand, {form}"] = _ops.packed_expand, pattern | sizes
     return found

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.common import normal, on_devices
-from helpers.layer_op import draw_layer, gradients, reference
+from helpers.layer_op import ALL_GRADIENTS, draw_layer, gradients, op_options, reference
 from helpers.ternary import FORMS, draw
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
@@ -19,9 +19,9 @@ def call(x, weight, bias, A, B, lam, gamma, **options):
     return linear(x, weight, bias, A, B, lam, gamma, 0.7, **options)
 
 
-def raw(x, weight, bias, A, B, lam, gamma, strategy="factored", *backward_strategy):
-    options = 0.7, x.dtype, strategy, 0.0, None, False, 0, []
-    return torch.ops.randlora.linear(x, weight, bias, A, B, lam, gamma, weight.shape[0], *options, *backward_strategy)
+def raw(x, weight, bias, A, B, lam, gamma, strategy="factored", backward_strategy=None):
+    options = {**op_options(x.dtype, strategy), "out_features": weight.shape[0], "backward_strategy": backward_strategy}
+    return torch.ops.randlora.linear(x, weight, bias, A, B, lam, gamma, [], None, **options)
 
 
 def test_it_is_a_node_of_c():
@@ -120,15 +120,13 @@ def test_backward_has_its_own_strategy(ways):
 @on_devices
 def test_opcheck_with_gradients(device):
     tensors = draw_layer(SHAPE, torch.float32, device=device)
-    options = 0.7, torch.float32, "factored", 0.0, None, False, 0, []
-    op = torch.ops.randlora.linear.default
-    torch.library.opcheck(op, (*tensors, 41, *options))
-    torch.library.opcheck(op, (*tensors, 41, *options, "materialized"))
+    options = op_options(torch.float32, "factored")
+    op, backward = torch.ops.randlora.linear.default, torch.ops.randlora.linear_backward.default
+    for more in ({}, {"backward_strategy": "materialized"}):
+        torch.library.opcheck(op, (*tensors, [], None), {**options, "out_features": 41, **more})
     x, weight, _, *factors = tensors
     g = normal(2, 5, 41, dtype=x.dtype, device=device).requires_grad_()
-    torch.library.opcheck(
-        torch.ops.randlora.linear_backward.default, (g, x, weight, *factors, *options, True, True, True)
-    )
+    torch.library.opcheck(backward, (g, x, weight, *factors, [], None), {**options, **ALL_GRADIENTS})
 
 
 def test_a_trainable_weight_is_refused():

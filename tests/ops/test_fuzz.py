@@ -34,4 +34,4 @@ def test_no_arguments_reach_memory_that_is_not_theirs(tmp_path):
     assert done.returncode == 0, f"{case}\nended with {done.returncode}:\n{done.stdout}\n{done.stderr[-5000:]}"
     outcomes = {tuple(line.split()[:2]) for line in done.stdout.splitlines()[1:]}
     ops = {op for op, _ in outcomes}
-    assert len(ops) == 14 and {(op, "right") for op in ops} <= outcomes, done.stdout
+    assert len(ops) == 17 and {(op, "right") for op in ops} <= outcomes, done.stdout

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.common import FLOATS, normal, on_devices, over
 from helpers.hadamard_cases import STRATEGIES, Layer, assert_close, shape_id, shapes, some_shapes
+from helpers.layer_op import ALL_GRADIENTS, op_options
 
 
 @on_devices
@@ -18,12 +19,12 @@ def test_opcheck(shape, dtype, device):
     m, M = sorted(shape[:2])
     factors = layer.pattern, layer.lam, layer.gamma
     for strategy in STRATEGIES:
-        options = (0.7, dtype, strategy, 0.0, None, False, 0, layer.pattern)
-        given = layer.weight, layer.bias, None, None, layer.lam, layer.gamma
-        torch.library.opcheck(ops.linear.default, (layer.x, *given, layer.o, *options))
+        options, others = op_options(dtype, strategy), (None, None, layer.lam, layer.gamma, layer.pattern, None)
+        given = layer.x, layer.weight, layer.bias, *others
+        torch.library.opcheck(ops.linear.default, given, {**options, "out_features": layer.o})
         grad = normal(6, layer.o, dtype=dtype, device=device)
-        given = layer.weight, None, None, layer.lam, layer.gamma
-        torch.library.opcheck(ops.linear_backward.default, (grad, layer.x, *given, *options, True, True, True))
+        given = grad, layer.x, layer.weight, *others
+        torch.library.opcheck(ops.linear_backward.default, given, {**options, **ALL_GRADIENTS})
     narrow, wide = (normal(6, size, dtype=dtype, device=device) for size in (m, M))
     torch.library.opcheck(ops.hadamard_up_.default, (wide.clone(), narrow, *factors, 0.7))
     torch.library.opcheck(ops.hadamard_down_.default, (narrow.clone(), wide, *factors, 0.7))

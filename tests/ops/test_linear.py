@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.common import assert_no_worse_than_plain, normal, on_devices, over
-from helpers.layer_op import draw_layer, gradients, mask_of, reference
+from helpers.layer_op import ALL_GRADIENTS, draw_layer, gradients, mask_of, op_options, reference
 
 import randlora
 from randlora.functional import linear
@@ -92,11 +92,18 @@ def test_gradcheck(shape, strategy, device):
 @over("dtype", (torch.float64, torch.float32, torch.bfloat16))
 def test_opcheck(strategy, dtype, device):
     x, weight, bias, *factors = (t.detach() for t in draw_layer((24, 41, 8), dtype, device=device))
-    options = (0.7, dtype, strategy, 0.0, None, False, 0, [])
-    torch.library.opcheck(torch.ops.randlora.linear.default, (x, weight, bias, *factors, 41, *options))
+    options = op_options(dtype, strategy)
+    op, backward = torch.ops.randlora.linear.default, torch.ops.randlora.linear_backward.default
+    torch.library.opcheck(op, (x, weight, bias, *factors, [], None), {**options, "out_features": 41})
     grad = normal(2, 5, 41, dtype=dtype, device=device)
-    needs = (True, True, True)
-    torch.library.opcheck(torch.ops.randlora.linear_backward.default, (grad, x, weight, *factors, *options, *needs))
+    torch.library.opcheck(backward, (grad, x, weight, *factors, [], None), {**options, **ALL_GRADIENTS})
+
+
+@pytest.mark.parametrize("name", ["linear", "linear_backward"])
+def test_tensors_have_places_and_all_else_has_names(name):
+    """So that no two options of the same type can be mistaken for each other, in C++ or in Python."""
+    for argument in getattr(torch.ops.randlora, name).default._schema.arguments:
+        assert argument.kwarg_only == ("Tensor" not in str(argument.type)), argument.name
 
 
 @on_devices

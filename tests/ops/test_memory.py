@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from helpers.common import normal, on_devices
+from helpers.layer_op import ALL_GRADIENTS, op_options
 
 import randlora
 from randlora.bases.patterns import Pattern
@@ -70,9 +71,9 @@ def test_raw_ops_look_at_the_sizes_of_plain_lists(r, n, m):
     grad = normal(len(pattern[0]), 512)
     with pytest.raises(ValueError, match=r"these bases have|b_starts must have"):
         ops.sparse_update_backward(grad, pattern, lam, gamma, 1.0, True, True)
-    layer = (None, None, lam, gamma, 1.0, torch.float32, "materialized", 0.0, None, False, 0, pattern, True, True, True)
+    layer, options = (None, None, lam, gamma, pattern, None), op_options(torch.float32, "materialized") | ALL_GRADIENTS
     with pytest.raises(ValueError, match=r"these bases have|b_starts must have"):
-        ops.linear_backward(normal(3, 512), x, None, *layer)
+        ops.linear_backward(normal(3, 512), x, None, *layer, **options)
 
 
 @pytest.mark.cuda
@@ -107,12 +108,12 @@ def test_lists_with_wrong_contents(i, name, key, at, value, index_dtype):
         pattern[4] = (pattern[4].int() & 0xFFFF).contiguous()
     pattern[i][at] = pattern[i][at - 1] if value is None else value
     lam, gamma, x = normal(4, 10), normal(10, 40), normal(3, 40)
-    layer = (None, None, lam, gamma, 1.0, torch.float32, "materialized", 0.0, None, False, 0, pattern, True, True, True)
+    layer, options = (None, None, lam, gamma, pattern, None), op_options(torch.float32, "materialized") | ALL_GRADIENTS
     calls = (
         lambda: ops.check_pattern(pattern),
         lambda: ops.sparse_update(pattern, lam, gamma, 512, 1.0, None, torch.float32),
         lambda: ops.sparse_update_backward(normal(len(pattern[0]), 512), pattern, lam, gamma, 1.0, 1, 1),
-        lambda: ops.linear_backward(normal(3, 512), x, None, *layer),
+        lambda: ops.linear_backward(normal(3, 512), x, None, *layer, **options),
         lambda: linear(x, None, None, None, None, lam, gamma, 1.0, out_features=512, pattern=pattern),
     )
     for act in calls[key == "large" :]:  # these could be those of a larger layer
@@ -202,14 +203,15 @@ def test_only_floating_dtypes(dtype):
     A, B = randlora.RandomBases(12, 7, 3).tensors()
     x, lam, gamma, w = normal(2, 7), normal(3, 2), normal(2, 7), normal(12, 7)
     good = {"x": x, "weight": w, "bias": normal(12), "A": A, "B": B, "randlora_lambda": lam, "randlora_gamma": gamma}
-    rest = (12, 1.0, torch.float32, "factored", 0.0, None, False, 0, [])
+    options = op_options(torch.float32, "factored")
     with pytest.raises(TypeError, match="dtype must be float64"):
-        ops.linear(*good.values(), *rest[:2], dtype, *rest[3:])
+        ops.linear(*good.values(), [], None, **{**options, "dtype": dtype, "out_features": 12})
     for name, t in good.items():
         with pytest.raises(TypeError, match=f"{name} must be float64, float32, bfloat16 or float16, got"):
-            ops.linear(*(good | {name: t.to(dtype)}).values(), *rest)
+            ops.linear(*(good | {name: t.to(dtype)}).values(), [], None, **options, out_features=12)
     with pytest.raises(TypeError, match="grad must be float64"):
-        ops.linear_backward(w[:2, :1].to(dtype).expand(2, 12), x, w, A, B, lam, gamma, 1.0, *rest[2:], True, True, True)
+        grad = w[:2, :1].to(dtype).expand(2, 12)
+        ops.linear_backward(grad, x, w, A, B, lam, gamma, [], None, **options, **ALL_GRADIENTS)
 
 
 @pytest.mark.parametrize("lam", [(3, 0), (0, 2), (3,), ()], ids=str)

@@ -17,8 +17,9 @@ from helpers.saved_bytes import SavedBytes
 from helpers.ternary import FORMS, draw
 
 import randlora
-from randlora.bases.patterns import Bits, Lists, Planes, is_bits, is_planes
+from randlora.bases.patterns import StoredBits, StoredLists, StoredPlanes
 from randlora.functional import linear
+from randlora.ops.pattern import is_bits, is_packed
 
 SHAPES = [(41, 64, 5), (64, 41, 5), (3, 1, 4), (1, 1, 1), (33, 33, 40), (130, 341, 32), (341, 130, 32), (600, 520, 7)]
 STRATEGIES = ("factored", "materialized", "merged")
@@ -89,7 +90,7 @@ def test_forms_expand_to_the_same_bits(form, size, dtype, device):
     bases = randlora.RandomBases(*size, seed=3, **FORMS[form])
     A, B = bases.draw(dtype, device)
     pattern, n = bases.pattern(m, device)[0], bases.num_bases
-    if is_planes(pattern):
+    if is_packed(pattern):
         got, transposed = torch.ops.randlora.packed_expand(pattern, n, m, M, dtype)
         assert_same_bits(got, A)
         assert_same_bits(transposed.t().contiguous(), B.flatten(1))
@@ -133,7 +134,7 @@ def test_planes_expand_on_cuda(dtype):
 
 
 @pytest.mark.parametrize("which", ["empty row", "full row", "empty column", "one column", "all zero B", "last rows"])
-@pytest.mark.parametrize("make", [Lists, Planes, Bits])
+@pytest.mark.parametrize("make", [StoredLists, StoredPlanes, StoredBits])
 def test_odd_patterns(which, make):
     """Patterns that random bases have now and then."""
     r, n, m, M = 4, 5, 17, 37
@@ -319,14 +320,17 @@ def test_bytes_of_the_bases(kind, limit, device):
     assert 0.2 * limit < bases.nbytes / 2**20 <= limit
 
 
-@pytest.mark.parametrize("sparsity, form, planes", [(1.0, Bits, 1), (2.4, Bits, 2), (2.5, Planes, 2), (9.9, Planes, 2)])
+@pytest.mark.parametrize(
+    "sparsity, form, planes",
+    [(1.0, StoredBits, 1), (2.4, StoredBits, 2), (2.5, StoredPlanes, 2), (9.9, StoredPlanes, 2)],
+)
 def test_which_form_is_taken(sparsity, form, planes):
     bases = randlora.RandomBases(64, 48, 4, "sparse", sparsity=sparsity)
     pattern, _ = bases.pattern(48)
     assert type(bases.copies.packed[torch.device("cpu")][0]) is form and pattern[-1].shape == (48, planes, 4)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert randlora.bases.patterns.form_of(sparsity, cuda) is Bits
-    assert [randlora.bases.patterns.form_of(10.0, device) for device in (cpu, cuda)] == [Lists, Bits]
+    assert randlora.bases.patterns.form_of(sparsity, cuda) is StoredBits
+    assert [randlora.bases.patterns.form_of(10.0, device) for device in (cpu, cuda)] == [StoredLists, StoredBits]
     assert randlora.RandomBases(64, 48, 4).pattern(48) is None
 
 
@@ -371,13 +375,13 @@ def test_given_bases_stay_dense_where_packing_saves_nothing(form):
     assert make_layer(96, 130, 8, randlora_A=A, randlora_B=B).pattern("default") is None
     # PEFT's own draw is not kept: where it is bits, it is packed, and the scale is that of its values.
     made, scale = randlora.bases.patterns.of_tensors(A, B, held=False)
-    assert type(made) is Bits and made.b_planes.shape[1] == (1 if form == "sign" else 2)
+    assert type(made) is StoredBits and made.tensors.b_planes.shape[1] == (1 if form == "sign" else 2)
     torch.testing.assert_close(scale, 1.7**2, rtol=1e-6, atol=0)
     got = torch.ops.randlora.packed_expand(made.of(96), 12, 96, 130, torch.float32)
     assert_same_bits(got[0] * A.abs().max(), A)
     assert_same_bits((got[1].t() * B.abs().max()).contiguous(), B.flatten(1))
     mixed, _ = randlora.bases.patterns.of_tensors(A * (A > 0), B, held=False)
-    assert type(mixed) is Bits and mixed.b_planes.shape[1] == 2
+    assert type(mixed) is StoredBits and mixed.tensors.b_planes.shape[1] == 2
 
 
 @forms

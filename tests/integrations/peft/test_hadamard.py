@@ -11,7 +11,7 @@ peft = pytest.importorskip("peft")
 
 import randlora  # noqa: E402
 import randlora.integrations.peft as integration  # noqa: E402
-from randlora.bases import patterns  # noqa: E402
+from randlora.ops.pattern import is_signs  # noqa: E402
 
 
 def base():
@@ -33,7 +33,7 @@ def folder(tmp_path):
 
 def pattern_of(layer):
     found = layer.pattern("default")
-    return found is not None and patterns.is_hadamard(found)
+    return found is not None and is_signs(found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
