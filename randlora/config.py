@@ -151,7 +151,7 @@ class RandLoraConfig:
 
     @property
     def is_prompt_learning(self) -> bool:
-        """What PEFT asks every config first; this one is none of its own."""
+        """PEFT asks every config for it first: here it is told that this is none of its own."""
         raise TypeError(
             "this is a randlora.RandLoraConfig, of which PEFT knows no kind, prng or strategy: give it to "
             "randlora.get_peft_model, or peft.RandLoraConfig to PEFT. An adapter of any kind that is saved with its "

@@ -1,4 +1,4 @@
-"""Files of ours that another library reads: whether it got what was written."""
+"""Whether another library, such as PEFT, that reads a file of ours got what was written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What both directions share: names, our part of the metadata, the config in its two places."""
+"""What writing and reading share: names in the files, our part of the metadata, the settings in both files."""
 
 from __future__ import annotations
 

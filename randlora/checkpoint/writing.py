@@ -80,8 +80,8 @@ def save(
         replace_files(target, writers, described_by=CONFIG_NAME)
 
 
-def check_ways(safe_serialization: bool, save_function: Callable | None) -> None:
-    """Raises ``ValueError`` for ways to save that other libraries have and files of adapters have not."""
+def check_options(safe_serialization: bool, save_function: Callable | None) -> None:
+    """Raises ``ValueError`` for what other libraries can be asked for when they save, and this one cannot."""
     if not safe_serialization:
         raise ValueError(
             "safe_serialization must be True: adapters are safetensors files with a checksum, not pickles, which run "
@@ -109,7 +109,10 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
 def _contents(
     model: RandLoraModel, name: str, for_peft: bool | None, state_dict: Mapping[str, Tensor] | None
 ) -> tuple[dict, dict[str, Tensor], Callable[[], dict[str, Tensor]], dict[str, str]]:
-    """The config, the trained numbers, what makes the projections (none are held before they are written), metadata."""
+    """What the files will hold: the config, the trained tensors, the projections, and the metadata.
+
+    In place of the projections, which are large, there is a function that makes them when they are written.
+    """
     config = copy.deepcopy(model.peft_config[name])
     layers = {path: layer for path, layer in adapted_layers(model.model).items() if name in layer.randlora_lambda}
     bases = _same_everywhere(name, config, layers)
@@ -225,7 +228,7 @@ def _trained(
 def _of_state(
     name: str, state_dict: Mapping[str, Tensor], live: Mapping[str, Any], sources: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What `state_dict` has in place of the `live` tensors, of the same shapes, or ``ValueError``."""
+    """The tensors of `state_dict` that stand for the `live` ones and have their shapes, or ``ValueError``."""
     given = {_in_state(key): value for key, value in state_dict.items()}
     found = {}
     for key, source in sources.items():
@@ -241,7 +244,7 @@ def _of_state(
 
 
 def _in_state(key: str) -> str:
-    """A key of the model's state dict, also as DistributedDataParallel and torch.compile give it; biases: plain."""
+    """A key of a model's state dict without what DistributedDataParallel and torch.compile add; a bias's plain name."""
     key = plain_name(key).removeprefix("module.")
     return biases.plain(key) if is_bias(key) and ".modules_to_save." not in key else key
 

@@ -39,7 +39,7 @@ class MixedBatch:
         self._rows: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
 
     def see(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """A forward pre-hook of the model: notes the number of tokens of this call and checks that of samples."""
+        """A forward pre-hook of the model: notes how many tokens this call has and checks how many samples."""
         mappings = [kwargs, *(arg for arg in (*args, *kwargs.values()) if isinstance(arg, Mapping))]
         named = [mapping.get(name) for name in INPUTS for mapping in mappings]
         values = [value for mapping in mappings for value in mapping.values()]
@@ -56,7 +56,7 @@ class MixedBatch:
 
     @contextlib.contextmanager
     def only(self, name: str) -> Iterator[None]:
-        """While this lasts all rows are `name`'s: some of the samples are on their way through a module of its own."""
+        """While this lasts, all rows are `name`'s: its samples alone go through a module of its own."""
         before, self._only = self._only, name
         try:
             yield
@@ -159,8 +159,8 @@ def run_apart(
 def _counted_repetitions(model: nn.Module, batches: Sequence[MixedBatch]) -> Iterator[None]:
     """Let `batches` know when transformers' ``generate`` repeats the samples, for beams and for several sequences.
 
-    It does so in one place, after the encoder of a model that has one has run; no argument of the calls of the model
-    tells, and neither does the number of samples.
+    It has one method for that, which runs after the encoder of a model that has one. Nothing in the calls of the model
+    tells, neither an argument nor the number of samples.
     """
     method = "_expand_inputs_for_generation"
     shadowed = [(m, vars(m).get(method)) for m in model.modules() if callable(getattr(type(m), method, None))]

@@ -66,7 +66,7 @@ class Plan:
 
     def with_inference_mode(self, inference_mode: bool) -> Plan:
         """The same adapter, frozen or not when it first acts."""
-        return dataclasses.replace(self, config=_filled(self.config, inference_mode=inference_mode))
+        return dataclasses.replace(self, config=filled(self.config, inference_mode=inference_mode))
 
 
 def plan_adapter(model: nn.Module, config: RandLoraConfig, bases: RandomBases | None = None) -> Plan:
@@ -78,9 +78,7 @@ def plan_adapter(model: nn.Module, config: RandLoraConfig, bases: RandomBases | 
         ValueError: no or unsupported targets, modules to save that are not there, bases that are too small.
     """
     to_save, saved = _find_saved(model, config)
-    config = _filled(config, modules_to_save=to_save, target_modules=named_targets(model, config))
-    if config.base_model_name_or_path is None:
-        config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+    config = filled(config, modules_to_save=to_save, target_modules=named_targets(model, config))
     targets = find_targets(model, config)
     slots = _slots(model, targets)
     offload.check_targets(model, targets, _of_trained_biases(model, config, targets))
@@ -92,7 +90,7 @@ def plan_adapter(model: nn.Module, config: RandLoraConfig, bases: RandomBases | 
     return Plan(config, targets, slots, saved, bases, dims).on(bases)
 
 
-def _filled(config: RandLoraConfig, **found: Any) -> RandLoraConfig:
+def filled(config: RandLoraConfig, **found: Any) -> RandLoraConfig:
     """A copy of `config` with these fields."""
     config = copy.deepcopy(config)
     for name, value in found.items():
@@ -125,10 +123,10 @@ def own_bases(
         return config, shared(("peft", *sizes, config.prng), lambda: RandomBases(*sizes, prng=config.prng))
     smaller = [min(sizes) for sizes in slots.values()]
     if config.kind == "very_sparse" and config.sparsity is None:
-        config = _filled(config, sparsity=math.sqrt(max(smaller)))
+        config = filled(config, sparsity=math.sqrt(max(smaller)))
     if config.kind == "hadamard" and config.group_width is None:
         layers = ((m, _num_bases(config, m)) for m in smaller)
-        config = _filled(config, group_width=hadamard.group_width(layers, config.r))
+        config = filled(config, group_width=hadamard.group_width(layers, config.r))
     bases = shared_bases(config.r, config.projection_prng_key, config.kind, config.sparsity, config.group_width)
     return config, bases
 

@@ -15,7 +15,7 @@ from ..layers.bypassed import forget_calls
 from ..layers.merging import merged_or_not, unmerged
 from ..undo import all_or_nothing
 from . import injection, ties, weighted_sum
-from .adapter_plan import Plan, plan_adapter
+from .adapter_plan import Plan, filled, plan_adapter
 from .parts import adapted_layers, saved_modules, train_biases
 
 
@@ -53,13 +53,15 @@ class Adapters(nn.Module):
                 "already"
             )
         flags = self._flags() if self.peft_config else []
+        if config.base_model_name_or_path is None:
+            config = filled(config, base_model_name_or_path=getattr(self.model, "name_or_path", None) or None)
         injection.apply(self.model, plan, adapter_name)
         self.peft_config[adapter_name] = config
         if self._active:
             self._set_active(self._active, self._inference_mode)
         else:
             self._set_active([adapter_name], config.inference_mode)
-        restore(flags)  # what was there before keeps its trainability
+        restore(flags)  # what was there before is trained, or frozen, as before
         if not self._enabled:
             self._enable(False)
         forget_calls(self)

@@ -1,4 +1,4 @@
-"""Attributes of a module that stands for another one: what it lacks is the other's, for reading and for writing."""
+"""A module that stands for another one: attributes that it lacks are read from that, and written to it."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class SavedAdapters(Adapters):
             ValueError: ``safe_serialization=False``, or a `save_function` of another origin, which would not be called.
         """
         names = self._names(list(self.peft_config) if selected_adapters is None else selected_adapters)
-        writing.check_ways(safe_serialization, save_function)
+        writing.check_options(safe_serialization, save_function)
         if is_main_process:
             writing.save(self, save_directory, names, for_peft, state_dict)
 

@@ -42,7 +42,7 @@ def get_peft_model(model: nn.Module, config: Any, adapter_name: str = "default")
 class RandLoraModel(Delegating, SavedAdapters):
     """A model with RandLoRA adapters on its layers; attributes that it lacks are those of the wrapped ``model``.
 
-    Setting and deleting such an attribute does so in ``model``, if it has it and the name does not begin with "_".
+    Setting or deleting such an attribute changes ``model``, if that has it and the name does not begin with "_".
 
     Everything but the adapters (and what their configs train beside them) is frozen. ``peft_config`` maps adapter names
     to configs. A call takes ``adapter_names=[...]``, one name per sample, ``"__base__"`` for none.
@@ -51,11 +51,11 @@ class RandLoraModel(Delegating, SavedAdapters):
     signature: transformers' ``Trainer`` finds the columns, labels and loss arguments of a model by it.
     """
 
-    # transformers asks a quantised model for it before training.
+    # transformers trains a quantised model only if it has this.
     _hf_peft_config_loaded = True
 
     def __new__(cls, model: Any = None, *_: Any, **__: Any) -> RandLoraModel:
-        """Of the subclass for models of this class."""
+        """An instance of the subclass for models of this class (:mod:`randlora.model.forward_signature`)."""
         return super().__new__(forward_signature.class_for(cls, type(model)) if isinstance(model, nn.Module) else cls)
 
     def __init__(self, model: nn.Module, config: Any, adapter_name: str = "default") -> None:
@@ -64,7 +64,7 @@ class RandLoraModel(Delegating, SavedAdapters):
 
     @classmethod
     def from_plan(cls, model: nn.Module, plan: Plan, adapter_name: str = "default") -> RandLoraModel:
-        """`model` with the adapter of `plan`, which was made for it: from a file, or on bases of its own."""
+        """`model` with the adapter of `plan`, which :func:`randlora.model.adapter_plan.plan_adapter` made for it."""
         _check_first(model, adapter_name)
         self = cls.__new__(cls, model)
         self._wrap(model, plan, adapter_name)
@@ -109,9 +109,9 @@ class RandLoraModel(Delegating, SavedAdapters):
     ) -> nn.Module:  # fmt: skip
         """Merge and return the plain model, without adapters; this object is of no use afterwards.
 
-        Until all is merged the weights as they were are kept, so that an error, such as one of memory, leaves the model
-        as it was. With `low_memory` they are not: what was merged before an error stays merged, outputs are the same,
-        and a second call goes on.
+        The original weights are kept until all layers are merged, so that an error, such as too little memory, leaves
+        the model as it was. With `low_memory` they are not kept: the layers that were merged before an error stay
+        merged, the model's outputs are the same, and a second call goes on from there.
 
         Raises:
             ValueError, TypeError: as :meth:`merge_adapter`.
@@ -133,8 +133,8 @@ class RandLoraModel(Delegating, SavedAdapters):
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The wrapped model's ``generate``, with `adapter_names` as in a call (beams follow their sample).
 
-        It runs inside a scope of :func:`randlora.inference_cache`, which says what must not happen meanwhile: nobody
-        writes to the parameters in ways that move no version counter. A scope around it decides on the limit.
+        It runs inside a scope of :func:`randlora.inference_cache`: meanwhile nobody may write to parameters in ways
+        that PyTorch's version counters do not see. A scope that is open around the call sets the limit.
         """
         with inference_cache(), self._batch(adapter_names), first_calls(self, self.model):
             return self.model.generate(*args, **kwargs)
@@ -157,7 +157,7 @@ class RandLoraModel(Delegating, SavedAdapters):
         return forward_signature.new, (type(self).__bases__[0], type(self.model)), self.__dict__
 
     def to_empty(self, *, device: Any, recurse: bool = True) -> RandLoraModel:
-        """torch's ``to_empty`` for the base model: adapters that have numbers keep them, those on meta get none."""
+        """torch's ``to_empty`` for the base model: adapters keep the numbers that they have."""
         parts = [store for layer in adapted_layers(self.model).values() for store in layer.trained_parts()]
         parts += [module.modules_to_save for module in saved_modules(self.model).values()]
         held = [(part, {k: t for k, t in part.state_dict().items() if not t.is_meta}) for part in parts]
@@ -169,7 +169,7 @@ class RandLoraModel(Delegating, SavedAdapters):
     # ---- gradient checkpointing ----
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
-        """The wrapped model's, and its inputs require gradients, which reentrant checkpointing needs."""
+        """Switch it on in the wrapped model, and let its inputs require gradients, as reentrant checkpointing needs."""
         # transformers' new name first: the old one warns there.
         enable = (
             getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable

@@ -59,7 +59,7 @@ def find_targets(model: nn.Module, config: RandLoraConfig) -> dict[str, nn.Modul
             expression takes too long.
     """
     wanted = config.target_modules
-    modules = dict(_modules(model))
+    modules = dict(_named_modules(model))
     names: dict[int, list[str]] = {}
     for name, module in modules.items():
         names.setdefault(id(module), []).append(name)
@@ -144,7 +144,7 @@ def is_supported(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, RandLoraLayer, *conv1d_types())) or is_attention(module)
 
 
-def _modules(model: nn.Module):
+def _named_modules(model: nn.Module):
     """All modules under all the names that they have in the unadapted model."""
     inner: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):
@@ -214,7 +214,7 @@ def _some(found: dict[str, nn.Module], model: nn.Module, config: RandLoraConfig)
 
 
 def _meant(wanted: list[str] | str, model: nn.Module) -> str:
-    names = [plain_name(name) for name, module in _modules(model) if is_supported(module) and name]
+    names = [plain_name(name) for name, module in _named_modules(model) if is_supported(module) and name]
     short = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
     if not short:
         return ", which has no layer that could be adapted"

@@ -81,8 +81,8 @@ def part(model: nn.Module, merged: Iterable[str]) -> None:
 def forget(model: nn.Module, before: Ties) -> None:
     """Where modules no longer share what they shared `before`, keep transformers from tying them again.
 
-    Its configs say only whether all of a model's ties are there, so that the others are parted, too. What was merged
-    would else be lost in saving and loading.
+    Tied again, after saving and loading, they would lose what was merged into one of them. transformers has one flag
+    for all ties of a model, so that those which are left are parted too.
     """
     broken = any(map(_are_apart, before.values()))
     # Not only where it is True: PEFT may have set it meanwhile, and left the others tied.

@@ -5,6 +5,9 @@
 
 From there on PEFT's ``RandLoraConfig`` gives models whose layers keep their input for backward and nothing else, and
 whose files hold the bases once; scripts stay as they are. ``docs/peft.md`` lists what changes.
+
+Names of PEFT that begin with an underscore are used here where its tuners and wrappers can be extended in no other
+way. They may change with any version: :data:`TESTED` says with which ones this is tested.
 """
 
 from __future__ import annotations
@@ -43,12 +46,12 @@ def enable(prng: str = "peft") -> Enabled:
         raise ValueError(f"prng must be 'peft' or 'peft-fp16', got {prng!r}")
     if not _is_tested():
         return Enabled(None)
-    from .model import HALF, RandLoraModel
+    from .model import HALF, AcceleratedRandLoraModel
 
-    before = RandLoraModel.half if _replaced else None
-    RandLoraModel.half = HALF[prng]
+    before = AcceleratedRandLoraModel.half if _replaced else None
+    AcceleratedRandLoraModel.half = HALF[prng]
     if not _replaced:
-        for where, name, replacement in _replacements(RandLoraModel):
+        for where, name, replacement in _replacements(AcceleratedRandLoraModel):
             _replaced.append((where, name, _exchange(where, name, replacement)))
     return Enabled(before)
 
@@ -92,9 +95,9 @@ class Enabled:
         if self._half is None:
             disable()
         elif _replaced:
-            from .model import RandLoraModel
+            from .model import AcceleratedRandLoraModel
 
-            RandLoraModel.half = self._half
+            AcceleratedRandLoraModel.half = self._half
 
 
 def _replacements(tuner: type) -> list[tuple[Any, Any, Any]]:

@@ -46,7 +46,7 @@ class Bases(BufferDict):
             return
         if is_8_bit(tensor):  # for a weight that is cast for each call: 16 bits hold its numbers, and compute
             tensor = tensor.to(torch.bfloat16)
-        persistent = self.persistent if held is None else adapter not in self._non_persistent_buffers_set
+        persistent = self.persistent if held is None else self.is_persistent(adapter)
         self.register_buffer(adapter, tensor, persistent=persistent)
         self.refresh()
 
@@ -70,6 +70,10 @@ class Bases(BufferDict):
         super().__setstate__(state)
         if "pairs" in vars(self.partner):  # the second of the two
             self.refresh()
+
+    def is_persistent(self, adapter: str) -> bool:
+        """Whether state dicts hold the bases of this adapter."""
+        return adapter not in self._non_persistent_buffers_set
 
     # ---- as the op takes them ----
 
@@ -142,7 +146,7 @@ class Bases(BufferDict):
         state_dict = dict(state_dict)
         for adapter in self:
             tensor = state_dict.get(prefix + adapter)
-            if tensor is None or adapter in self._non_persistent_buffers_set:
+            if tensor is None or not self.is_persistent(adapter):
                 continue
             if self.take(adapter, tensor, assign):
                 state_dict[prefix + adapter] = self[adapter]  # else torch reports its size

@@ -15,19 +15,19 @@ from ...bases.random_bases import RandomBases
 from ...dtypes import at_least_fp32
 from ...layers import offload, quantized
 from ...layers.base_layer import first_argument, has_weight_method, tensor_weight
-from ...layers.linear import Linear as OwnLinear
+from ...layers.linear import Linear
 from ...layers.mixed_batch import MixedBatch
 from ...layers.randlora_layer import RandLoraLayer
 from .bases import RANK_AXIS, Bases, Pair, is_8_bit
 from .wrappers import Trainability
 
 
-class Linear(peft_randlora.Linear, OwnLinear):
-    """What a PEFT RandLoRA layer becomes, on float and on quantised base layers alike (see :func:`convert`).
+class AcceleratedLinear(peft_randlora.Linear, Linear):
+    """What PEFT's RandLoRA layer becomes, on float and on quantised base layers alike (see :func:`convert`).
 
-    PEFT's classes come first: what adapters there are, which act and what is trained is theirs. The methods below let
-    randlora's arithmetic through. Attributes of PEFT's layer keep their meaning, but ``num_bases`` is a dict, as
-    adapters may differ in it.
+    PEFT's classes come first: what adapters there are, which act and what is trained is theirs. The methods below put
+    randlora's arithmetic in the place of PEFT's. Attributes of PEFT's layer keep their meaning, but ``num_bases`` is a
+    dict, as adapters may differ in it.
     """
 
     other_param_names = (*peft_randlora.RandLoraLayer.other_param_names, "num_bases")
@@ -46,7 +46,7 @@ class Linear(peft_randlora.Linear, OwnLinear):
         """``x [..., in_features]`` to ``[..., out_features]``; in x's dtype, as PEFT gives it."""
         if x is None:
             x = first_argument(self.base_layer, kwargs)
-        result = OwnLinear.forward(self, x, *args, **kwargs)
+        result = Linear.forward(self, x, *args, **kwargs)
         return result.to(x.dtype) if isinstance(result, Tensor) else result
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -111,7 +111,7 @@ class Linear(peft_randlora.Linear, OwnLinear):
         return self._container("randlora_B")
 
     def _container(self, kind: str) -> Bases:
-        # PEFT's update_layer makes it a child; _refer() undoes that.
+        # PEFT's update_layer makes it a child; refer_to_bases() undoes that.
         return self._modules[kind] if kind in self._modules else self.__dict__["_containers"][kind]
 
     def update_layer(self, adapter_name: str, randlora_A: BufferDict, randlora_B: BufferDict, *args, **kwargs) -> None:
@@ -120,7 +120,7 @@ class Linear(peft_randlora.Linear, OwnLinear):
             Bases.make_pair(randlora_A, randlora_B)
         self._carry_over(adapter_name, randlora_A, randlora_B)
         super().update_layer(adapter_name, randlora_A, randlora_B, *args, **kwargs)
-        self._refer()
+        self.refer_to_bases()
 
     def _carry_over(self, adapter_name: str, *stores: Bases) -> None:
         for store in stores:
@@ -129,7 +129,7 @@ class Linear(peft_randlora.Linear, OwnLinear):
                 if name == adapter_name:
                     continue
                 if name not in store:
-                    store.persistent = name not in held._non_persistent_buffers_set
+                    store.persistent = held.is_persistent(name)
                     store[name] = held[name]
                 elif store[name] is not held[name] and not torch.equal(store[name], held[name]):
                     raise ValueError(
@@ -137,7 +137,7 @@ class Linear(peft_randlora.Linear, OwnLinear):
                         "is added"
                     )
 
-    def _refer(self) -> None:
+    def refer_to_bases(self) -> None:
         """Keep the containers of bases without being their parent, and ``num_bases`` per adapter."""
         for kind in RANK_AXIS:
             if kind in self._modules:
@@ -217,11 +217,15 @@ class Linear(peft_randlora.Linear, OwnLinear):
                     continue
                 name = f"{kind}.{adapter}"
                 there = [found.data_ptr() for key, found in destination.items() if key.endswith(name)]
-                if adapter not in store._non_persistent_buffers_set and tensor.data_ptr() not in there:
+                if store.is_persistent(adapter) and tensor.data_ptr() not in there:
                     destination[prefix + name] = tensor if keep_vars else tensor.detach()  # the first layer will do
 
 
-def initialise_anew(layer: Linear, adapter: str, init_weights: bool) -> None:
+# Models are printed, and scripts tell layers apart, by the name that PEFT's class has.
+AcceleratedLinear.__name__ = peft_randlora.Linear.__name__
+
+
+def initialise_anew(layer: AcceleratedLinear, adapter: str, init_weights: bool) -> None:
     """Undo PEFT's rounding of a new adapter's parameters to 8 bits, where the weight is kept in 8 bits between calls.
 
     PEFT has them in fp32 afterwards, but gamma, ``1 / 4096`` for one, may have become zero and is never trained then.
@@ -254,14 +258,14 @@ def seen_where_it_computes(base_layer: nn.Module) -> Iterator[None]:
         base_layer._parameters["weight"] = weight
 
 
-def convert(layer: nn.Module) -> Linear:
-    """Turn a RandLoRA layer of PEFT, whatever its base layer, into a :class:`Linear` in place.
+def convert(layer: nn.Module) -> AcceleratedLinear:
+    """Turn a RandLoRA layer of PEFT, whatever its base layer, into a :class:`AcceleratedLinear` in place.
 
     Its containers of bases must be :class:`Bases`. The layer stays the object that PEFT made: its parent, its hooks and
     users' variables refer to it, and its parameters are in an optimizer. So it is given another class, not replaced.
     """
-    layer.__class__ = Linear
+    layer.__class__ = AcceleratedLinear
     layer.__dict__.setdefault("is_target_conv_1d_layer", False)
-    layer._refer()
+    layer.refer_to_bases()
     quantized.prepare(layer.get_base_layer())
     return layer

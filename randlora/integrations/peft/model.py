@@ -24,14 +24,14 @@ from ...model.parts import adapted_layers
 from ...names import check_savable
 from ...undo import all_or_nothing
 from .bases import Bases, is_8_bit
-from .layer import Linear, convert, initialise_anew, seen_where_it_computes
+from .layer import AcceleratedLinear, convert, initialise_anew, seen_where_it_computes
 from .targets import check_targets, matched
 from .wrappers import Trainability, activate, mixed_batch_with_wrappers, wrappers
 
 HALF = {"peft": torch.bfloat16, "peft-fp16": torch.float16}
 
 
-class RandLoraModel(PeftRandLoraModel):
+class AcceleratedRandLoraModel(PeftRandLoraModel):
     """What PEFT builds for a ``RandLoraConfig`` while randlora is enabled."""
 
     half = torch.bfloat16  # the dtype in which dense bases are drawn
@@ -52,22 +52,22 @@ class RandLoraModel(PeftRandLoraModel):
     def _pre_injection_hook(self, model: nn.Module, config, adapter_name: str) -> None:
         # ``peft.inject_adapter_in_model`` makes a tuner every time: all adapters of a model are to be in one container.
         layers = [module for module in model.modules() if isinstance(module, peft_randlora.RandLoraLayer)]
-        if not all(isinstance(layer, Linear) for layer in layers):
+        if not all(isinstance(layer, AcceleratedLinear) for layer in layers):
             accelerate(model)
         stores = (layers[0].randlora_A, layers[0].randlora_B) if layers else Bases.make_pair()
         if adapter_name in stores[0]:  # injected once more under one name: layers that are not targets keep what it was
             stores = Bases.make_pair()
         self.randlora_A, self.randlora_B = stores
-        self._own_bases()
+        self.claim_bases()
 
-    def _own_bases(self) -> None:
+    def claim_bases(self) -> None:
         for store in (self.randlora_A, self.randlora_B):
             if not store.is_owned():
                 store.own(self)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._own_bases()
+        self.claim_bases()
 
     def _draw(self, config, adapter_name: str, dims: tuple[int, int]) -> None:
         """The numbers that PEFT draws for this adapter if it is a model's first."""
@@ -129,7 +129,7 @@ class RandLoraModel(PeftRandLoraModel):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """PEFT's ``delete_adapter``; a merged adapter is refused, as PEFT does from 0.21 on and in its words."""
-        layers = [module for module in self.modules() if isinstance(module, Linear)]
+        layers = [module for module in self.modules() if isinstance(module, AcceleratedLinear)]
         if adapter_name in self.peft_config and any(adapter_name in layer.merged_adapters for layer in layers):
             raise ValueError(
                 f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
@@ -199,7 +199,7 @@ class RandLoraModel(PeftRandLoraModel):
         return self.model(*args, **kwargs)
 
     @staticmethod
-    def _create_new_module(config, randlora_A, randlora_B, adapter_name: str, target, **kwargs) -> Linear:
+    def _create_new_module(config, randlora_A, randlora_B, adapter_name: str, target, **kwargs) -> AcceleratedLinear:
         create = PeftRandLoraModel._create_new_module
         with seen_where_it_computes(target):
             layer = convert(create(config, randlora_A, randlora_B, adapter_name, target, **kwargs))
@@ -215,7 +215,7 @@ class RandLoraModel(PeftRandLoraModel):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
         """PEFT calls this around every call of the model: here the names of a mixed batch come in."""
-        layers = [module for module in self.model.modules() if isinstance(module, Linear)]
+        layers = [module for module in self.model.modules() if isinstance(module, AcceleratedLinear)]
         with mixed_batch_with_wrappers(self.model, layers, kwargs.get("adapter_names")), first_calls(self, self.model):
             yield
 
@@ -225,9 +225,13 @@ class RandLoraModel(PeftRandLoraModel):
             return self.model.generate(*args, **kwargs)
 
 
+# Models are printed, and scripts tell tuners apart, by the name that PEFT's class has.
+AcceleratedRandLoraModel.__name__ = PeftRandLoraModel.__name__
+
+
 def accelerate(model: nn.Module) -> nn.Module:
     """Convert PEFT's RandLoRA layers in `model`, and their tuner if it is there; see ``integrations.peft``."""
-    own = (Linear, RandLoraModel)
+    own = (AcceleratedLinear, AcceleratedRandLoraModel)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, peft_randlora.RandLoraLayer)}
     tuners = {n: m for n, m in model.named_modules() if isinstance(m, PeftRandLoraModel)}
     if not layers:
@@ -240,8 +244,9 @@ def accelerate(model: nn.Module) -> nn.Module:
             if not isinstance(A, Bases):
                 Bases.make_pair(A, B)
         for tuner in tuners.values():
-            tuner.__class__ = RandLoraModel  # in place, as layers are: a new one would inject its adapters once more
-            tuner._own_bases()
+            # In place, as layers are: a new tuner would inject its adapters once more.
+            tuner.__class__ = AcceleratedRandLoraModel
+            tuner.claim_bases()
         for layer in layers.values():
             if not isinstance(layer, own):
                 convert(layer)
@@ -252,11 +257,11 @@ def accelerate(model: nn.Module) -> nn.Module:
 
 
 def _check(name: str, module: nn.Module) -> None:
-    known = {Linear, RandLoraModel, peft_randlora.Linear, PeftRandLoraModel}
+    known = {AcceleratedLinear, AcceleratedRandLoraModel, peft_randlora.Linear, PeftRandLoraModel}
     # PEFT's classes for quantised layers exist only where bitsandbytes does.
     if type(module) not in known and not type(module).__module__.startswith("peft."):
         raise TypeError(f"{name!r} is of a class of its own, {type(module).__qualname__}, which cannot be converted")
-    if isinstance(module, Linear) or not isinstance(module, peft_randlora.RandLoraLayer):
+    if isinstance(module, AcceleratedLinear) or not isinstance(module, peft_randlora.RandLoraLayer):
         return
     if module.merged:
         raise ValueError(f"{name!r} has merged adapters: call unmerge_adapter() first")
@@ -279,7 +284,7 @@ def _check(name: str, module: nn.Module) -> None:
             )
 
 
-def _narrow(A: Bases, B: Bases, layers: list[Linear]) -> None:
+def _narrow(A: Bases, B: Bases, layers: list[AcceleratedLinear]) -> None:
     """Undo PEFT's cast of the bases to fp32 where the layers are 16-bit and no value changes."""
     dtypes = {layer.compute_dtype_and_device()[0] for layer in layers}
     if len(dtypes) != 1 or not (dtype := dtypes.pop()).is_floating_point or dtype.itemsize != 2:

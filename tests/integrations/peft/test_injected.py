@@ -154,7 +154,7 @@ def test_adapters_in_8_bits_are_not_converted():
     model = peft.get_peft_model(model, config("a", r=2), autocast_adapter_dtype=False)
     with pytest.raises(ValueError, match=r"'a' has adapter 'default' in torch\.float8_e4m3fn"):
         integration.accelerate(model.base_model.model)
-    assert type(model.base_model.model.a) is not peft_layer.Linear
+    assert type(model.base_model.model.a) is not peft_layer.AcceleratedLinear
 
 
 def cast_for_each_call(module, storage=torch.float8_e4m3fn, by="hooks"):

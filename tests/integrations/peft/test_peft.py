@@ -35,7 +35,7 @@ def state_of_peft():
 def test_disable_gives_everything_back():
     before = state_of_peft()
     integration.enable()
-    assert state_of_peft() != before and peft.RandLoraModel is peft_model.RandLoraModel
+    assert state_of_peft() != before and peft.RandLoraModel is peft_model.AcceleratedRandLoraModel
     integration.enable()
     integration.disable()
     assert state_of_peft() == before
@@ -48,8 +48,8 @@ def test_contexts_nest():
     with integration.enable(prng="peft-fp16"):
         enabled = state_of_peft()
         with integration.enable():
-            assert peft_model.RandLoraModel.half == torch.bfloat16
-        assert state_of_peft() == enabled and peft_model.RandLoraModel.half == torch.float16
+            assert peft_model.AcceleratedRandLoraModel.half == torch.bfloat16
+        assert state_of_peft() == enabled and peft_model.AcceleratedRandLoraModel.half == torch.float16
         with pytest.raises(KeyError), integration.enable():
             raise KeyError
     assert state_of_peft() == before
@@ -105,7 +105,8 @@ def test_usage_examples(arguments, capsys):
             model.print_trainable_parameters()
         printed.append(capsys.readouterr().out)
         outputs.append(logits(randomize(model)))
-        assert isinstance(model.base_model.model.model.layers[0].self_attn.q_proj, peft_layer.Linear) == accelerated
+        q_proj = model.base_model.model.model.layers[0].self_attn.q_proj
+        assert isinstance(q_proj, peft_layer.AcceleratedLinear) == accelerated
     torch.testing.assert_close(*outputs)
     model = randlora.get_peft_model(llama(), randlora.RandLoraConfig(**arguments))
     model.print_trainable_parameters()
@@ -120,7 +121,17 @@ def test_classes_are_still_pefts():
     assert isinstance(model, peft.PeftModel)
     assert isinstance(model.base_model, peft.RandLoraModel)
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in adapt(llama(), CONFIG, False).named_parameters()]
+    assert [type(m).__name__ for m in (model.base_model, found[0])] == ["RandLoraModel", "Linear"]
+    assert "(base_model): RandLoraModel(" in repr(model)
     assert "randlora_lambda" in repr(model) and repr(found[0]).startswith("randlora.Linear(")
+
+
+def test_pickles_and_copies_are_of_the_same_classes(tmp_path):
+    model = adapt(llama(), CONFIG)
+    torch.save(model, tmp_path / "model.pt")
+    for again in (torch.load(tmp_path / "model.pt", weights_only=False), copy.deepcopy(model)):
+        assert [type(m) for m in again.modules()] == [type(m) for m in model.modules()]
+        torch.testing.assert_close(logits(again), logits(model))
 
 
 @pytest.mark.parametrize("how", ["get_peft_model", "tuner", "inject"])
@@ -132,7 +143,7 @@ def test_every_way_to_build(how):
             model = peft.RandLoraModel(llama(), copy.deepcopy(CONFIG), "default").model
         else:
             model = peft.inject_adapter_in_model(copy.deepcopy(CONFIG), llama())
-    assert sum(type(m) is peft_layer.Linear for m in model.modules()) == 6
+    assert sum(type(m) is peft_layer.AcceleratedLinear for m in model.modules()) == 6
 
 
 def test_accelerate():
@@ -140,12 +151,12 @@ def test_accelerate():
     plain, parameters = logits(theirs), dict(theirs.named_parameters())
     seen = logits(ours := integration.accelerate(copy.deepcopy(theirs)))
     torch.testing.assert_close(seen, plain)
-    assert sum(type(m) is peft_layer.Linear for m in ours.modules()) == 6
+    assert sum(type(m) is peft_layer.AcceleratedLinear for m in ours.modules()) == 6
     assert sum("randlora_A" in key for key in theirs.state_dict()) == 7
     assert sum("randlora_A" in key for key in ours.state_dict()) == 1
     assert integration.accelerate(theirs) is integration.accelerate(theirs) is theirs
     assert all(parameters[name] is parameter for name, parameter in theirs.named_parameters())
-    assert type(theirs.base_model) is peft_model.RandLoraModel
+    assert type(theirs.base_model) is peft_model.AcceleratedRandLoraModel
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -173,8 +184,8 @@ def test_accelerate_refuses_before_it_changes_anything():
     layer.__class__ = type("Mine", (peft_randlora.Linear,), {"__module__": "mine"})
     with pytest.raises(TypeError, match=r"down_proj' is of a class of its own, Mine"):
         integration.accelerate(model)
-    assert type(model.base_model) is not peft_model.RandLoraModel
-    assert all(type(m) is not peft_layer.Linear for m in model.modules())
+    assert type(model.base_model) is not peft_model.AcceleratedRandLoraModel
+    assert all(type(m) is not peft_layer.AcceleratedLinear for m in model.modules())
 
 
 def test_lives_on_after_disable(tmp_path):

@@ -84,7 +84,7 @@ def test_like_pefts_forward(bits, shape, kind):
     plain = theirs(x)
     assert type(theirs.base_model.model.layer).__name__ in ("Linear8bitLt", "Linear4bit", "Linear")
     ours = integration.accelerate(copy.deepcopy(theirs))
-    assert type(ours.base_model.model.layer) is peft_layer.Linear
+    assert type(ours.base_model.model.layer) is peft_layer.AcceleratedLinear
     assert (ours.base_model.model.layer.pattern("default") is None) == (kind == "dense")
     torch.testing.assert_close(ours(x), plain, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(one_layer(bits, shape, kind=kind)(x), plain, rtol=1e-4, atol=1e-3)
@@ -117,7 +117,7 @@ def test_a_second_adapter_does_not_nest(bits):
         model.add_adapter("other", config("layer", r=4))
         layer = model.base_model.model.layer
         nested = isinstance(layer.base_layer, peft.tuners.randlora.RandLoraLayer)
-        flat = type(layer) in (peft_layer.Linear, peft.tuners.randlora.Linear)
+        flat = type(layer) in (peft_layer.AcceleratedLinear, peft.tuners.randlora.Linear)
         assert nested != flat and (flat or not accelerated)
         if nested:
             with pytest.raises(ValueError, match="layer around another one"):

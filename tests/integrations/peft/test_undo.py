@@ -128,7 +128,7 @@ def test_accelerate_is_undone(monkeypatch):
     assert type(model.base_model) is peft.RandLoraModel and len(calls) == 3
     logits(model)
     monkeypatch.undo()
-    assert type(integration.accelerate(model).base_model) is peft_model.RandLoraModel
+    assert type(integration.accelerate(model).base_model) is peft_model.AcceleratedRandLoraModel
 
 
 @pytest.mark.skipif(version < (0, 21), reason="PEFT does otherwise in earlier versions")
@@ -182,7 +182,7 @@ def test_safe_merge_changes_all_layers_or_none(dtype, how, already):
 
 def test_memory_runs_out_in_merging(monkeypatch):
     model = adapt(llama(), config("q_proj", "v_proj", r=3))
-    before, calls, real = state(model), [], peft_layer.Linear.get_delta_weight
+    before, calls, real = state(model), [], peft_layer.AcceleratedLinear.get_delta_weight
 
     def fail_at_the_third(*arguments):
         calls.append(arguments)
@@ -190,7 +190,7 @@ def test_memory_runs_out_in_merging(monkeypatch):
             raise MemoryError
         return real(*arguments)
 
-    monkeypatch.setattr(peft_layer.Linear, "get_delta_weight", fail_at_the_third)
+    monkeypatch.setattr(peft_layer.AcceleratedLinear, "get_delta_weight", fail_at_the_third)
     with pytest.raises(MemoryError):
         model.merge_adapter()
     assert_unchanged(model, before)
