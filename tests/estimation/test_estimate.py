@@ -101,7 +101,7 @@ def test_bases_take_what_they_are_said_to(kind, dtype):
     else:
         assert told["bases_bytes"] == pytest.approx(bases.nbytes, rel=0.03) and bases.nbytes > 0
     assert told["bases_form"] == next(
-        (type(held).__name__.lower() for held, _ in bases.copies.packed.values()), "dense"
+        (held.name for held, _ in bases.copies.packed.values()), "dense"
     )  # fmt: skip
 
 
