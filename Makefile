@@ -77,7 +77,8 @@ ctest: $(VENV)/.installed
 # The sanitizers' runtime must come first in a process, before Python. What PyTorch keeps until its end is no leak of ours,
 # and a size that cannot be had is an error, not the end.
 ASAN_TESTS ?= ops/test_fuzz ops/test_memory ops/test_unique_base bases/test_bases ops/test_dropout layers/test_linear \
-	ops/test_ternary ops/test_hadamard ops/test_hadamard_ops ops/test_update_alone ops/test_pattern_sizes
+	ops/test_ternary ops/test_ternary_refused layers/test_ternary ops/test_hadamard ops/test_hadamard_ops \
+	ops/test_update_alone ops/test_pattern_sizes
 asan: $(VENV)/.installed
 	@echo "== Compiling with sanitizers into build/asan"
 	RANDLORA_SANITIZE=1 RANDLORA_CUDA=0 $(BIN)/python setup.py -q build --build-lib build/asan

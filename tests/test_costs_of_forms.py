@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
-from helpers.common import make_bases, make_layer, normal
-from helpers.products import multiply_adds
+from helpers.common import STRATEGIES, make_bases, make_layer, normal
+from helpers.counted import multiply_adds
 from helpers.ternary import FORMS
 
 import randlora
@@ -14,7 +14,6 @@ from randlora.costs.lists import Lists
 from randlora.costs.strategies import LayerCall
 
 T, R = 40, 8
-STRATEGIES = planner.STRATEGIES
 orientations = pytest.mark.parametrize("in_features, out_features", [(480, 960), (960, 480)])
 strategies = pytest.mark.parametrize("strategy", STRATEGIES)
 

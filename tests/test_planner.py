@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.common import make_base, make_layer, normal
-from helpers.products import multiply_adds
+from helpers.counted import multiply_adds
 
 import randlora
 from randlora.costs import hadamard

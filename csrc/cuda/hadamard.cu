@@ -19,11 +19,6 @@ namespace {
 
 using Gradients = std::tuple<at::Tensor, at::Tensor>;
 
-template <class Function>
-void with_sums(at::ScalarType type, const Function& function) {
-  return type == at::kDouble ? function(double{}) : function(float{});
-}
-
 // One layer and the work memory of a call.
 template <class T>
 class Call {
@@ -52,7 +47,7 @@ class Call {
       transform_groups(l_, data(u_), tokens);
       return spread(l_, wide.mutable_data_ptr<T>(), data(u_), table(), tokens);
     }
-    make_products(tokens);
+    make_products(tokens, {narrow.const_data_ptr()});
     make_u(tokens);
     for_chunks(tokens, [&](int64_t first, int64_t count) {
       hidden(narrow, first, count);
@@ -64,7 +59,7 @@ class Call {
   void down(const at::Tensor& narrow, const at::Tensor& wide) {
     const int64_t tokens = narrow.size(0);
     const bool by_few = few(tokens);
-    if (!by_few) make_products(tokens);
+    if (!by_few) make_products(tokens, {narrow.const_data_ptr()});
     make_u(tokens);
     group<T>(l_, p_, true, nullptr, nullptr, 0);
     for_chunks(tokens, [&](int64_t first, int64_t count) {
@@ -84,8 +79,10 @@ class Call {
     if (tokens == 0) return {at::zeros({l_.r, l_.n}, sums_), at::zeros({l_.n, l_.m}, sums_)};
     const at::Tensor dlambda = at::empty({l_.r, l_.n}, sums_), dgamma = at::empty({l_.n, l_.m}, sums_);
     const int64_t rows = collect_rows(l_, std::min(tokens, l_.chunk));
-    const at::Tensor partial = at::empty({rows, l_.P}, sums_), grouped = at::empty({R_, l_.n_padded, l_.K}, sums_);
-    make_products(tokens);
+    const at::Tensor partial = at::empty({rows, l_.P}, sums_);
+    make_products(tokens, {narrow.const_data_ptr(), into_narrow.has_value() ? into_narrow->const_data_ptr() : nullptr});
+    const int64_t parts = in_place_ ? gamma_parts(l_, std::min(tokens, l_.chunk)) : 1;
+    const at::Tensor grouped = at::empty({parts, R_, l_.n_padded, l_.K}, sums_);
     make_u(tokens);
     for_chunks(tokens, [&](int64_t first, int64_t count) {
       hidden(narrow, first, count);
@@ -93,12 +90,19 @@ class Call {
       collect(l_, wide.const_data_ptr<T>() + first * l_.M, data(u_), table(), partial.mutable_data_ptr<Acc>(), rows,
               first == 0, count);
       transform_groups(l_, data(u_), count);
-      product(grouped, u_.narrow(0, 0, count).permute({1, 2, 0}), x_.narrow(0, 0, count).transpose(0, 1));
+      if constexpr (sizeof(T) == 2) {
+        if (in_place_)
+          product_gamma(l_, grouped.mutable_data_ptr<float>(), parts, first > 0,
+                        narrow.const_data_ptr<T>() + first * l_.m, data(u_), count);
+      }
+      if (!in_place_)
+        product(grouped[0], u_.narrow(0, 0, count).permute({1, 2, 0}), x_.narrow(0, 0, count).transpose(0, 1));
       if (into_narrow.has_value()) add_down(into_narrow->mutable_data_ptr<T>() + first * l_.m, count);
       const bool last = first + count == tokens;
-      finish_gradients<Acc>(l_, dgamma.mutable_data_ptr<Acc>(), grouped.const_data_ptr<Acc>(), first > 0,
-                            last ? dlambda.mutable_data_ptr<Acc>() : nullptr, partial.const_data_ptr<Acc>(), rows,
-                            p_.scale);
+      if (last || !in_place_)
+        finish_gradients<Acc>(l_, dgamma.mutable_data_ptr<Acc>(), grouped.const_data_ptr<Acc>(), parts,
+                              first > 0 && !in_place_, last ? dlambda.mutable_data_ptr<Acc>() : nullptr,
+                              partial.const_data_ptr<Acc>(), rows, p_.scale);
     });
     return {dlambda, dgamma};
   }
@@ -137,8 +141,8 @@ class Call {
       transform_groups(l_, data(u_), count);
       unit_gradients<T>(l_, dgamma.mutable_data_ptr<T>(), data(u_), first, count);
     });
-    finish_gradients<Acc>(l_, nullptr, nullptr, false, dlambda.mutable_data_ptr<Acc>(), partial.const_data_ptr<Acc>(),
-                          rows, p_.scale);
+    finish_gradients<Acc>(l_, nullptr, nullptr, 0, false, dlambda.mutable_data_ptr<Acc>(),
+                          partial.const_data_ptr<Acc>(), rows, p_.scale);
     return {dlambda, dgamma};
   }
 
@@ -150,8 +154,10 @@ class Call {
 
   void make_u(int64_t tokens) { u_ = at::empty({std::min(tokens, l_.chunk), R_, l_.n_padded}, options_); }
 
-  void make_products(int64_t tokens) {
-    x_ = at::empty({std::min(tokens, l_.chunk), R_, l_.K}, options_);
+  // What the products of tokens that begin at `narrow` need.
+  void make_products(int64_t tokens, std::initializer_list<const void*> narrow) {
+    in_place_ = sizeof(T) == 2 && can_multiply_in_place(l_, narrow);
+    if (!in_place_) x_ = at::empty({std::min(tokens, l_.chunk), R_, l_.K}, options_);
     grouped_gamma_ = at::empty({R_, l_.n_padded, l_.K}, options_);
     p_.grouped = data(grouped_gamma_);
   }
@@ -173,7 +179,15 @@ class Call {
 
   // u of a chunk, and with the first one what is made of the parameters.
   void hidden(const at::Tensor& narrow, int64_t first, int64_t count) {
-    group(l_, p_, first == 0, narrow.const_data_ptr<T>() + first * l_.m, data(x_), count);
+    const T* const x = narrow.const_data_ptr<T>() + first * l_.m;
+    if constexpr (sizeof(T) == 2) {
+      if (in_place_) {
+        if (first == 0) group<T>(l_, p_, true, nullptr, nullptr, 0);
+        product_up(l_, data(u_), x, data(grouped_gamma_), count);
+        return transform_groups(l_, data(u_), count);
+      }
+    }
+    group(l_, p_, first == 0, x, data(x_), count);
     product(u_.narrow(0, 0, count).transpose(0, 1), x_.narrow(0, 0, count).transpose(0, 1),
             grouped_gamma_.transpose(1, 2));
     transform_groups(l_, data(u_), count);
@@ -181,6 +195,9 @@ class Call {
 
   // out [count, m] += du gamma; overwrites x.
   void add_down(T* out, int64_t count) {
+    if constexpr (sizeof(T) == 2) {
+      if (in_place_) return product_down(l_, out, data(u_), data(grouped_gamma_), count);
+    }
     product(x_.narrow(0, 0, count).transpose(0, 1), u_.narrow(0, 0, count).transpose(0, 1), grouped_gamma_);
     ungroup(l_, out, data(x_), count);
   }
@@ -190,12 +207,13 @@ class Call {
   at::Tensor lambda_, gamma_, table_;
   int64_t R_;
   HadamardParameters<T> p_;
+  bool in_place_ = false;             // products on tensor cores, without x_
   at::Tensor x_, u_, grouped_gamma_;  // [chunk, R, K], [chunk, R, n_padded], [R, n_padded, K]
 };
 
 void up(const at::Tensor& out, const at::Tensor& x, at::TensorList pattern, const at::Tensor& lambda,
         const at::Tensor& gamma, double scale) {
-  const PlainKernels plain;
+  const SkipAutogradAndAutocast plain;
   const HadamardShape s = check_hadamard_tokens(x, out, pattern, lambda, gamma);
   const c10::cuda::CUDAGuard guard(gamma.device());
   if (x.size(0) == 0) return;
@@ -206,7 +224,7 @@ void up(const at::Tensor& out, const at::Tensor& x, at::TensorList pattern, cons
 
 void down(const at::Tensor& out, const at::Tensor& x, at::TensorList pattern, const at::Tensor& lambda,
           const at::Tensor& gamma, double scale) {
-  const PlainKernels plain;
+  const SkipAutogradAndAutocast plain;
   const HadamardShape s = check_hadamard_tokens(out, x, pattern, lambda, gamma);
   const c10::cuda::CUDAGuard guard(gamma.device());
   if (x.size(0) == 0) return;
@@ -218,7 +236,7 @@ void down(const at::Tensor& out, const at::Tensor& x, at::TensorList pattern, co
 Gradients gradients(const at::Tensor& narrow, const at::Tensor& wide, const std::optional<at::Tensor>& into_narrow,
                     const std::optional<at::Tensor>& into_wide, at::TensorList pattern, const at::Tensor& lambda,
                     const at::Tensor& gamma, double scale) {
-  const PlainKernels plain;
+  const SkipAutogradAndAutocast plain;
   const HadamardShape s = check_hadamard_gradients(narrow, wide, into_narrow, into_wide, pattern, lambda, gamma);
   const c10::cuda::CUDAGuard guard(gamma.device());
   Gradients found;
@@ -230,11 +248,11 @@ Gradients gradients(const at::Tensor& narrow, const at::Tensor& wide, const std:
 
 at::Tensor update(at::TensorList pattern, const at::Tensor& lambda, const at::Tensor& gamma, int64_t max_dim,
                   double scale, const std::optional<at::Tensor>& weight, at::ScalarType dtype) {
-  const PlainKernels plain;
+  const SkipAutogradAndAutocast plain;
   const HadamardShape s = check_hadamard(pattern, lambda, gamma, max_dim);
   const at::Tensor out = make_hadamard_update(s, weight, gamma, dtype);
   const c10::cuda::CUDAGuard guard(gamma.device());
-  with_sums(hadamard_sums(dtype), [&](auto t) {
+  with_sum_type(dtype, [&](auto t) {
     Call<decltype(t)>(s, lambda, gamma, scale).update(out, weight);
   });
   return out;
@@ -242,12 +260,12 @@ at::Tensor update(at::TensorList pattern, const at::Tensor& lambda, const at::Te
 
 Gradients update_backward(const at::Tensor& grad, at::TensorList pattern, const at::Tensor& lambda,
                           const at::Tensor& gamma, double scale, bool need_lambda, bool need_gamma) {
-  const PlainKernels plain;
+  const SkipAutogradAndAutocast plain;
   const HadamardShape s = check_hadamard_grad(grad, pattern, lambda, gamma);
   const c10::cuda::CUDAGuard guard(gamma.device());
   const at::Tensor rows = grad.contiguous();
   Gradients found;
-  with_sums(grad.scalar_type(), [&](auto t) {
+  with_sum_type(grad.scalar_type(), [&](auto t) {
     found = Call<decltype(t)>(s, lambda, gamma, scale).update_gradients(rows);
   });
   const auto& [dlambda, dgamma] = found;

@@ -12,6 +12,9 @@
 //              at::bmm    [t, R, K] = du gamma, and narrow += it, back in the order of columns (ungroup)
 //   gradients  group, u, then collect, which puts du in the place of u and adds up v z over tokens; dgamma = du^T x
 //
+// Products of 16-bit tokens take the columns of a group where they lie, if these are moved by 16 bytes: product_up is
+// in the place of group and at::bmm, product_down of at::bmm and ungroup, product_gamma of the one for dgamma.
+//
 // The sides of a product are padded with zeros to multiples of 16 bytes. Intermediates have the tokens' type, sums that
 // of acc_t. A few tokens, as in decoding, take kernels of their own for the products, which read gamma once and as it
 // is.
@@ -28,7 +31,6 @@ namespace randlora::cuda {
 constexpr int64_t kChunkBytes = int64_t{32} << 20;
 constexpr int64_t kFewTokens = 8;
 constexpr int kTokenThreads = 512;  // at most, of spread and collect
-constexpr int kPass = 16;           // elements of a thread that are neighbours in memory
 constexpr int kBatch = 8;           // groups of a thread that are loaded before the first of them is used
 
 // Groups whose transform a thread holds in registers; where R is larger, transform_groups does the rest.
@@ -87,61 +89,6 @@ __device__ __forceinline__ bool minus(const int32_t* words, int64_t x) {
 template <class Acc>
 __device__ __forceinline__ Acc with_sign(Acc value, bool minus) {
   return minus ? -value : value;
-}
-
-// v[o] = sum_p W(o, p) v[p], 2^kLog elements.
-template <int kLog, class Acc>
-__device__ __forceinline__ void transform(Acc (&v)[1 << kLog]) {
-#pragma unroll
-  for (int bit = 0; bit < kLog; ++bit)
-#pragma unroll
-    for (int x = 0; x < 1 << kLog; ++x)
-      if ((x >> bit & 1) == 0) {
-        const Acc one = v[x], other = v[x | 1 << bit];
-        v[x] = one + other;
-        v[x | 1 << bit] = one - other;
-      }
-}
-
-// Where element x of a block's array lies in shared memory: the lanes of a warp, which differ in bits 0 to 4, 4 to 8 or
-// 0 to 3 and 9 of x, find 32 banks. A permutation within 32 elements, and place(x ^ y) = place(x) ^ place(y).
-__device__ __forceinline__ int place(int x) { return x ^ (x >> 5 & 31); }
-
-// One pass of a block over its transforms, for bits kBit ... of the index; elements from `valid` on count as zeros.
-template <int kLog, int kBit, bool kPadded, class Acc>
-__device__ __forceinline__ void transform_pass(Acc* array, int elements, int length, int valid) {
-  for (int item = int(threadIdx.x); item < elements >> kLog; item += int(blockDim.x)) {
-    // In bits 4 to 7 of the index the lanes would differ in bit 8, where they meet in a bank; so in bit 9.
-    const int i = kBit == 4 && kLog == 4 ? (item & ~48) | (item & 16) << 1 | (item & 32) >> 1 : item;
-    const int first = (i >> kBit << (kBit + kLog)) | (i & ((1 << kBit) - 1)), at = place(first);
-    Acc v[1 << kLog];
-#pragma unroll
-    for (int x = 0; x < 1 << kLog; ++x)
-      v[x] = !kPadded || (first & (length - 1)) + (x << kBit) < valid ? array[at ^ place(x << kBit)] : Acc(0);
-    transform<kLog>(v);
-#pragma unroll
-    for (int x = 0; x < 1 << kLog; ++x) array[at ^ place(x << kBit)] = v[x];
-  }
-  __syncthreads();
-}
-
-// The passes for bits kBit to kBit + 3, as far as the transform has them.
-template <int kBit, class Acc>
-__device__ __forceinline__ void transform_bits(Acc* array, const HadamardLayout& l, int valid) {
-  const int elements = 1 << (l.log_length + l.log_slots), length = 1 << l.log_length;
-  switch (l.log_length - kBit) {
-    case 1: return transform_pass<1, kBit, true>(array, elements, length, valid);
-    case 2: return transform_pass<2, kBit, true>(array, elements, length, valid);
-    case 3: return transform_pass<3, kBit, true>(array, elements, length, valid);
-    default: break;
-  }
-  if constexpr (kBit < 12) {
-    if (l.log_length < kBit + 4) return;
-    if (l.log_length == kBit + 4 && valid < length)
-      transform_pass<4, kBit, true>(array, elements, length, valid);
-    else
-      transform_pass<4, kBit, false>(array, elements, length, valid);
-  }
 }
 
 // function(constant) with the number of bits of g that a thread transforms.
@@ -223,11 +170,31 @@ void group(const HadamardLayout& l, const HadamardParameters<T>& p, bool paramet
 template <class T>
 void ungroup(const HadamardLayout& l, T* out, const T* grouped, int64_t tokens);
 
-// dgamma [n, m] (+)= a grouped [R, n_padded, K], or nothing where that is null. dlambda [P] = scale c * the sum of
-// partial's rows, or nothing where that is null.
+// dgamma [n, m] (+)= a * the sum of grouped [parts, R, n_padded, K] over its parts, or nothing where that is null.
+// dlambda [P] = scale c * the sum of partial's rows, or nothing where that is null.
 template <class Acc>
-void finish_gradients(const HadamardLayout& l, Acc* dgamma, const Acc* grouped, bool add, Acc* dlambda,
+void finish_gradients(const HadamardLayout& l, Acc* dgamma, const Acc* grouped, int64_t parts, bool add, Acc* dlambda,
                       const Acc* partial, int64_t rows, Acc scale);
+
+// Whether the products below take this layer and tokens that begin at these addresses: for T of 16 bits, w = 8 columns
+// that lie where 16 bytes may be moved, and no more than 256 columns and bases of a group. gamma is
+// HadamardParameters::grouped.
+bool can_multiply_in_place(const HadamardLayout& l, std::initializer_list<const void*> tokens);
+
+// u [tokens, R, n_padded] = x [tokens, m] gamma^T
+template <class T>
+void product_up(const HadamardLayout& l, T* u, const T* x, const T* gamma, int64_t tokens);
+
+// out [tokens, m] += du [tokens, R, n_padded] gamma
+template <class T>
+void product_down(const HadamardLayout& l, T* out, const T* du, const T* gamma, int64_t tokens);
+
+// partial [parts, R, n_padded, K] (+)= du^T x, whose sum over the parts is gamma's gradient; gamma_parts of them for
+// chunks of at most `tokens`.
+int64_t gamma_parts(const HadamardLayout& l, int64_t tokens);
+template <class T>
+void product_gamma(const HadamardLayout& l, float* partial, int64_t parts, bool add, const T* x, const T* du,
+                   int64_t tokens);
 
 // For at most kFewTokens tokens and R <= kFewGroups. u [tokens, R, n_padded] of x and gamma, and the table.
 template <class T>

@@ -1,7 +1,7 @@
 // Hadamard bases on CUDA: from the wide side to u, as hadamard_spread.cu but the other way round. The blocks of the
 // gradients take several tokens each; over all of them lambda's gradients stay in shared memory, which has more room
 // for them than registers if as many blocks are to run at a time.
-#include "cuda/hadamard.cuh"
+#include "cuda/hadamard_transform.cuh"
 
 #include <algorithm>
 
@@ -28,17 +28,17 @@ __device__ __forceinline__ void collect_elements(const HadamardLayout& l, acc_t<
     const T* const row = wide + token * l.M;
     for (int64_t o = start & (length - 1); o < l.M; o += length) {
       const uint32_t signs = uint32_t(l.b[o / 32]) >> (o % 32);
+      Acc x[kPass / N][N];
 #pragma unroll
-      for (int part = 0; part < kPass / N; ++part) {
-        Acc x[N];
-        load_pack(x, row + o + part * N, l.M - o - part * N, vector);
+      for (int part = 0; part < kPass / N; ++part)  // all of them, before the first is used
+        load_pack(x[part], row + o + part * N, l.M - o - part * N, vector);
 #pragma unroll
-        for (int e = 0; e < N; ++e) v[part * N + e] += with_sign(x[e], signs >> (part * N + e) & 1u);
-      }
+      for (int part = 0; part < kPass / N; ++part)
+#pragma unroll
+        for (int e = 0; e < N; ++e) v[part * N + e] += with_sign(x[part][e], signs >> (part * N + e) & 1u);
     }
     transform<4>(v);
-#pragma unroll
-    for (int x = 0; x < kPass; ++x) array[at ^ x] = v[x];
+    store_neighbours(array, at, v);
   }
   __syncthreads();
 }
@@ -53,6 +53,22 @@ __device__ __forceinline__ Acc* sum_at(Acc* sums, int e) {
 template <class Acc>
 int64_t bytes_of_sums(const HadamardLayout& l) {
   return (int64_t{l.threads} << kLogGroups<Acc>)*int64_t(sizeof(Acc));
+}
+
+// A column's sums from e on = those in `row`, eight loads at a time; of rows that lambda does not have, whatever is
+// there.
+template <int kLog, class Acc>
+__device__ __forceinline__ void load_sums(const HadamardLayout& l, const Column& c, Acc* sums, int e, const Acc* row) {
+  constexpr int kCount = std::min(kBatch, 1 << kLog);
+  int p = c.group * l.n + c.i;
+#pragma unroll
+  for (int first = 0; first < 1 << kLog; first += kCount) {
+    Acc values[kCount];
+#pragma unroll
+    for (int k = 0; k < kCount; ++k, p += l.n) values[k] = row[min(p, l.P - 1)];
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) *sum_at(sums, e + first + k) = values[k];
+  }
 }
 
 // The thread's sums from e on += values.
@@ -168,10 +184,7 @@ __global__ void __launch_bounds__(kCollectThreads<acc_t<T>>)
       });
     } else {
       for_held_columns<kColumns>(l, 0, [&](int held, const Column& c) {
-        if (c.i < l.n)
-          for_rows<kLog>(l, c, [&](int k, int p) {
-            *sum_at(sums, (held << kLog) + k) = row_of(c)[p];
-          });
+        if (c.i < l.n) load_sums<kLog>(l, c, sums, held << kLog, row_of(c));
       });
     }
   }

@@ -1,7 +1,7 @@
 // Hadamard bases on CUDA: from u to the wide side. A block takes one token, or several short ones, through shared
 // memory: 16 elements a thread and pass, whose four levels stay in registers. Where u is read a thread holds the groups
 // of one base i, so that their transform is one in registers too.
-#include "cuda/hadamard.cuh"
+#include "cuda/hadamard_transform.cuh"
 
 #include <algorithm>
 
@@ -10,12 +10,18 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// array[p] of each slot = table[p] v[p]
+// Promised to the compiler, and for 4-byte sums more than there are: so that it takes at most 72 registers a thread,
+// and seven blocks of 128 threads run on a multiprocessor.
+template <class Acc>
+inline constexpr int kSpreadThreads = sizeof(Acc) == 8 ? kTokenThreads : 896;
+
+// array[p] of each slot = table[p] v[p]; rows that lambda does not have are zeros, or beyond the slot, and go nowhere.
 template <int kLog, class T>
 __device__ __forceinline__ void spread_columns(const HadamardLayout& l, acc_t<T>* array, const T* u,
                                                const acc_t<T>* table, int64_t first_token, int64_t tokens) {
   using Acc = acc_t<T>;
-  const int columns = l.n << (l.log_high + l.log_slots);
+  const int columns = l.n << (l.log_high + l.log_slots), length = 1 << l.log_length;
+  const int nowhere = (length << l.log_slots) + int(threadIdx.x);
   for (int index = int(threadIdx.x); index < columns; index += int(blockDim.x)) {
     const Column c = column_of(l, index, l.n, first_token);
     if (c.token >= tokens) continue;
@@ -29,8 +35,8 @@ __device__ __forceinline__ void spread_columns(const HadamardLayout& l, acc_t<T>
 #pragma unroll
       for (int k = 0; k < kBatch && first + k < 1 << kLog; ++k) row[k] = table[p + k * l.n];
 #pragma unroll
-      for (int k = 0; k < kBatch && first + k < 1 << kLog; ++k, p += l.n)
-        if (c.group + first + k < l.r) array[place((c.slot << l.log_length) + p)] = row[k] * v[first + k];
+      for (int k = 0; k < kBatch && first + k < 1 << kLog; ++k, p += l.n)  // without a question for each store
+        array[p < length ? place((c.slot << l.log_length) + p) : nowhere] = row[k] * v[first + k];
     }
   }
 }
@@ -47,35 +53,37 @@ __device__ __forceinline__ void spread_elements(const HadamardLayout& l, T* wide
     const int64_t token = first_token + (start >> l.log_length);
     if (token >= tokens) continue;
     Acc v[kPass];
+    load_neighbours(v, array, at);
 #pragma unroll
-    for (int x = 0; x < kPass; ++x) v[x] = !kPadded || within + x < l.P ? array[at ^ x] : Acc(0);
+    for (int x = 0; x < kPass; ++x)
+      if (kPadded && within + x >= l.P) v[x] = Acc(0);
     transform<4>(v);
     T* const row = wide + token * l.M;
     for (int64_t o = within; o < l.M; o += length) {
       const uint32_t signs = uint32_t(l.b[o / 32]) >> (o % 32);
+      Acc y[kPass / N][N];
+#pragma unroll
+      for (int part = 0; part < kPass / N; ++part)  // all of them, before the first is used
+        load_pack(y[part], row + o + part * N, l.M - o - part * N, vector);
 #pragma unroll
       for (int part = 0; part < kPass / N; ++part) {
-        Acc y[N];
-        load_pack(y, row + o + part * N, l.M - o - part * N, vector);
 #pragma unroll
-        for (int e = 0; e < N; ++e) y[e] += with_sign(v[part * N + e], signs >> (part * N + e) & 1u);
-        store_pack(row + o + part * N, y, l.M - o - part * N, vector);
+        for (int e = 0; e < N; ++e) y[part][e] += with_sign(v[part * N + e], signs >> (part * N + e) & 1u);
+        store_pack(row + o + part * N, y[part], l.M - o - part * N, vector);
       }
     }
   }
 }
 
-template <class T>
-__global__ void __launch_bounds__(kTokenThreads)
+template <int kLog, class T>
+__global__ void __launch_bounds__(kSpreadThreads<acc_t<T>>, 1)
     spread_kernel(HadamardLayout l, T* wide, const T* __restrict__ u, const acc_t<T>* __restrict__ table,
                   int64_t tokens, bool vector) {
   using Acc = acc_t<T>;
   Acc* const array = launched_shared<Acc>();
   const int64_t first_token = int64_t(blockIdx.x) << l.log_slots;
   prefetch_rows(l, wide, first_token, tokens);
-  with_log_groups<Acc>(l, [&](auto log) {
-    spread_columns<decltype(log)::value>(l, array, u, table, first_token, tokens);
-  });
+  spread_columns<kLog>(l, array, u, table, first_token, tokens);
   __syncthreads();
   transform_bits<12>(array, l, l.P);
   transform_bits<8>(array, l, l.P);
@@ -127,8 +135,10 @@ void transform_groups(const HadamardLayout& l, T* u, int64_t tokens) {
 template <class T>
 void spread(const HadamardLayout& l, T* wide, const T* u, const acc_t<T>* table, int64_t tokens) {
   const bool vector = can_pack<T, kVec<T>>(wide, {l.M});
-  launch(spread_kernel<T>, {divide_up(tokens, int64_t{1} << l.log_slots)}, {l.threads, l.shared}, l, wide, u, table,
-         tokens, vector);
+  with_log_groups<acc_t<T>>(l, [&](auto log) {
+    launch(spread_kernel<decltype(log)::value, T>, {divide_up(tokens, int64_t{1} << l.log_slots)},
+           {l.threads, l.shared + l.threads * int64_t(sizeof(acc_t<T>))}, l, wide, u, table, tokens, vector);
+  });
 }
 
 #define RANDLORA_INSTANTIATE(T)                                       \

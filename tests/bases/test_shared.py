@@ -207,8 +207,14 @@ def test_fixed_bases_do_not_grow():
 
 
 @pytest.mark.parametrize(
-    "dims", [(65, None, None), (None, -1, None), (None, None, 0)], ids=["more", "negative", "zero"]
+    "dims, message",
+    [
+        ((65, None, None), "max_dim must be between 1 and 64, got 65"),
+        ((None, -1, None), "min_dim must be between 1 and 41, got -1"),
+        ((None, None, 0), "num_bases must be between 1 and 9, got 0"),
+    ],
+    ids=["more", "negative", "zero"],
 )
-def test_fingerprint_of_what_is_not_there(dims):
-    with pytest.raises(ValueError):
+def test_fingerprint_of_what_is_not_there(dims, message):
+    with pytest.raises(ValueError, match=message):
         RandomBases(64, 41, 5).fingerprint(*dims)

@@ -14,7 +14,6 @@ from helpers.damaged import (
     WEIGHTS,
     assert_refused,
     edit_config,
-    make_adapters,
     read_header,
     write_header,
 )
@@ -24,22 +23,6 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from randlora.checkpoint import reading
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return make_adapters(tmp_path_factory.mktemp("adapters"))
-
-
-@pytest.fixture
-def folder(folders, tmp_path):
-    return shutil.copytree(folders / "ours", tmp_path / "adapter")
-
-
-@pytest.fixture
-def peft_folder(folders, tmp_path):
-    return shutil.copytree(folders / "peft", tmp_path / "peft adapter")
-
 
 # ---- truncated and bit flips -----------------------------------------------------------------------------------------
 

@@ -193,7 +193,9 @@ def test_given_bases_are_of_the_snapshot_too(tmp_path, monkeypatch):
 
 
 def test_threads_that_train_while_it_saves(tmp_path):
+    """Every number is one that the parameter had, and the file's checksum is that of its numbers."""
     model, done = adapt(net()), threading.Event()
+    sizes = {name: p.detach().abs() for name, p in model.named_parameters() if p.requires_grad}
 
     def train():
         while not done.is_set():
@@ -207,7 +209,8 @@ def test_threads_that_train_while_it_saves(tmp_path):
     try:
         for _ in range(20):
             model.save_pretrained(tmp_path)
-            load(tmp_path)
+            loaded = {name: p.abs() for name, p in load(tmp_path).named_parameters() if name in sizes}
+            assert loaded.keys() == sizes.keys() and all(torch.equal(loaded[name], sizes[name]) for name in sizes)
     finally:
         done.set()
         thread.join()
@@ -263,7 +266,7 @@ def test_a_size_that_the_system_does_not_allow(tmp_path):
     try:
         with pytest.raises(OSError) as caught:
             model.save_pretrained(tmp_path)
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match="File too large"):
             model.save_pretrained(tmp_path / "a" / "b")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -231,14 +231,6 @@ def test_what_peft_would_misread(model, settings, reason, tmp_path):
     load(tmp_path / "a", model())
 
 
-def test_peft_would_adapt_a_tied_layer_once():
-    """The reason given above, should PEFT change it."""
-    peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(Tied(), peft.RandLoraConfig(r=4, target_modules=["first"])).base_model.model
-    if model.first is model.second:
-        warnings.warn("PEFT adapts tied layers now: randlora.checkpoint.for_peft need not refuse them", stacklevel=1)
-
-
 def test_without_projections_on_request(tmp_path):
     adapted = adapt(net())
     adapted.save_pretrained(tmp_path, for_peft=False)

@@ -1,30 +1,16 @@
 """What `estimate` tells, held against models that are adapted, run and saved."""
 
-import gc
-import json
-import weakref
-from pathlib import Path
-
 import pytest
 import torch
-from helpers.common import KINDS, normal, run_python
-from helpers.models import IDS, Net, net, tiny_gpt2, tiny_llama
-from helpers.products import multiply_adds
-from helpers.saved_bytes import SavedBytes
+from helpers.common import KINDS, normal
+from helpers.counted import SavedBytes, multiply_adds
+from helpers.estimates import TARGETS, TOKENS, config
+from helpers.models import IDS, net, tiny_gpt2, tiny_llama
 from torch import nn
 
 import randlora
 from randlora import RandLoraConfig, RandomBases, estimate, planner
-from randlora.__main__ import main
-from randlora.model.adapter_plan import own_bases
 from randlora.model.parts import adapted_layers
-
-TOKENS = IDS.numel()
-TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
-
-
-def config(**settings):
-    return RandLoraConfig(**{"r": 4, "target_modules": TARGETS} | settings)
 
 
 class Chain(nn.Module):
@@ -225,6 +211,16 @@ def test_a_layer_that_is_called_several_times_counts_each_time():
     assert twice["saved_bytes"] == once["saved_bytes"]  # tanh keeps the second input anyway
 
 
+def test_autocast_computes_in_its_dtype_and_keeps_the_input_as_it_came():
+    x = torch.zeros(30, 24, requires_grad=True)
+    settings = RandLoraConfig(r=4, target_modules=CHAIN)
+    told = estimate(Chain(), settings, 30, inputs=x, autocast=torch.bfloat16)
+    assert told["dtype"] == "bfloat16"
+    dense, full = told["methods"]["dense"], estimate(Chain(), settings, 30, inputs=x)["methods"]["dense"]
+    assert dense["bases_bytes"] == full["bases_bytes"] / 2 and dense["saved_bytes"] == full["saved_bytes"]
+    assert all("merged" not in (r["forward"], r["backward"]) for r in dense["shapes"])
+
+
 # ---- LoRA ----
 
 
@@ -258,203 +254,3 @@ def test_lora_is_what_peft_makes_of_it(dtype, dropout, tmp_path):
     assert told["multiply_adds"] == (flops.get_total_flops() - frozen.get_total_flops()) / 2
     model.save_pretrained(tmp_path)
     assert told["file_bytes"] == pytest.approx((tmp_path / "adapter_model.safetensors").stat().st_size, abs=600)
-
-
-# ---- models of all sorts ----
-
-
-@pytest.mark.parametrize("case", ["meta", "conv1d", "attention", "double"])
-def test_whatever_can_be_adapted_can_be_told_of(case):
-    if case == "conv1d":
-        make, settings, given = tiny_gpt2, {"r": 4, "target_modules": ["c_attn", "c_fc"]}, {}
-    elif case == "attention":
-        make = lambda: nn.TransformerEncoderLayer(24, 2, 30, batch_first=True)  # noqa: E731
-        settings, given = {"r": 4, "target_modules": ["self_attn", "linear1"]}, {"inputs": torch.zeros(2, 10, 24)}
-    else:
-        make, settings, given = (lambda: net(torch.float64)), config(), {"inputs": IDS}
-    subject = make().to("meta") if case == "meta" else make()
-    result = estimate(subject, settings, TOKENS, device="cpu", **given)
-    assert result == estimate(make(), settings, TOKENS, **given) and result["inputs"] == "counted", result["notes"]
-    model = randlora.get_peft_model(make(), settings)
-    assert result["methods"]["dense"]["trainable_parameters"] == model.get_nb_trainable_parameters()[0]
-    assert result["layers"] == len(adapted_layers(model.model))
-    if case == "attention":
-        rows = [(r["in_features"], r["out_features"], r["count"]) for r in result["methods"]["dense"]["shapes"]]
-        assert rows[0] == (24, 24, 3)  # q, k and v: no gradient of the input; out_proj has one
-
-
-def test_quantised_layers_compute_their_own_product():
-    from helpers.quantized_layers import bnb, make_base
-
-    if bnb is None:
-        pytest.skip("bitsandbytes is not installed")
-    x = torch.zeros(6, 41, requires_grad=True)
-    quantised = estimate(nn.Sequential(make_base("nf4"), nn.Linear(24, 9)), config(target_modules=["0"]), 6, inputs=x)
-    plain = estimate(nn.Sequential(nn.Linear(41, 24), nn.Linear(24, 9)), config(target_modules=["0"]), 6, inputs=x)
-    assert quantised["inputs"] == "counted" and quantised["dtype"] == "float32"
-    here, there = quantised["methods"]["dense"], plain["methods"]["dense"]
-    assert {**here, "shapes": 0, "multiply_adds": 0, "workspace_bytes": 0} == {
-        **there, "shapes": 0, "multiply_adds": 0, "workspace_bytes": 0
-    }  # fmt: skip
-    assert all("merged" not in (r["forward"], r["backward"]) for r in here["shapes"])
-
-
-def test_autocast_computes_in_its_dtype_and_keeps_the_input_as_it_came():
-    x = torch.zeros(30, 24, requires_grad=True)
-    settings = RandLoraConfig(r=4, target_modules=CHAIN)
-    told = estimate(Chain(), settings, 30, inputs=x, autocast=torch.bfloat16)
-    assert told["dtype"] == "bfloat16"
-    dense, full = told["methods"]["dense"], estimate(Chain(), settings, 30, inputs=x)["methods"]["dense"]
-    assert dense["bases_bytes"] == full["bases_bytes"] / 2 and dense["saved_bytes"] == full["saved_bytes"]
-    assert all("merged" not in (r["forward"], r["backward"]) for r in dense["shapes"])
-
-
-def test_without_a_call_the_inputs_are_an_upper_bound():
-    told = estimate(net(torch.float32), config(), TOKENS)
-    assert told["inputs"] == "upper bound" and "upper bound" in str(told)
-    assert told["methods"]["dense"]["saved_bytes"] == 4 * TOKENS * 2 * (13 + 13 + 13 + 22)
-    counted = estimate(net(torch.float32), config(), TOKENS, inputs=IDS)["methods"]["dense"]
-    assert counted["saved_bytes"] < told["methods"]["dense"]["saved_bytes"]
-
-
-def test_the_trial_call_leaves_nothing_behind():
-    kept = []
-
-    def noted(tensor):
-        kept.append(weakref.ref(result := tensor.exp()))
-        return result
-
-    class Squared(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
-
-        def forward(self, x):
-            hidden = noted(self.a(x))
-            return self.b(hidden * hidden)
-
-    estimate(Squared(), {"r": 2, "target_modules": ["a", "b"]}, tokens=2, inputs=(torch.ones(2, 3),))
-    gc.collect()
-    assert kept and [ref() for ref in kept] == [None] * len(kept)
-
-
-def test_cuda_keeps_medium_density_as_bits():
-    """No CUDA device is needed to tell of one."""
-    here, there = (estimate(net(), config(), TOKENS, device=d)["methods"] for d in ("cpu", "cuda"))
-    assert (here["sparse"]["bases_form"], there["sparse"]["bases_form"]) == ("planes", "bits")
-    assert here["hadamard"]["bases_form"] == there["hadamard"]["bases_form"] == "signs"
-    assert here["sign"]["bases_form"] == there["sign"]["bases_form"] == "bits"
-    assert there["sparse"]["bases_bytes"] == 2 * there["sign"]["bases_bytes"] == 2 * here["sign"]["bases_bytes"]
-
-
-def test_nothing_is_changed_and_no_bases_are_made(monkeypatch):
-    def no(*args):
-        raise AssertionError("bases were made")
-
-    _, mine = own_bases(config(), {"": (1, 1)}, (1, 1))  # those that a model would take
-    mine.require(3, 3, 1)
-    mine.tensors()
-    monkeypatch.setattr(RandomBases, "fill", no)
-    model, settings = net(torch.float32), config(kind="very_sparse", modules_to_save=["head"])
-    before = {n: (id(p), p.clone(), p.requires_grad) for n, p in model.named_parameters()}
-    kinds, said, held = [type(m) for m in model.modules()], settings.to_dict(), mine.copies.dense
-    estimate(model, settings, TOKENS, inputs=IDS)
-    assert [type(m) for m in model.modules()] == kinds and settings.to_dict() == said
-    for name, p in model.named_parameters():
-        assert (id(p), p.requires_grad) == (before[name][0], before[name][2]) and torch.equal(p, before[name][1])
-    assert (mine.max_dim, mine.min_dim) == (3, 3) and mine.copies.dense.keys() == held.keys()
-
-
-# ---- what cannot be told ----
-
-
-@pytest.mark.parametrize("arguments, error, match", [
-    ({"config": config(target_modules=["q_prj"])}, ValueError, "did you mean 'q_proj'"),
-    ({"tokens": 0}, ValueError, "tokens must be at least 1, got 0"),
-    ({"tokens": 2.0}, TypeError, "tokens must be an integer, got 2.0"),
-    ({"tokens": True}, TypeError, "tokens must be an integer"),
-    ({"config": "q_proj"}, TypeError, "config must be a randlora.RandLoraConfig"),
-    ({"model": [net]}, TypeError, "model must be a torch.nn.Module, got list"),
-    ({"kinds": ["thick"]}, ValueError, "kinds must be among dense, hadamard, sparse, very_sparse, sign"),
-    ({"config": config(prng="peft"), "kinds": "sign"}, ValueError, "got 'sign'"),
-    ({"config": config(prng="peft"), "kinds": "hadamard"}, ValueError, "dense, sparse, very_sparse with .* got 'hada"),
-    ({"autocast": torch.int8}, TypeError, "autocast must be one of"),
-    ({"config": config(strategy="merged", randlora_dropout=0.1)}, ValueError, "merged.* takes no dropout"),
-], ids=lambda value: " ".join(value) if isinstance(value, dict) else str(value))  # fmt: skip
-def test_errors_name_what_is_wrong(arguments, error, match):
-    with pytest.raises(error, match=match):
-        estimate(**{"model": Net(), "config": config(), "tokens": TOKENS} | arguments)
-
-
-def test_an_adapted_model_is_refused():
-    with pytest.raises(ValueError, match="adapted already"):
-        estimate(randlora.get_peft_model(net(), config()), config(), TOKENS)
-
-
-# ---- as text, and on the command line ----
-
-
-def test_the_table_is_aligned_and_tells_the_numbers():
-    result = estimate(net(torch.float32), config(), TOKENS, inputs=IDS)
-    lines = str(result).splitlines()
-    rule = next(i for i, line in enumerate(lines) if set(line) == {"-"})
-    head, rows = lines[rule - 1], lines[rule + 1 : rule + 10]
-    assert head.split()[-7:-3] == ["hadamard", "sparse", "very_sparse", "sign"] and all(
-        len(r) == len(head) for r in rows
-    )
-    operations = next(r for r in rows if "multiply-adds" in r).split()[-6:]
-    for got, method in zip(operations, result["methods"].values(), strict=True):
-        assert float(got) == pytest.approx(method["multiply_adds"] / 1e9, abs=0.0005)
-    assert json.loads(json.dumps(result)) == result
-
-
-@pytest.fixture
-def folder(tmp_path):
-    pytest.importorskip("transformers")
-    tiny_llama().config.save_pretrained(tmp_path)
-    return str(tmp_path)
-
-
-def test_command_line_tells_what_the_function_does(folder, capsys):
-    arguments = ["estimate", "--model", folder, "--rank", "4", "--target-modules", "q_proj,v_proj", "--tokens", "20",
-                 "--dtype", "bfloat16", "--device", "cpu"]  # fmt: skip
-    expected = estimate(
-        tiny_llama().bfloat16(), RandLoraConfig(r=4, target_modules=["q_proj", "v_proj"]), 20, device="cpu"
-    )
-    assert main([*arguments, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == expected and expected["inputs"] == "counted"
-    assert main(arguments) == 0
-    assert capsys.readouterr().out == f"{folder}\n{expected}\n"
-    assert main([*arguments, "--kind", "very_sparse", "--sparsity", "5", "--json"]) == 0
-    assert list(json.loads(capsys.readouterr().out)["methods"]) == ["very_sparse", "lora"]
-
-
-@pytest.mark.parametrize("changes, match", [
-    ({"--target-modules": "q_prj"}, "did you mean 'q_proj'"),
-    ({"--tokens": "0"}, "--tokens must be at least 1"),
-    ({"--rank": "0"}, "r must be at least 1"),
-    ({"--sparsity": "5"}, "--sparsity is that of one kind"),
-    ({"--model": "nobody/nothing"}, "the hub could not give it"),
-    ({"--model": "empty"}, "has no config.json"),
-], ids=str)  # fmt: skip
-def test_command_line_errors_are_one_line(folder, changes, match, capsys, monkeypatch):
-    pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    (Path(folder) / "empty").mkdir()
-    monkeypatch.chdir(folder)
-    values = {"--model": folder, "--target-modules": "q_proj", "--tokens": "20"} | changes
-    assert main(["estimate", *(part for pair in values.items() for part in pair)]) == 2
-    shown = capsys.readouterr()
-    assert match in shown.err and shown.err.count("\n") == 1 and not shown.out
-
-
-def test_without_a_command_there_is_help(capsys, tmp_path):
-    assert main([]) == 0
-    assert "estimate" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as stopped:
-        main(["estimate", "--help"])
-    shown = capsys.readouterr().out
-    assert stopped.value.code == 0 and "--target-modules" in shown and "--json" in shown
-    code = "import json, subprocess, sys; p = subprocess.run([sys.executable, '-m', 'randlora'], capture_output=True)"
-    found = run_python(f"{code}; print(json.dumps([p.returncode, p.stdout.decode()]))", tmp_path)
-    assert found[0] == 0 and found[1].startswith("usage: python -m randlora")

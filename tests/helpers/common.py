@@ -16,6 +16,7 @@ on_devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", mark
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
 KINDS = ("dense", "hadamard", "sparse", "very_sparse", "sign")
+STRATEGIES = ("factored", "materialized", "merged")
 FORMS = {  # a kind of bases for each way that they are stored and computed with
     "dense": {"kind": "dense"},
     "lists": {"kind": "very_sparse", "sparsity": 10.0},
@@ -33,6 +34,12 @@ def dtype_id(dtype):
 def over(name, dtypes):
     """Parametrise `name` over dtypes, with readable ids."""
     return pytest.mark.parametrize(name, dtypes, ids=dtype_id)
+
+
+# Where there is dropout, no strategy merges.
+strategies_and_dropout = pytest.mark.parametrize(
+    "strategy, dropout", [(name, p) for p in (0.0, 0.3) for name in STRATEGIES if not (p and name == "merged")]
+)
 
 
 def normal(*shape, seed=0, dtype=torch.float32, device="cpu"):

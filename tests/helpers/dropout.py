@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-import torch.utils.checkpoint
 
 from helpers.golden_bases import philox
 

@@ -4,10 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers.common import normal, reference_dW
+from helpers.common import STRATEGIES, normal, reference_dW
 from randlora.functional import linear
 
-STRATEGIES = ("factored", "materialized", "merged")
 # in, out, r, n (0: as many as rank needs), width
 SHAPES = [
     (1, 1, 1, 0, 1), (3, 1, 4, 0, 2), (1, 41, 1, 0, 8), (3, 41, 4, 0, 1), (41, 96, 1, 0, 8), (41, 96, 12, 0, 2),

@@ -40,8 +40,10 @@ def reference(x, weight, bias, A, B, lam, gamma, scaling, mask=1.0):
 
 
 def gradients(y, inputs, seed=9):
+    """Of `inputs`, for a gradient of `y` that is random and the same for results of one shape."""
     return torch.autograd.grad(y, inputs, normal(*y.shape, seed=seed, dtype=y.dtype, device=y.device))
 
 
 def mask_of(x, seed, p):
+    """The mask that the op draws, as tests/ops/test_dropout.py compares it with its definition."""
     return torch.ops.randlora.dropout(torch.ones_like(x), seed, p).double()

@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 import torch
 
 import randlora
-from helpers.common import FLOATS, FORMS, reference_dW
+from helpers.common import FLOATS, FORMS, STRATEGIES, reference_dW
 
 MARGIN = 512  # bytes around each tensor
 CANARY = 0xA5
-STRATEGIES = ("factored", "materialized", "merged")
 
 
 class Memory:

@@ -1,14 +1,10 @@
-"""Processes that save adapters for ever, to be killed or read from meanwhile."""
+"""What a process that saves adapters for ever runs, and how it is ended."""
 
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
-
-import pytest
 
 SAVER = f"""
 import os, signal, sys
@@ -28,36 +24,24 @@ for line in sys.stdin:
 """
 
 
-@pytest.fixture(scope="module")
-def start_saving(tmp_path_factory):
-    """``start_saving(folder, alphas)``: the id of a process that saves adapters with these alphas in turn, for ever."""
-    command = [sys.executable, "-c", SAVER]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    started = []
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=environment
-    ) as server:
-        assert server.stdout.readline() == "ready\n"
-
-        def start(folder, alphas):
-            server.stdin.write(f"{folder} {alphas}\n")
-            started.append(int(server.stdout.readline()))
-            return started[-1]
-
-        yield start
-        for pid in started:
-            kill(pid)
-        server.kill()
-
-
 def kill(pid):
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    for _ in range(1000):
-        if not alive(pid):
-            return
+    soon = before_deadline(60)
+    while alive(pid):
+        soon(f"process {pid} outlives SIGKILL")
         time.sleep(0.002)
 
 
 def alive(pid):
     return os.path.exists(f"/proc/{pid}")
+
+
+def before_deadline(seconds):
+    """A function that fails with the words it is given once `seconds` are over: for loops that wait for chance."""
+    deadline = time.monotonic() + seconds
+
+    def check(what):
+        assert time.monotonic() < deadline, f"{what}, after {seconds} seconds"
+
+    return check

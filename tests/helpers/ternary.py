@@ -1,11 +1,9 @@
-"""Random ternary and Hadamard bases in every form of a pattern."""
+"""Layers drawn at random with ternary or Hadamard bases, in every form of a pattern."""
 
 import torch
 
 import randlora
-from helpers.common import (
-    normal,
-)
+from helpers.common import normal
 
 # name -> arguments of RandomBases: lists from sparsity 10 on, planes from 2.5 on, bits below (CUDA: bits always).
 FORMS = {
@@ -15,7 +13,6 @@ FORMS = {
     "bits": {"kind": "sparse", "sparsity": 1.5},
     "sign": {"kind": "sign"},
 }
-
 ALL_FORMS = FORMS | {"hadamard": {"kind": "hadamard"}}
 
 

@@ -1,4 +1,4 @@
-"""A small network and a few steps of training."""
+"""A small network of two adapted layers with one store of bases."""
 
 from torch import nn
 
@@ -18,4 +18,5 @@ def make_network(bases, device="cpu", **arguments):
 
 
 def trained(network):
+    """Its lambdas and gammas."""
     return [p for p in network.parameters() if p.requires_grad]

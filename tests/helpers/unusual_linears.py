@@ -1,4 +1,4 @@
-"""Linear layers of classes of the user's own."""
+"""Linear layers of classes of users' own, adapted, and the update that their outputs must have."""
 
 import torch
 from torch import nn

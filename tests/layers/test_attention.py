@@ -19,7 +19,7 @@ from helpers.attention_cases import (
     merged_by_hand,
 )
 from helpers.common import make_bases, normal, on_devices, randomize
-from helpers.saved_bytes import SavedBytes
+from helpers.counted import SavedBytes
 from torch import nn
 
 from randlora import RandomBases

@@ -183,13 +183,19 @@ def test_encoders_compute_the_adapted_result(adapted_parts, norm_first, monkeypa
     assert "_transformer_encoder_layer_fwd" in calls, "torch's own layers still take their fused path"
 
 
-def test_without_the_switch_an_adapted_linear_would_be_ignored():
-    """What the switch is for; adapted attention is never ignored."""
+@pytest.mark.upstream
+def test_without_the_switch_torch_ignores_an_adapted_linear():
+    """What the switch is for."""
     plain, adapted, _ = make_encoder(attention=False)
     x = normal(N, L, E, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(adapted(x), plain(x), rtol=1e-10, atol=1e-10)
-    plain, adapted, merged = make_encoder(linear1=False)
+
+
+def test_without_the_switch_adapted_attention_acts():
+    """It is never ignored; what torch would do with nested tensors is refused."""
+    _, adapted, merged = make_encoder(linear1=False)
+    x = normal(N, L, E, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(adapted(x), merged(x), rtol=1e-10, atol=1e-10)
         x = normal(N, PADDING.shape[1], E, dtype=torch.float64)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from helpers.attention_cases import adapt as adapt_attention
 from helpers.attention_cases import make_base as make_attention
-from helpers.common import make_layer, normal, on_devices, over, randomize
+from helpers.common import STRATEGIES, make_layer, normal, on_devices, over, randomize
 from helpers.layer_op import draw_layer
 from helpers.models import IDS, net
 from helpers.models import adapt as adapt_model
@@ -40,18 +40,20 @@ def assert_ordinary(function, inputs, of_torch=False):
             assert of_torch or not got._is_view(), name
 
 
-strategies = pytest.mark.parametrize("strategy", ["auto", "factored", "materialized", "merged"])
+AUTO_AND_ALL = ("auto", *STRATEGIES)
+strategies = pytest.mark.parametrize("strategy", AUTO_AND_ALL)
 leading_shapes = pytest.mark.parametrize("leading", [(), (3,), (0,), (2, 3), (2, 0), (2, 1, 3)], ids=str)
 
 
 @on_devices
-@strategies
 @leading_shapes
 @pytest.mark.parametrize("shape", [(24, 41, 5), (41, 24, 5)], ids=str)
-@pytest.mark.parametrize("parts", ["weight and bias", "weight", "neither"])
+@pytest.mark.parametrize(
+    "strategy, parts",
+    [(name, parts) for name in AUTO_AND_ALL for parts in ("weight and bias", "weight")]
+    + [(name, "neither") for name in AUTO_AND_ALL if name != "merged"],
+)
 def test_dense(strategy, leading, shape, parts, device):
-    if strategy == "merged" and parts == "neither":
-        pytest.skip("merged needs a weight")
     _, weight, bias, *factors = draw_layer(shape, device=device)
     weight = None if parts == "neither" else weight
     bias = bias if parts == "weight and bias" else None

@@ -74,13 +74,14 @@ def test_requantize_repeats_the_settings_and_assigns_nothing(kind, dtype):
 
 
 @needs_ao
-@pytest.mark.parametrize("granularity", ["PerTensor", "PerRow", "PerGroup"])
-@pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "IntxWeightOnlyConfig", "asymmetric"])
-def test_torchao_settings_are_kept(granularity, config):
+@pytest.mark.parametrize(
+    "config, granularity",
+    [("Int8WeightOnlyConfig", "PerTensor")]
+    + [(c, g) for c in ("Int8WeightOnlyConfig", "IntxWeightOnlyConfig", "asymmetric") for g in ("PerRow", "PerGroup")],
+)
+def test_torchao_settings_are_kept(config, granularity):
     choice = getattr(ao, granularity)(*([16] if granularity == "PerGroup" else []))
     if config != "Int8WeightOnlyConfig":
-        if granularity == "PerTensor":
-            pytest.skip("torchao has groups and rows only")
         choice = ao.PerAxis(0) if granularity == "PerRow" else choice
         mapping = ao.MappingType.ASYMMETRIC if config == "asymmetric" else ao.MappingType.SYMMETRIC
         chosen = ao.IntxWeightOnlyConfig(weight_dtype=torch.int3, granularity=choice, mapping_type=mapping)

@@ -82,7 +82,7 @@ def test_quantize_dynamic_of_merged_layers():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
-    torch.testing.assert_close(model(x), expected, rtol=0.2, atol=0.5)
+    assert (model(x) - expected).norm() < 0.03 * expected.norm()
     for call in (model.unmerge_adapter, model.unload, lambda: model.set_adapter("default")):
         with warnings.catch_warnings(), pytest.raises(ValueError, match="has been replaced by another"):
             warnings.simplefilter("ignore")
@@ -98,7 +98,7 @@ def test_quantize_of_torchao():
     assert type(model.model[0]) is randlora.Linear
     assert type(model.model[0].base_layer.weight) is not nn.Parameter
     for _ in both_ways(model):
-        torch.testing.assert_close(model(x), expected, rtol=0.1, atol=0.2)
+        assert (model(x) - expected).norm() < 0.02 * expected.norm()
 
 
 def test_quantize_of_torchao_on_merged_layers():
@@ -167,4 +167,4 @@ def test_a_base_layer_of_bitsandbytes():
     other.load_state_dict(layer.base_layer.state_dict())
     layer.base_layer = other.to("cpu").requires_grad_(False)
     for _ in both_ways(layer):
-        torch.testing.assert_close(layer(x), other(x) + update(layer, x), rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(layer(x), other(x) + update(layer, x), rtol=1e-4, atol=1e-4)

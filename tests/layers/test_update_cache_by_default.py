@@ -167,5 +167,5 @@ def test_conversions_that_swap_parameters(swapping):
     layer = called_twice(x, **DOUBLE)
     layer.to(torch.float32)
     with torch.no_grad():
-        torch.testing.assert_close(layer(x.float()), reference_forward(layer, x).float(), rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(layer(x.float()), reference_forward(layer, x).float(), rtol=1e-4, atol=1e-4)
     assert_exact(layer.to(torch.float64), x)

@@ -72,9 +72,9 @@ def test_parameters_buffers_and_modules():
     model.embed.weight = nn.Parameter(torch.zeros(19, 13))
     del model.plain
     assert not hasattr(model.model, "plain")
-    with pytest.raises(AttributeError):
+    with pytest.raises(AttributeError, match="plain"):
         del model.plain
-    with pytest.raises(AttributeError):
+    with pytest.raises(AttributeError, match=r"read_only|no setter"):
         model.read_only = 3
 
 
@@ -93,7 +93,7 @@ def test_what_is_the_wrappers_own():
     inner = copy.deepcopy(model.model)
     model.model = inner
     assert model.model is inner and model.get_base_model() is inner
-    with pytest.raises(AttributeError):
+    with pytest.raises(AttributeError, match=r"active_adapters|no setter"):
         model.active_adapters = []
 
 

@@ -163,7 +163,7 @@ def test_special_methods_are_not_the_wrapped_models():
         def __deepcopy__(self, memo):
             raise AssertionError("the copy of the wrapper was asked of the wrapped model")
 
-    with pytest.raises(AttributeError):
+    with pytest.raises(AttributeError, match="__deepcopy__"):
         _ = adapt(numbered(Copied().double())).__deepcopy__
 
 

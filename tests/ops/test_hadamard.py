@@ -5,17 +5,14 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.common import assert_no_worse_than_plain, normal, on_devices, over
+from helpers.common import assert_no_worse_than_plain, normal, on_devices, over, strategies_and_dropout
 from helpers.hadamard_cases import Layer, assert_close, gradients, shape_id, shapes, some_shapes, strategies
 
 
 @on_devices
 @shapes
-@strategies
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@strategies_and_dropout
 def test_float64_parity(shape, strategy, dropout, device):
-    if strategy == "merged" and dropout:
-        pytest.skip("merged takes no dropout")
     layer = Layer(shape, device=device)
     seed = torch.tensor([1234], device=device)
     y = layer(strategy, dropout=dropout, seed=seed)

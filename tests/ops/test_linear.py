@@ -5,13 +5,12 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.common import assert_no_worse_than_plain, normal, on_devices, over
+from helpers.common import STRATEGIES, assert_no_worse_than_plain, normal, on_devices, over, strategies_and_dropout
 from helpers.layer_op import ALL_GRADIENTS, draw_layer, gradients, mask_of, op_options, reference
 
 import randlora
 from randlora.functional import linear
 
-STRATEGIES = ("factored", "materialized", "merged")
 SHAPES = [(41, 64, 5), (64, 41, 5), (3, 1, 4), (1, 1, 1), (33, 33, 40), (24, 41, 8)]  # in, out, r
 SHAPES_OF_SOME_SIZE = [(41, 64, 5), (64, 41, 5), (33, 33, 40), (100, 341, 32)]
 
@@ -26,13 +25,10 @@ strategies = pytest.mark.parametrize("strategy", STRATEGIES)
 
 @on_devices
 @shapes
-@strategies
+@strategies_and_dropout
 @pytest.mark.parametrize("workspace", [0, 1], ids=["whole", "chunked"])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "nobias"])
 def test_float64_parity(shape, strategy, workspace, dropout, with_bias, device):
-    if strategy == "merged" and dropout:
-        pytest.skip("merged takes no dropout")
     x, weight, bias, *factors = draw_layer(shape, device=device)
     bias = bias if with_bias else None
     seed = torch.tensor([1234], device=device)

@@ -194,7 +194,9 @@ def test_a_pattern_is_checked_when_it_is_made():
                                    {"rows": 0}, {"rows": 5}, {"rows": BIG}, {"rows": -(2**63)}], ids=str)  # fmt: skip
 def test_packed_expand_of_any_numbers(make, wrong):
     arguments = {"n": 6, "min_dim": 24, "max_dim": 40, "first": 1, "rows": 2} | wrong
-    with pytest.raises(ValueError):
+    name = "m" if "min_dim" in wrong else next(iter(wrong))
+    named = r"rows must lie in \[0, r\)" if name in ("first", "rows") else f"{name} must be at least 1 and at most"
+    with pytest.raises(ValueError, match=named):
         ops.packed_expand(list(make()), dtype=torch.float32, **arguments)
 
 
@@ -219,10 +221,10 @@ def test_only_floating_dtypes(dtype):
 def test_sizes_of_zero(lam, strategy):
     A, B = randlora.RandomBases(12, 7, 3).tensors()
     for x, shape in ((normal(2, 7), lam), (normal(2, 0), (3, 2)), (normal(0, 0), (3, 2))):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="none of them 0, got"):
             linear(x, normal(12, x.shape[-1]), None, A, B, normal(*shape), normal(shape[-1] if shape else 1, 7), 1.0,
                    strategy=strategy)  # fmt: skip
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="none of them 0, got"):
         linear(normal(2, 7), None, None, A, B, normal(3, 2), normal(2, 7), 1.0, strategy=strategy, out_features=0)
 
 

@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 from helpers.common import make_bases, make_layer, normal, on_devices
-from helpers.saved_bytes import SavedBytes
+from helpers.counted import SavedBytes
 from torch import nn
 
 import randlora

@@ -5,15 +5,15 @@ import torch
 import torch.nn.functional as F
 from helpers.common import (
     FLOATS,
+    STRATEGIES,
     assert_no_worse_than_plain,
     assert_same_bits,
-    make_bases,
-    make_layer,
     normal,
     on_devices,
     over,
+    strategies_and_dropout,
 )
-from helpers.saved_bytes import SavedBytes
+from helpers.layer_op import gradients
 from helpers.ternary import FORMS, draw
 
 import randlora
@@ -22,24 +22,16 @@ from randlora.functional import linear
 from randlora.ops.pattern import is_bits, is_packed
 
 SHAPES = [(41, 64, 5), (64, 41, 5), (3, 1, 4), (1, 1, 1), (33, 33, 40), (130, 341, 32), (341, 130, 32), (600, 520, 7)]
-STRATEGIES = ("factored", "materialized", "merged")
 
 forms = pytest.mark.parametrize("form", FORMS)
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}to{s[1]}r{s[2]}")
 
 
-def gradients(y, inputs):
-    return torch.autograd.grad(y, inputs, normal(*y.shape, seed=9, dtype=y.dtype, device=y.device))
-
-
 @on_devices
 @forms
 @shapes
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@strategies_and_dropout
 def test_same_as_the_dense_expansion(form, shape, strategy, dropout, device):
-    if strategy == "merged" and dropout:
-        pytest.skip("merged takes no dropout")
     x, weight, bias, lam, gamma, bases = draw(shape, form, device=device)
     found = bases.pattern(min(shape[:2]), x.device)
     dense = bases.draw(torch.float64, x.device)
@@ -285,188 +277,3 @@ def test_results_do_not_depend_on_threads(form, threads):
         torch.set_num_threads(before)
     for a, b in zip(got, expected, strict=True):
         assert_same_bits(a, b)
-
-
-# ---- layers ----------------------------------------------------------------------------------------------------------
-
-
-def layer_of(form, in_features=96, out_features=130, r=8, **arguments):
-    return make_layer(
-        in_features, out_features, r, bases=make_bases(in_features, out_features, r, **FORMS[form]), **arguments
-    )
-
-
-@forms
-@over("dtype", (torch.float32, torch.bfloat16))
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_a_layer_keeps_its_input_and_never_expands_its_bases(form, dtype, dropout):
-    layer = layer_of(form, dtype=dtype, randlora_dropout=dropout)
-    x = normal(64, 96, dtype=dtype).requires_grad_()
-    bases = layer.bases["default"]
-    layer(x)  # makes the pattern
-    with SavedBytes([*layer.parameters(), *bases.pattern(96)[0]]) as saved:
-        y = layer(x)
-    y.sum().backward()
-    assert saved.bytes == x.nbytes
-    assert not bases.copies.dense and layer.get_delta_weight("default").shape == (130, 96) and not bases.copies.dense
-
-
-@on_devices
-@pytest.mark.parametrize(("kind", "limit"), [("sparse", 4.3), ("very_sparse", 0.8), ("sign", 2.2)])
-def test_bytes_of_the_bases(kind, limit, device):
-    """In MiB. Dense bases of this size take 64 in fp32; PEFT stores these the same way."""
-    bases = randlora.RandomBases(4096, 4096, 32, kind, device=device)
-    bases.pattern(4096)
-    assert 0.2 * limit < bases.nbytes / 2**20 <= limit
-
-
-@pytest.mark.parametrize(
-    "sparsity, form, planes",
-    [(1.0, StoredBits, 1), (2.4, StoredBits, 2), (2.5, StoredPlanes, 2), (9.9, StoredPlanes, 2)],
-)
-def test_which_form_is_taken(sparsity, form, planes):
-    bases = randlora.RandomBases(64, 48, 4, "sparse", sparsity=sparsity)
-    pattern, _ = bases.pattern(48)
-    assert type(bases.copies.packed[torch.device("cpu")][0]) is form and pattern[-1].shape == (48, planes, 4)
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert randlora.bases.patterns.form_of(sparsity, cuda) is StoredBits
-    assert [randlora.bases.patterns.form_of(10.0, device) for device in (cpu, cuda)] == [StoredLists, StoredBits]
-    assert randlora.RandomBases(64, 48, 4).pattern(48) is None
-
-
-@forms
-def test_layers_of_several_sizes_share_one_pattern(form):
-    bases = randlora.RandomBases(64, 48, 4, **FORMS[form])
-    layers = [make_layer(i, o, 4, bases=bases) for i, o in ((48, 64), (20, 33), (64, 16))]
-    x = [normal(5, layer.in_features) for layer in layers]
-    y = [layer(t) for layer, t in zip(layers, x, strict=True)]
-    nbytes = bases.nbytes
-    layers.append(make_layer(100, 80, 4, bases=bases))  # the store grows, and keeps its values
-    layers[-1](normal(3, 100))
-    assert bases.nbytes > nbytes
-    for layer, t, before in zip(layers, x, y, strict=False):
-        torch.testing.assert_close(layer(t), before, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("values", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("form", ["lists", "planes"])
-def test_pefts_ternary_bases_are_recognised(form, values):
-    """PEFT stores them dense in fp32 and divided by their standard deviation."""
-    drawn = randlora.RandomBases(130, 96, 8, **FORMS[form]).draw(torch.float32, torch.device("cpu"))
-    A, B = ((t / t.std()).to(values) for t in drawn)
-    layer = make_layer(96, 130, 8, randlora_A=A, randlora_B=B)
-    x = normal(7, 96)
-    exact = x.double() @ (
-        layer.weight.double()
-        + randlora.functional.delta_weight(
-            A.double(), B.double(), layer.randlora_lambda["default"].double(), layer.randlora_gamma["default"].double(),
-            layer.scaling["default"], 96, 130,
-        )
-    ).T + layer.bias.double()  # fmt: skip
-    torch.testing.assert_close(layer(x).double(), exact, rtol=2e-5, atol=2e-5)
-    pattern = layer.pattern("default")
-    assert len(pattern) == (5 if form == "lists" else 3)
-    assert make_layer(96, 130, 8).pattern("default") is None
-
-
-@pytest.mark.parametrize("form", ["bits", "sign"])
-def test_given_bases_stay_dense_where_packing_saves_nothing(form):
-    A, B = (1.7 * t for t in randlora.RandomBases(130, 96, 8, **FORMS[form]).draw(torch.float32, torch.device("cpu")))
-    assert make_layer(96, 130, 8, randlora_A=A, randlora_B=B).pattern("default") is None
-    # PEFT's own draw is not kept: where it is bits, it is packed, and the scale is that of its values.
-    made, scale = randlora.bases.patterns.of_tensors(A, B, held=False)
-    assert type(made) is StoredBits and made.tensors.b_planes.shape[1] == (1 if form == "sign" else 2)
-    torch.testing.assert_close(scale, 1.7**2, rtol=1e-6, atol=0)
-    got = torch.ops.randlora.packed_expand(made.of(96), 12, 96, 130, torch.float32)
-    assert_same_bits(got[0] * A.abs().max(), A)
-    assert_same_bits((got[1].t() * B.abs().max()).contiguous(), B.flatten(1))
-    mixed, _ = randlora.bases.patterns.of_tensors(A * (A > 0), B, held=False)
-    assert type(mixed) is StoredBits and mixed.tensors.b_planes.shape[1] == 2
-
-
-@forms
-def test_compile_autocast_inference_and_merge(form):
-    torch._dynamo.reset()
-    layer = layer_of(form)
-    x = normal(12, 96).requires_grad_()
-    expected = layer(x)
-    inputs = (x, *layer.randlora_lambda.values(), *layer.randlora_gamma.values())
-    wanted = gradients(expected, inputs)
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
-    got = compiled(x)
-    torch.testing.assert_close(got, expected)
-    for a, b in zip(
-        gradients(got, (x, *layer.randlora_lambda.values(), *layer.randlora_gamma.values())), wanted, strict=True
-    ):
-        torch.testing.assert_close(a, b)
-    with torch.autocast("cpu", torch.bfloat16):
-        low = layer(x)
-    assert low.dtype == torch.bfloat16
-    torch.testing.assert_close(low.float(), expected, rtol=0.05, atol=0.3)
-    layer.eval()
-    with torch.no_grad():
-        for _ in range(3):
-            torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
-        before = layer.weight.clone()
-        layer.merge()
-        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
-        layer.unmerge()
-    assert_same_bits(layer.weight, before)
-
-
-def test_explain_knows_the_forms(capsys):
-    for form in ("lists", "planes", "sign"):
-        text = randlora.explain(layer_of(form, 512, 512, 32), 4096)
-        assert "<- chosen" in text and "factored" in text
-    assert capsys.readouterr().out
-
-
-BAD = {
-    "too few": (lambda p: p[:4], ValueError, "pattern must be"),
-    "dtype": (lambda p: [p[0].long(), *p[1:]], TypeError, "int32"),
-    "shape": (lambda p: [p[0][:, None], *p[1:]], ValueError, "vectors"),
-    "starts": (lambda p: [p[0], p[1][:-1], *p[2:]], ValueError, "a_starts must have"),
-    "bases": (lambda p: [*p[:3], p[3][:9], p[4]], ValueError, "b_starts must have"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_patterns(case):
-    change, error, message = BAD[case]
-    _, _, _, lam, gamma, bases = draw((24, 41, 5), "lists")
-    with pytest.raises(error, match=message):
-        torch.ops.randlora.sparse_update(change(list(bases.pattern(24)[0])), lam, gamma, 41, 1.0, None, torch.float32)
-
-
-BAD_PLANES = {
-    "starts": (lambda p: [p[0][:-1], *p[1:]], ValueError, "a_starts must have shape"),
-    "planes": (lambda p: [*p[:2], p[2][:3]], ValueError, "b_planes must have shape"),
-    "dtype": (lambda p: [*p[:2], p[2].int()], TypeError, "int16"),
-    "one plane": (lambda p: [*p[:2], p[2][:, :1].contiguous()], ValueError, "b_planes must have shape"),
-}
-BAD_BITS = {
-    "rows": (lambda p: [p[0][:-1], p[1]], ValueError, "a_planes must have shape"),
-    "more rows": (lambda p: [torch.cat((p[0], p[0])), p[1]], ValueError, "a_planes must have r = 5 rows"),
-    "words": (lambda p: [p[0][:, :, :1].contiguous(), p[1]], ValueError, "a_planes must have shape"),
-    "planes": (lambda p: [p[0][:, :1].contiguous(), p[1]], ValueError, "b_planes must have shape"),
-    "dtype": (lambda p: [p[0].int(), p[1]], TypeError, "a_planes must be int16"),
-    "layout": (lambda p: [p[0], p[1].flip(0).transpose(0, 2)], ValueError, "pattern must be contiguous"),
-}
-
-
-@pytest.mark.parametrize("form, case", [("planes", c) for c in BAD_PLANES] + [("bits", c) for c in BAD_BITS])
-def test_bad_planes(form, case):
-    change, error, message = (BAD_PLANES if form == "planes" else BAD_BITS)[case]
-    x, _, _, lam, gamma, bases = draw((24, 41, 5), form)
-    pattern = change(list(bases.pattern(24)[0]))
-    with pytest.raises(error, match=message):
-        torch.ops.randlora.sparse_update(pattern, lam, gamma, 41, 1.0, None, torch.float32)
-    with pytest.raises(error, match=message):
-        linear(x, None, None, None, None, lam, gamma, 1.0, out_features=41, strategy="factored", pattern=pattern)
-
-
-@pytest.mark.parametrize("first, rows", [(-1, 2), (0, 6), (5, 1), (0, 0), (6, None)])
-def test_rows_outside_of_A(first, rows):
-    pattern = randlora.RandomBases(41, 24, 5, "sign").pattern(24)[0]
-    with pytest.raises(ValueError, match=r"rows must lie in \[0, r\) = \[0, 5\)"):
-        torch.ops.randlora.packed_expand(pattern, 5, 24, 41, torch.float32, first, rows)

@@ -99,10 +99,9 @@ def assert_mixed(model, x, names):
 
 
 @pytest.mark.parametrize("saved", [("default", "b"), ("b",), ("c", "default", "b")], ids="-".join)
-@pytest.mark.parametrize("head", HEADS)
+# Earlier versions of PEFT take no keywords here.
+@pytest.mark.parametrize("head", [head for head in HEADS if head != "keyword" or version >= (0, 21)])
 def test_every_sample_has_its_own_head(head, saved):
-    if head == "keyword" and version < (0, 21):
-        pytest.skip("earlier versions of PEFT take no keywords here")
     model, x = three(HEADS[head](), saved), normal(4, 5, 6)
     for active in ("default", "b", "c"):
         model.set_adapter(active)

@@ -284,7 +284,7 @@ def test_modules_to_save_keep_their_numbers_on_offloaded_models(way, tmp_path):
         model.load_adapter(tmp_path / "adapter", "second")
         model.set_adapter("second")
     torch.testing.assert_close(model(X), expected, rtol=1e-4, atol=1e-4)
-    assert places is None or set(places.values()) == {"cpu", "disk"}
+    assert places is None if way != "map" else set(places.values()) == {"cpu", "disk"}
     torch.testing.assert_close(model.merge_and_unload()(X), expected, rtol=1e-4, atol=1e-4)
 
 

@@ -172,8 +172,9 @@ def mixed(both, names):
     """PEFT ignores the names (for RandLoRA): each row of its model's is computed with its own adapter."""
     theirs, ours = both.models
     known = set(theirs.peft_config) | {"__base__"}
-    if any(m.merged for m in adapted(ours)) or not set(names) <= known:
-        with pytest.raises(ValueError):
+    merged = any(m.merged for m in adapted(ours))
+    if merged or not set(names) <= known:
+        with pytest.raises(ValueError, match="merged" if merged else "adapter"):
             ours(X, adapter_names=list(names))
         return
     expected = []

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.cache_cases import call_until_kept
 from helpers.common import normal, over, reference_dW
-from helpers.saved_bytes import SavedBytes
+from helpers.counted import SavedBytes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 peft = pytest.importorskip("peft")

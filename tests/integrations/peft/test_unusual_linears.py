@@ -113,7 +113,7 @@ def test_quantize_of_torchao():
     expected = model(X)
     torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
     for _ in both_ways(model):
-        torch.testing.assert_close(model(X), expected, rtol=0.1, atol=0.5)
+        assert (model(X) - expected).norm() < 0.02 * expected.norm()
 
 
 def test_another_base_layer():
