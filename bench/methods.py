@@ -284,7 +284,5 @@ def bases(adapted: nn.Module) -> list[Tensor]:
     for pair in pairs(adapted):
         for held in getattr(pair.layer, "bases", {}).values():
             found += [tensor for both in held.copies.dense.values() for tensor in both]
-            found += [
-                t for form, _ in held.copies.packed.values() for t in vars(form).values() if isinstance(t, Tensor)
-            ]
+            found += [tensor for form, _ in held.copies.packed.values() for tensor in form.tensors]
     return list({tensor.untyped_storage().data_ptr(): tensor for tensor in found}.values())

@@ -75,7 +75,4 @@ at::Tensor make_hadamard_update(const HadamardShape& s, const std::optional<at::
 HadamardShape check_hadamard_grad(const at::Tensor& grad, at::TensorList pattern, const at::Tensor& lambda,
                                   const at::Tensor& gamma);
 
-// The dtype that sums over tokens of this type are kept in.
-inline at::ScalarType hadamard_sums(at::ScalarType tokens) { return sum_type(tokens); }
-
 }  // namespace randlora

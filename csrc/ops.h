@@ -17,7 +17,6 @@ struct SkipAutogradAndAutocast {
   c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset |
                                            c10::autograd_dispatch_keyset_with_ADInplaceOrView};
 };
-using PlainKernels = SkipAutogradAndAutocast;  // its name in cuda/hadamard.cu
 
 at::Tensor unique_base(const at::Tensor& A, const at::Tensor& lambda, const at::Tensor& gamma, double scale,
                        std::optional<at::ScalarType> dtype);

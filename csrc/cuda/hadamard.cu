@@ -19,11 +19,6 @@ namespace {
 
 using Gradients = std::tuple<at::Tensor, at::Tensor>;
 
-template <class Function>
-void with_sums(at::ScalarType type, const Function& function) {
-  return type == at::kDouble ? function(double{}) : function(float{});
-}
-
 // One layer and the work memory of a call.
 template <class T>
 class Call {
@@ -218,7 +213,7 @@ class Call {
 
 void up(const at::Tensor& out, const at::Tensor& x, at::TensorList pattern, const at::Tensor& lambda,
         const at::Tensor& gamma, double scale) {
-  const PlainKernels plain;
+  const SkipAutogradAndAutocast plain;
   const HadamardShape s = check_hadamard_tokens(x, out, pattern, lambda, gamma);
   const c10::cuda::CUDAGuard guard(gamma.device());
   if (x.size(0) == 0) return;
@@ -229,7 +224,7 @@ void up(const at::Tensor& out, const at::Tensor& x, at::TensorList pattern, cons
 
 void down(const at::Tensor& out, const at::Tensor& x, at::TensorList pattern, const at::Tensor& lambda,
           const at::Tensor& gamma, double scale) {
-  const PlainKernels plain;
+  const SkipAutogradAndAutocast plain;
   const HadamardShape s = check_hadamard_tokens(out, x, pattern, lambda, gamma);
   const c10::cuda::CUDAGuard guard(gamma.device());
   if (x.size(0) == 0) return;
@@ -241,7 +236,7 @@ void down(const at::Tensor& out, const at::Tensor& x, at::TensorList pattern, co
 Gradients gradients(const at::Tensor& narrow, const at::Tensor& wide, const std::optional<at::Tensor>& into_narrow,
                     const std::optional<at::Tensor>& into_wide, at::TensorList pattern, const at::Tensor& lambda,
                     const at::Tensor& gamma, double scale) {
-  const PlainKernels plain;
+  const SkipAutogradAndAutocast plain;
   const HadamardShape s = check_hadamard_gradients(narrow, wide, into_narrow, into_wide, pattern, lambda, gamma);
   const c10::cuda::CUDAGuard guard(gamma.device());
   Gradients found;
@@ -253,11 +248,11 @@ Gradients gradients(const at::Tensor& narrow, const at::Tensor& wide, const std:
 
 at::Tensor update(at::TensorList pattern, const at::Tensor& lambda, const at::Tensor& gamma, int64_t max_dim,
                   double scale, const std::optional<at::Tensor>& weight, at::ScalarType dtype) {
-  const PlainKernels plain;
+  const SkipAutogradAndAutocast plain;
   const HadamardShape s = check_hadamard(pattern, lambda, gamma, max_dim);
   const at::Tensor out = make_hadamard_update(s, weight, gamma, dtype);
   const c10::cuda::CUDAGuard guard(gamma.device());
-  with_sums(hadamard_sums(dtype), [&](auto t) {
+  with_sum_type(dtype, [&](auto t) {
     Call<decltype(t)>(s, lambda, gamma, scale).update(out, weight);
   });
   return out;
@@ -265,12 +260,12 @@ at::Tensor update(at::TensorList pattern, const at::Tensor& lambda, const at::Te
 
 Gradients update_backward(const at::Tensor& grad, at::TensorList pattern, const at::Tensor& lambda,
                           const at::Tensor& gamma, double scale, bool need_lambda, bool need_gamma) {
-  const PlainKernels plain;
+  const SkipAutogradAndAutocast plain;
   const HadamardShape s = check_hadamard_grad(grad, pattern, lambda, gamma);
   const c10::cuda::CUDAGuard guard(gamma.device());
   const at::Tensor rows = grad.contiguous();
   Gradients found;
-  with_sums(grad.scalar_type(), [&](auto t) {
+  with_sum_type(grad.scalar_type(), [&](auto t) {
     found = Call<decltype(t)>(s, lambda, gamma, scale).update_gradients(rows);
   });
   const auto& [dlambda, dgamma] = found;

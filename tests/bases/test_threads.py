@@ -64,14 +64,14 @@ def test_copies_serve_the_size_at_any_moment(kind):
                 *(t for t in vars(bases.copies.ready).values() if isinstance(t[0], torch.Tensor)),
             ]:
                 assert A.shape[2] >= min_dim and B.shape[0] >= max_dim and B.shape[1] >= num_bases
-            for lists, _ in bases.copies.packed.values():
-                if hasattr(lists.tensors, "b_indices"):
-                    assert lists.tensors.b_starts.numel() == 2 * num_bases * 4 + 1
+            for form, _ in bases.copies.packed.values():
+                if form.name == "lists":
+                    assert form.tensors.b_starts.numel() == 2 * num_bases * 4 + 1
                 elif kind == "hadamard":
-                    a, b, c, _ = lists.of(min_dim)
+                    a, b, c, _ = form.of(min_dim)
                     assert 32 * len(a) >= min_dim and 32 * len(b) >= max_dim and 32 * len(c) >= num_bases * 4
                 else:
-                    assert lists.tensors.b_planes.shape[0] == num_bases * 4
+                    assert form.tensors.b_planes.shape[0] == num_bases * 4
             seen.append(size(bases))
 
         bases.tensors(), bases.pattern(1)

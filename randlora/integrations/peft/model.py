@@ -250,7 +250,7 @@ def accelerate(model: nn.Module) -> nn.Module:
             if not isinstance(A, Bases):
                 Bases.make_pair(A, B)
         for tuner in tuners.values():
-            # In place, as layers are: a new one would inject its adapters once more.
+            # In place, as layers are: a new tuner would inject its adapters once more.
             tuner.__class__ = AcceleratedRandLoraModel
             tuner.claim_bases()
         for layer in layers.values():
