@@ -15,10 +15,11 @@ from .bases.patterns import Pattern
 from .ops import (
     calls,
     fake_kernels,  # noqa: F401
+    sparse_update,  # noqa: F401
 )
 from .ops import linear as linear_op
 from .ops.fake_kernels import require_one_device
-from .ops.linear import Fixed, Settings
+from .ops.linear_call import Fixed, Settings
 from .ops.pattern import ListTensors, is_lists, is_signs, require_form
 from .ops.unique_base import UniqueBaseGrad
 from .private_torch import in_transform

@@ -1,5 +1,5 @@
-"""Inspects a CUDA build of randlora on a machine that needs no GPU: does it load, has every operator a CUDA kernel,
-and is the machine code for every wanted architecture in it?
+"""Inspects a CUDA build of randlora on a machine that needs no GPU: does it load, has every operator a CUDA kernel
+that should have one, and is the machine code for every wanted architecture in it?
 
     python tests/check_cuda_build.py --archs sm_80 sm_90a --ptx compute_90
 """
@@ -16,6 +16,10 @@ from pathlib import Path
 import torch
 
 import randlora
+
+
+# On a GPU dense products beat what leaves zeros out (randlora/planner.py): lists of non-zeros are for the CPU.
+CPU_ONLY = {"randlora::sparse_up_", "randlora::sparse_down_", "randlora::sparse_gradients"}
 
 
 def list_ops():
@@ -64,8 +68,8 @@ def main():
     for name in ops:
         has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
         print(f"{name}: CPU kernel, {'CUDA kernel' if has_cuda else 'NO CUDA kernel'}")
-        if not has_cuda:
-            problems.append(f"{name} has a CPU kernel but no CUDA kernel")
+        if has_cuda == (name in CPU_ONLY):
+            problems.append(f"{name} has a CPU kernel {'and a CUDA kernel, too' if has_cuda else 'but no CUDA kernel'}")
 
     code = list_code(find_cuobjdump())
     wanted_ptx = [arch.replace("compute_", "sm_") for arch in arguments.ptx]

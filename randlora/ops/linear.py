@@ -15,55 +15,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..private_torch import below_autograd, in_transform
-from .calls import linear as _linear
-from .calls import linear_backward as _linear_backward
-from .unique_base import once_per_sample, refuse_forward_over_forward
-
-# The update without the base weight, with every form of bases on every device.
-_ALONE = "materialized"
-
-
-class Settings(NamedTuple):
-    """What is not a tensor among the arguments of the op (csrc/layer/arguments.h)."""
-
-    out_features: int
-    scale: float
-    dtype: torch.dtype  # of the result
-    strategy: str
-    backward_strategy: str
-    dropout: float
-    weight_is_transposed: bool
-    workspace: int
-
-
-class Needs(NamedTuple):
-    """Which gradients are asked for."""
-
-    x: bool
-    randlora_lambda: bool
-    randlora_gamma: bool
-
-
-class Fixed(NamedTuple):
-    """What takes part in a call and gets no gradient."""
-
-    weight: Tensor | None
-    A: Tensor | None
-    B: Tensor | None
-    seed: Tensor | None
-    pattern: Sequence[Tensor]
-    settings: Settings
-
-    def without_weight(self) -> Fixed:
-        settings = self.settings._replace(strategy=_ALONE, backward_strategy=_ALONE)
-        return self._replace(weight=None, settings=settings)
+from .linear_call import Fixed, Needs, Settings, call_linear, call_linear_backward
+from .transforms import once_per_sample, refuse_forward_over_forward
 
 
 def apply(x: Tensor, randlora_lambda: Tensor, randlora_gamma: Tensor, bias: Tensor | None, fixed: Fixed) -> Tensor:
@@ -76,7 +36,7 @@ def apply(x: Tensor, randlora_lambda: Tensor, randlora_gamma: Tensor, bias: Tens
         weight, A, B, seed, pattern, settings = fixed
         y: Tensor = _Linear.apply(settings, x, randlora_lambda, randlora_gamma, bias, weight, A, B, seed, *pattern)
         return y
-    return _call_linear(x, randlora_lambda, randlora_gamma, bias, fixed)
+    return call_linear(x, randlora_lambda, randlora_gamma, bias, fixed)
 
 
 def _backward(
@@ -88,32 +48,10 @@ def _backward(
         found = _LinearBackward.apply(settings, needs, grad, x, lam, gamma, weight, A, B, seed, *pattern)
         d_x, d_lambda, d_gamma = found
         return d_x, d_lambda, d_gamma
-    return _call_linear_backward(grad, x, lam, gamma, fixed, needs)
+    return call_linear_backward(grad, x, lam, gamma, fixed, needs)
 
 
-# ---- the ops by their schemas -----------------------------------------------------------------------------------
-
-
-def _call_linear(x: Tensor, lam: Tensor, gamma: Tensor, bias: Tensor | None, fixed: Fixed) -> Tensor:
-    weight, A, B, seed, pattern, settings = fixed
-    return _linear(
-        x, weight, bias, A, B, lam, gamma, pattern, seed,
-        out_features=settings.out_features, scale=settings.scale, dtype=settings.dtype, strategy=settings.strategy,
-        dropout=settings.dropout, weight_is_transposed=settings.weight_is_transposed, workspace=settings.workspace,
-        backward_strategy=settings.backward_strategy,
-    )  # fmt: skip
-
-
-def _call_linear_backward(
-    grad: Tensor, x: Tensor, lam: Tensor, gamma: Tensor, fixed: Fixed, needs: Needs
-) -> tuple[Tensor, Tensor, Tensor]:
-    weight, A, B, seed, pattern, settings = fixed
-    return _linear_backward(
-        grad, x, weight, A, B, lam, gamma, pattern, seed,
-        scale=settings.scale, dtype=settings.dtype, strategy=settings.backward_strategy, dropout=settings.dropout,
-        weight_is_transposed=settings.weight_is_transposed, workspace=settings.workspace,
-        need_x=needs.x, need_lambda=needs.randlora_lambda, need_gamma=needs.randlora_gamma,
-    )  # fmt: skip
+# ---- the derivative of linear_backward ---------------------------------------------------------------------------
 
 
 def _keep_call(
@@ -161,7 +99,7 @@ class _Linear(torch.autograd.Function):
         *pattern: Tensor,
     ) -> Tensor:
         with below_autograd():  # the op's own autograd would cost time and has nothing to add
-            return _call_linear(x, lam, gamma, bias, Fixed(weight, A, B, seed, pattern, settings))
+            return call_linear(x, lam, gamma, bias, Fixed(weight, A, B, seed, pattern, settings))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -237,7 +175,7 @@ class _LinearBackward(torch.autograd.Function):
         seed: Tensor | None,
         *pattern: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _call_linear_backward(grad, x, lam, gamma, Fixed(weight, A, B, seed, pattern, settings), needs)
+        return call_linear_backward(grad, x, lam, gamma, Fixed(weight, A, B, seed, pattern, settings), needs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -1,4 +1,4 @@
-"""The scaled base and the update of packed bases under autograd, forward-mode AD and ``torch.func``.
+"""The scaled base under autograd, forward-mode AD and ``torch.func``.
 
 ``torch.ops.randlora.*`` is registered by the compiled module (schemas in ``csrc/ops.cpp``). Nothing is saved for
 backward but the inputs.
@@ -7,15 +7,15 @@ backward but the inputs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..private_torch import graph_break, in_transform, jvp_levels
+from ..private_torch import graph_break, in_transform
 from . import calls
-from .pattern import ListTensors, is_lists, is_signs
+from .transforms import once_per_sample, refuse_forward_over_forward
 
 # Backward formulas, shared by the raw ops (register_autograd) and by the autograd.Functions below: torch.func needs the
 # latter, as ops with registered autograd do not run under its transforms.
@@ -63,30 +63,6 @@ def _unique_base_second_gradients(
     if need_lambda and from_gamma:
         d_lambda, _ = backward_op(grad, A, randlora_lambda, v_gamma, ctx.scale, True, False)
     return d_grad, None, d_lambda, d_gamma, None, None, None
-
-
-def once_per_sample(op: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
-    """A vmap rule that runs `op` once per sample: right for every batching, at the memory of one sample's workspace."""
-
-    def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
-        samples = [
-            op(*(a.select(d, i) if d is not None else a for a, d in zip(args, in_dims, strict=True)))
-            for i in range(info.batch_size)
-        ]
-        if isinstance(samples[0], Tensor):
-            return torch.stack(samples), 0
-        return tuple(torch.stack(parts) for parts in zip(*samples, strict=True)), (0,) * len(samples[0])
-
-    return rule
-
-
-def refuse_forward_over_forward() -> None:
-    """PyTorch leaves the outer derivative out where a custom function is differentiated forward twice."""
-    if jvp_levels() > 1:
-        raise RuntimeError(
-            "randlora's ops cannot be differentiated forward twice (jvp of jvp, jacfwd of jacfwd): take "
-            "torch.func.hessian, jacfwd of jacrev, or jacrev of either"
-        )
 
 
 torch.library.register_autograd(
@@ -230,27 +206,3 @@ class _ForwardModeUniqueBaseBackward(_UniqueBaseBackward):
             d_lambda = d_lambda + from_lambda if needs[0] else d_lambda
             d_gamma = d_gamma + from_gamma if needs[1] else d_gamma
         return d_lambda, d_gamma
-
-
-# ---- the update of packed bases --------------------------------------------------------------------------------
-
-
-def _keep_sparse(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    pattern, lam, gamma, _, ctx.scale, weight, _ = inputs
-    ctx.save_for_backward(lam, gamma, *pattern)
-    ctx.with_weight = weight is not None
-
-
-def _sparse_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | list[None] | None, ...]:
-    lam, gamma, *pattern = ctx.saved_tensors
-    rows = grad
-    if ctx.with_weight and is_lists(pattern):
-        rows = grad.index_select(0, ListTensors(*pattern).columns)
-    rows = rows if rows.dtype == torch.float64 else rows.float()
-    backward = calls.hadamard_update_backward if is_signs(pattern) else calls.sparse_update_backward
-    d_lam, d_gamma = backward(rows, pattern, lam, gamma, ctx.scale, True, True)
-    return [None] * len(pattern), d_lam, d_gamma, None, None, grad if ctx.with_weight else None, None
-
-
-torch.library.register_autograd("randlora::sparse_update", _sparse_gradients, setup_context=_keep_sparse)
-torch.library.register_autograd("randlora::hadamard_update", _sparse_gradients, setup_context=_keep_sparse)
