@@ -10,8 +10,7 @@ from torch import Tensor
 from bench.correct_problems import ALLOWED, DTYPES, Check, Problem, given, name_of, normal
 
 # rank, bases, m, M, tokens: groups and bases of every size that a kernel has a case for, few tokens and, with 16-bit
-# ones, more than a chunk of intermediates holds; transforms of one thread's elements up to the longest. Where w = 8
-# columns are together and m is a multiple of it, products of 16-bit tokens take them in place, up to 256 to a group.
+# ones, more than a chunk of intermediates holds; transforms of one thread's elements up to the longest.
 HADAMARD = ((1, None, 5, 9, 3), (4, None, 64, 96, 50), (12, 10, 107, 1000, 8), (32, None, 384, 640, 9),
             (33, None, 130, 5000, 5), (128, None, 341, 341, 50), (300, 2, 41, 600, 10), (32, 128, 256, 300, 1000),
             (32, 1000, 40, 70, 700), (3, 41, 104, 260, 200), (32, 24, 768, 770, 400), (2, 128, 256, 260, 999),
@@ -24,16 +23,13 @@ def hadamard_checks(device: torch.device, few: bool, layers: bool = True) -> Ite
     Without `layers` no call takes cuBLAS's products.
     """
     for rank, num_bases, *sizes, tokens in HADAMARD[1:6] if few else HADAMARD:
-        of_all = Problem("hadamard", *sizes, rank, num_bases, tokens)
-        of_few = of_all if layers else Problem("hadamard", *sizes, rank, num_bases, min(tokens, 8))
+        problem = Problem("hadamard", *sizes, rank, num_bases, tokens if layers else min(tokens, 8))
         for dtype in DTYPES:
-            products = layers or (device.type == "cuda" and multiplied_in_place(of_all, dtype))
-            problem = of_all if products else of_few
             if dtype == torch.float64 and rank * problem.n > 16384:
                 continue
 
-            def tokens_of(problem=problem, dtype=dtype, products=products) -> list[tuple[Tensor, Tensor]]:
-                return hadamard_tokens(problem, dtype, device, products)
+            def tokens_of(problem=problem, dtype=dtype) -> list[tuple[Tensor, Tensor]]:
+                return hadamard_tokens(problem, dtype, device, layers)
 
             def update(problem=problem, dtype=dtype) -> list[tuple[Tensor, Tensor]]:
                 return hadamard_updates(problem, dtype, device)
@@ -42,16 +38,6 @@ def hadamard_checks(device: torch.device, few: bool, layers: bool = True) -> Ite
             yield Check({"op": "hadamard"} | about, ("up", "down", *HADAMARD_GRADIENTS), ALLOWED[dtype], tokens_of)
             yield Check({"op": "hadamard_update"} | about, ("D", "rows", "columns", "dlambda", "dgamma"),
                         ALLOWED[dtype], update)  # fmt: skip
-
-
-def multiplied_in_place(problem: Problem, dtype: torch.dtype) -> bool:
-    """Whether a GPU takes kernels of ours for the products, as csrc/cuda/hadamard_tensor.cu decides it."""
-    (*_, width), groups = problem.bases.pattern(problem.m, torch.device("cpu"))[0], 1
-    while groups < problem.bases.r:
-        groups *= 2
-    columns = 8 * -(-problem.m // (8 * groups))
-    aligned = dtype.itemsize == 2 and width.shape[0] == 8 and problem.m % 8 == 0
-    return aligned and max(columns, problem.n) <= 256
 
 
 HADAMARD_GRADIENTS = ("dlambda", "dgamma", "dlambda", "dgamma", "into narrow", "dlambda", "dgamma", "into wide")

@@ -17,7 +17,6 @@ import torch
 
 import randlora
 
-
 # On a GPU dense products beat what leaves zeros out (randlora/planner.py): lists of non-zeros are for the CPU.
 CPU_ONLY = {"randlora::sparse_up_", "randlora::sparse_down_", "randlora::sparse_gradients"}
 

@@ -47,7 +47,7 @@ class Call {
       transform_groups(l_, data(u_), tokens);
       return spread(l_, wide.mutable_data_ptr<T>(), data(u_), table(), tokens);
     }
-    make_products(tokens, {narrow.const_data_ptr()});
+    make_products(tokens);
     make_u(tokens);
     for_chunks(tokens, [&](int64_t first, int64_t count) {
       hidden(narrow, first, count);
@@ -59,7 +59,7 @@ class Call {
   void down(const at::Tensor& narrow, const at::Tensor& wide) {
     const int64_t tokens = narrow.size(0);
     const bool by_few = few(tokens);
-    if (!by_few) make_products(tokens, {narrow.const_data_ptr()});
+    if (!by_few) make_products(tokens);
     make_u(tokens);
     group<T>(l_, p_, true, nullptr, nullptr, 0);
     for_chunks(tokens, [&](int64_t first, int64_t count) {
@@ -79,10 +79,8 @@ class Call {
     if (tokens == 0) return {at::zeros({l_.r, l_.n}, sums_), at::zeros({l_.n, l_.m}, sums_)};
     const at::Tensor dlambda = at::empty({l_.r, l_.n}, sums_), dgamma = at::empty({l_.n, l_.m}, sums_);
     const int64_t rows = collect_rows(l_, std::min(tokens, l_.chunk));
-    const at::Tensor partial = at::empty({rows, l_.P}, sums_);
-    make_products(tokens, {narrow.const_data_ptr(), into_narrow.has_value() ? into_narrow->const_data_ptr() : nullptr});
-    const int64_t parts = in_place_ ? gamma_parts(l_, std::min(tokens, l_.chunk)) : 1;
-    const at::Tensor grouped = at::empty({parts, R_, l_.n_padded, l_.K}, sums_);
+    const at::Tensor partial = at::empty({rows, l_.P}, sums_), grouped = at::empty({R_, l_.n_padded, l_.K}, sums_);
+    make_products(tokens);
     make_u(tokens);
     for_chunks(tokens, [&](int64_t first, int64_t count) {
       hidden(narrow, first, count);
@@ -90,19 +88,12 @@ class Call {
       collect(l_, wide.const_data_ptr<T>() + first * l_.M, data(u_), table(), partial.mutable_data_ptr<Acc>(), rows,
               first == 0, count);
       transform_groups(l_, data(u_), count);
-      if constexpr (sizeof(T) == 2) {
-        if (in_place_)
-          product_gamma(l_, grouped.mutable_data_ptr<float>(), parts, first > 0,
-                        narrow.const_data_ptr<T>() + first * l_.m, data(u_), count);
-      }
-      if (!in_place_)
-        product(grouped[0], u_.narrow(0, 0, count).permute({1, 2, 0}), x_.narrow(0, 0, count).transpose(0, 1));
+      product(grouped, u_.narrow(0, 0, count).permute({1, 2, 0}), x_.narrow(0, 0, count).transpose(0, 1));
       if (into_narrow.has_value()) add_down(into_narrow->mutable_data_ptr<T>() + first * l_.m, count);
       const bool last = first + count == tokens;
-      if (last || !in_place_)
-        finish_gradients<Acc>(l_, dgamma.mutable_data_ptr<Acc>(), grouped.const_data_ptr<Acc>(), parts,
-                              first > 0 && !in_place_, last ? dlambda.mutable_data_ptr<Acc>() : nullptr,
-                              partial.const_data_ptr<Acc>(), rows, p_.scale);
+      finish_gradients<Acc>(l_, dgamma.mutable_data_ptr<Acc>(), grouped.const_data_ptr<Acc>(), first > 0,
+                            last ? dlambda.mutable_data_ptr<Acc>() : nullptr, partial.const_data_ptr<Acc>(), rows,
+                            p_.scale);
     });
     return {dlambda, dgamma};
   }
@@ -141,8 +132,8 @@ class Call {
       transform_groups(l_, data(u_), count);
       unit_gradients<T>(l_, dgamma.mutable_data_ptr<T>(), data(u_), first, count);
     });
-    finish_gradients<Acc>(l_, nullptr, nullptr, 0, false, dlambda.mutable_data_ptr<Acc>(),
-                          partial.const_data_ptr<Acc>(), rows, p_.scale);
+    finish_gradients<Acc>(l_, nullptr, nullptr, false, dlambda.mutable_data_ptr<Acc>(), partial.const_data_ptr<Acc>(),
+                          rows, p_.scale);
     return {dlambda, dgamma};
   }
 
@@ -154,10 +145,8 @@ class Call {
 
   void make_u(int64_t tokens) { u_ = at::empty({std::min(tokens, l_.chunk), R_, l_.n_padded}, options_); }
 
-  // What the products of tokens that begin at `narrow` need.
-  void make_products(int64_t tokens, std::initializer_list<const void*> narrow) {
-    in_place_ = sizeof(T) == 2 && can_multiply_in_place(l_, narrow);
-    if (!in_place_) x_ = at::empty({std::min(tokens, l_.chunk), R_, l_.K}, options_);
+  void make_products(int64_t tokens) {
+    x_ = at::empty({std::min(tokens, l_.chunk), R_, l_.K}, options_);
     grouped_gamma_ = at::empty({R_, l_.n_padded, l_.K}, options_);
     p_.grouped = data(grouped_gamma_);
   }
@@ -179,15 +168,7 @@ class Call {
 
   // u of a chunk, and with the first one what is made of the parameters.
   void hidden(const at::Tensor& narrow, int64_t first, int64_t count) {
-    const T* const x = narrow.const_data_ptr<T>() + first * l_.m;
-    if constexpr (sizeof(T) == 2) {
-      if (in_place_) {
-        if (first == 0) group<T>(l_, p_, true, nullptr, nullptr, 0);
-        product_up(l_, data(u_), x, data(grouped_gamma_), count);
-        return transform_groups(l_, data(u_), count);
-      }
-    }
-    group(l_, p_, first == 0, x, data(x_), count);
+    group(l_, p_, first == 0, narrow.const_data_ptr<T>() + first * l_.m, data(x_), count);
     product(u_.narrow(0, 0, count).transpose(0, 1), x_.narrow(0, 0, count).transpose(0, 1),
             grouped_gamma_.transpose(1, 2));
     transform_groups(l_, data(u_), count);
@@ -195,9 +176,6 @@ class Call {
 
   // out [count, m] += du gamma; overwrites x.
   void add_down(T* out, int64_t count) {
-    if constexpr (sizeof(T) == 2) {
-      if (in_place_) return product_down(l_, out, data(u_), data(grouped_gamma_), count);
-    }
     product(x_.narrow(0, 0, count).transpose(0, 1), u_.narrow(0, 0, count).transpose(0, 1), grouped_gamma_);
     ungroup(l_, out, data(x_), count);
   }
@@ -207,7 +185,6 @@ class Call {
   at::Tensor lambda_, gamma_, table_;
   int64_t R_;
   HadamardParameters<T> p_;
-  bool in_place_ = false;             // products on tensor cores, without x_
   at::Tensor x_, u_, grouped_gamma_;  // [chunk, R, K], [chunk, R, n_padded], [R, n_padded, K]
 };
 

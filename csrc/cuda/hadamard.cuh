@@ -12,9 +12,6 @@
 //              at::bmm    [t, R, K] = du gamma, and narrow += it, back in the order of columns (ungroup)
 //   gradients  group, u, then collect, which puts du in the place of u and adds up v z over tokens; dgamma = du^T x
 //
-// Products of 16-bit tokens take the columns of a group where they lie, if these are moved by 16 bytes: product_up is
-// in the place of group and at::bmm, product_down of at::bmm and ungroup, product_gamma of the one for dgamma.
-//
 // The sides of a product are padded with zeros to multiples of 16 bytes. Intermediates have the tokens' type, sums that
 // of acc_t. A few tokens, as in decoding, take kernels of their own for the products, which read gamma once and as it
 // is.
@@ -170,31 +167,11 @@ void group(const HadamardLayout& l, const HadamardParameters<T>& p, bool paramet
 template <class T>
 void ungroup(const HadamardLayout& l, T* out, const T* grouped, int64_t tokens);
 
-// dgamma [n, m] (+)= a * the sum of grouped [parts, R, n_padded, K] over its parts, or nothing where that is null.
-// dlambda [P] = scale c * the sum of partial's rows, or nothing where that is null.
+// dgamma [n, m] (+)= a grouped [R, n_padded, K], or nothing where that is null. dlambda [P] = scale c * the sum of
+// partial's rows, or nothing where that is null.
 template <class Acc>
-void finish_gradients(const HadamardLayout& l, Acc* dgamma, const Acc* grouped, int64_t parts, bool add, Acc* dlambda,
+void finish_gradients(const HadamardLayout& l, Acc* dgamma, const Acc* grouped, bool add, Acc* dlambda,
                       const Acc* partial, int64_t rows, Acc scale);
-
-// Whether the products below take this layer and tokens that begin at these addresses: for T of 16 bits, w = 8 columns
-// that lie where 16 bytes may be moved, and no more than 256 columns and bases of a group. gamma is
-// HadamardParameters::grouped.
-bool can_multiply_in_place(const HadamardLayout& l, std::initializer_list<const void*> tokens);
-
-// u [tokens, R, n_padded] = x [tokens, m] gamma^T
-template <class T>
-void product_up(const HadamardLayout& l, T* u, const T* x, const T* gamma, int64_t tokens);
-
-// out [tokens, m] += du [tokens, R, n_padded] gamma
-template <class T>
-void product_down(const HadamardLayout& l, T* out, const T* du, const T* gamma, int64_t tokens);
-
-// partial [parts, R, n_padded, K] (+)= du^T x, whose sum over the parts is gamma's gradient; gamma_parts of them for
-// chunks of at most `tokens`.
-int64_t gamma_parts(const HadamardLayout& l, int64_t tokens);
-template <class T>
-void product_gamma(const HadamardLayout& l, float* partial, int64_t parts, bool add, const T* x, const T* du,
-                   int64_t tokens);
 
 // For at most kFewTokens tokens and R <= kFewGroups. u [tokens, R, n_padded] of x and gamma, and the table.
 template <class T>

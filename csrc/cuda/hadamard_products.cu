@@ -85,23 +85,19 @@ __global__ void __launch_bounds__(kThreads)
 // Blocks: `bases` rows of dgamma, then kSumColumns elements of dlambda each.
 template <class Acc, int W>
 __global__ void __launch_bounds__(kThreads)
-    finish_kernel(HadamardLayout l, int bases, Acc* dgamma, const Acc* __restrict__ grouped, int64_t parts, bool add,
-                  Acc* dlambda, const Acc* __restrict__ partial, int64_t rows, Acc scale, bool vector) {
+    finish_kernel(HadamardLayout l, int bases, Acc* dgamma, const Acc* __restrict__ grouped, bool add, Acc* dlambda,
+                  const Acc* __restrict__ partial, int64_t rows, Acc scale, bool vector) {
   __shared__ Acc sums[kThreads];
   if (int(blockIdx.x) < bases) {
     const int64_t i = blockIdx.x;
     for (int64_t j = int64_t(threadIdx.x) * W; j < l.m; j += int64_t(kThreads) * W) {
       const int64_t unit = j / W, g = unit & ((1 << l.log_R) - 1), q = unit >> l.log_R;
       const uint32_t signs = uint32_t(l.a[j / 32]) >> (j % 32);
-      Acc sum[W] = {};
+      Acc v[W], sum[W] = {};
+      load_pack(v, grouped + (g * l.n_padded + i) * l.K + q * W, W, true);
       if (add) load_pack(sum, dgamma + i * l.m + j, l.m - j, vector);
-#pragma unroll 4
-      for (int64_t part = 0; part < parts; ++part) {
-        Acc v[W];
-        load_pack(v, grouped + (((part << l.log_R) + g) * l.n_padded + i) * l.K + q * W, W, true);
 #pragma unroll
-        for (int e = 0; e < W; ++e) sum[e] += with_sign(v[e], signs >> e & 1u);
-      }
+      for (int e = 0; e < W; ++e) sum[e] += with_sign(v[e], signs >> e & 1u);
       store_pack(dgamma + i * l.m + j, sum, l.m - j, vector);
     }
     return;
@@ -246,14 +242,14 @@ void ungroup(const HadamardLayout& l, T* out, const T* grouped, int64_t tokens) 
 }
 
 template <class Acc>
-void finish_gradients(const HadamardLayout& l, Acc* dgamma, const Acc* grouped, int64_t parts, bool add, Acc* dlambda,
+void finish_gradients(const HadamardLayout& l, Acc* dgamma, const Acc* grouped, bool add, Acc* dlambda,
                       const Acc* partial, int64_t rows, Acc scale) {
   const int bases = dgamma != nullptr ? l.n : 0;
   const int64_t sums = dlambda != nullptr ? divide_up(l.P, kSumColumns) : 0;
   with_width(l, [&](auto w) {
     constexpr int W = decltype(w)::value;
-    launch(finish_kernel<Acc, W>, {bases + sums}, kThreads, l, bases, dgamma, grouped, parts, add, dlambda, partial,
-           rows, scale, can_pack<Acc, W>(dgamma, {l.m}));
+    launch(finish_kernel<Acc, W>, {bases + sums}, kThreads, l, bases, dgamma, grouped, add, dlambda, partial, rows,
+           scale, can_pack<Acc, W>(dgamma, {l.m}));
   });
 }
 
@@ -289,10 +285,10 @@ void unit_gradients(const HadamardLayout& l, Acc* dgamma, const Acc* du, int64_t
   template void few_products_down(const HadamardLayout&, const HadamardParameters<T>&, T*, const T*, int64_t);
 RANDLORA_HADAMARD_TYPES(RANDLORA_INSTANTIATE)
 #undef RANDLORA_INSTANTIATE
-#define RANDLORA_INSTANTIATE(Acc)                                                                                   \
-  template void finish_gradients(const HadamardLayout&, Acc*, const Acc*, int64_t, bool, Acc*, const Acc*, int64_t, \
-                                 Acc);                                                                              \
-  template void unit_products_up(const HadamardLayout&, Acc*, const Acc*, int64_t, int64_t);                        \
+
+#define RANDLORA_INSTANTIATE(Acc)                                                                                \
+  template void finish_gradients(const HadamardLayout&, Acc*, const Acc*, bool, Acc*, const Acc*, int64_t, Acc); \
+  template void unit_products_up(const HadamardLayout&, Acc*, const Acc*, int64_t, int64_t);                     \
   template void unit_gradients(const HadamardLayout&, Acc*, const Acc*, int64_t, int64_t);
 RANDLORA_INSTANTIATE(float)
 RANDLORA_INSTANTIATE(double)

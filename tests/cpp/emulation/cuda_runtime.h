@@ -3,8 +3,6 @@
 // only: __syncthreads for the block, shuffles and __syncwarp for a warp. Thrown, from the launch: a thread that misses
 // a rendezvous, or meets another one than the others. Shared memory keeps what the block before left in it.
 //
-// Copies to shared memory that are begun are made as late as they may be.
-//
 // What it cannot show: anything that depends on the order of memory accesses between two rendezvous, beyond the two
 // orders in which `backwards` runs threads and blocks; the limits of registers and shared memory; speed.
 #pragma once
@@ -72,55 +70,6 @@ T shuffle(unsigned mask, T value, int from_lane, int line) {
   return value;
 }
 
-// ---- of csrc/cuda/tensor_cores.cuh ----
-
-// Four 8 x 8 matrices, whose rows the lanes point to.
-inline void load_matrices(uint32_t (&to)[4], const void* row, bool transposed, int line = __builtin_LINE()) {
-  const int one = lane() / 4, pair = lane() % 4 * 2;
-  for (int matrix = 0; matrix < 4; ++matrix) {
-    uint16_t got[2];
-    for (int e = 0; e < 2; ++e) {
-      const auto from =
-          shuffle(~0u, reinterpret_cast<uintptr_t>(row), matrix * 8 + (transposed ? pair + e : one), line);
-      const uint4 eight = *reinterpret_cast<const uint4*>(from);  // whole, so that the sanitizers see what a GPU needs
-      std::memcpy(&got[e], reinterpret_cast<const char*>(&eight) + 2 * (transposed ? one : pair + e), 2);
-    }
-    std::memcpy(&to[matrix], got, 4);
-  }
-}
-
-// c [16, 8] += a [16, 16] b [16, 8], in an order of its own.
-template <class T>
-void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int line = __builtin_LINE()) {
-  const auto both = [](uint32_t low, uint32_t high) {
-    return uint64_t(high) << 32 | low;
-  };
-  const auto element = [](uint64_t four, int e) {
-    T value;
-    const uint16_t bits = uint16_t(four >> (16 * e));
-    std::memcpy(&value, &bits, 2);
-    return float(value);
-  };
-  const int row = lane() / 4, column = lane() % 4 * 2;
-  for (int quarter = 0; quarter < 4; ++quarter) {  // of the sum: 2 quarter + {0, 1}, and 8 more
-    const uint64_t rows[] = {shuffle(~0u, both(a[0], a[2]), row * 4 + quarter, line),
-                             shuffle(~0u, both(a[1], a[3]), row * 4 + quarter, line)};
-    const uint64_t columns[] = {shuffle(~0u, both(b0, b1), column * 4 + quarter, line),
-                                shuffle(~0u, both(b0, b1), column * 4 + 4 + quarter, line)};
-    for (int x = 0; x < 4; ++x)
-      for (int e = 0; e < 4; ++e) c[x] += element(rows[x / 2], e) * element(columns[x % 2], e);
-  }
-}
-
-// Copies of a thread that come only when it waits for them, and to memory that holds no numbers until then.
-void add_copy(void* to, const uint4& value);
-inline void copy_later(void* to, const void* from, bool valid) {
-  *static_cast<uint4*>(to) = {~0u, ~0u, ~0u, ~0u};
-  add_copy(to, valid ? *static_cast<const uint4*>(from) : uint4{0, 0, 0, 0});
-}
-void end_copies();
-void wait_for_copies(size_t left);
-
 }  // namespace emulation
 
 template <class T>
@@ -150,10 +99,6 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int line = __builtin_
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration, cudaErrorInvalidValue };
 using cudaStream_t = void*;
-
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor };
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 9, cudaSuccess; }
 
 // Of an H100, beside what a kernel declares and the runtime reserves.
 constexpr int kMaxSharedOfBlock = 227 << 10;

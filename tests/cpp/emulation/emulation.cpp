@@ -18,11 +18,6 @@ constexpr size_t kStack = 64 * 1024;  // of a fiber
 
 enum class State { ready, at_warp, at_block, done };
 
-struct Copy {
-  void* to;
-  uint4 value;
-};
-
 struct Fiber {
   ucontext_t beginning{};
   bool started = false;
@@ -34,7 +29,6 @@ struct Fiber {
   unsigned mask = 0;  // of the warp's rendezvous
   uint64_t given = 0, got = 0;
   int from_lane = 0;
-  std::vector<std::vector<Copy>> copies = {{}};  // under way, in groups; the last one is open
 };
 
 std::vector<std::unique_ptr<Fiber>> fibers;
@@ -81,7 +75,6 @@ void live() {
   enter(nullptr, &scheduler_stack, &scheduler_stack_size);
   for (;;) {
     (*kernel)();
-    fibers[current]->copies = {{}};
     fibers[current]->state = State::done;
     to_scheduler();
   }
@@ -154,12 +147,6 @@ void run_block(size_t count) {
     if (released) continue;
     for (size_t t = 0; t < count; ++t)
       if (fibers[t]->state != State::done) fail(count);
-    for (size_t t = 0; t < count; ++t)
-      for (const auto& group : fibers[t]->copies)
-        if (!group.empty()) {
-          fibers.clear();
-          throw std::logic_error("a thread returned with copies to shared memory under way");
-        }
     return;
   }
 }
@@ -184,18 +171,6 @@ uint64_t meet_warp(unsigned mask, uint64_t value, int from_lane, int line) {
   f.from_lane = from_lane;
   to_scheduler();
   return f.got;
-}
-
-void add_copy(void* to, const uint4& value) { fibers[current]->copies.back().push_back({to, value}); }
-
-void end_copies() { fibers[current]->copies.emplace_back(); }
-
-void wait_for_copies(size_t left) {
-  auto& groups = fibers[current]->copies;
-  while (groups.size() > left + 1) {
-    for (const Copy& copy : groups.front()) std::memcpy(copy.to, &copy.value, sizeof copy.value);
-    groups.erase(groups.begin());
-  }
 }
 
 void* launched_shared() { return shared.data(); }
