@@ -59,7 +59,8 @@ class Steps:
     def pytest(self, *selected: str) -> tuple[str, ...]:
         config = ("-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT))
         plugins = ("-p", "no:cacheprovider", "-p", "no:faulthandler")  # NATIVE_TRACES instead
-        return ("-m", "pytest", "-m", "cuda", "-q", "--tb=short", *plugins, *config, *selected)
+        # -v: a run that is cut off has said which tests failed.
+        return ("-m", "pytest", "-m", "cuda", "-v", "--tb=short", *plugins, *config, *selected)
 
     def layer(self, d: int, tokens: int) -> tuple[str, ...]:
         return self.bench(

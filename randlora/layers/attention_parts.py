@@ -16,7 +16,7 @@ OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
 
 @dataclass(frozen=True)
 class Origin:
-    """What the base layer was, apart from its numbers and settings: :meth:`randlora.MultiheadAttention.unwrap` needs it."""
+    """What the base layer was, apart from its numbers and settings, for :meth:`randlora.MultiheadAttention.unwrap`."""
 
     cls: type[nn.MultiheadAttention]
     out_proj_cls: type[nn.Linear]
