@@ -33,8 +33,10 @@ def functions(module):
             value = value.fget if isinstance(value, property) else inspect.unwrap(getattr(value, "__func__", value))
             if not inspect.isfunction(value) or value.__module__ != module.__name__:
                 continue
-            # Not a dataclass's, and not the fake kernels: what calls them is torch, by their schemas.
-            if value.__code__.co_filename == module.__file__ and value.__name__ != "_":
+            # Not a dataclass's, and not the fake kernels: what calls them is torch, by their schemas. Nor what
+            # torch.compile leaves in a module after a graph break.
+            own_name = value.__name__ != "_" and not value.__name__.startswith("torch_dynamo_resume")
+            if value.__code__.co_filename == module.__file__ and own_name:
                 yield f"{module.__name__}.{value.__qualname__}", value
 
 

@@ -230,9 +230,9 @@ def test_every_kernel_has_a_check():
 def test_every_kind_and_strategy_is_asked_about():
     """Whoever adds one adds it to the first call."""
     from randlora import planner
-    from randlora.bases import random_bases as bases
+    from randlora.bases.definition import KINDS
 
-    assert set(correct_checks.KINDS) == set(bases.KINDS) == {kind for kind, _, _ in launches.CASES}
+    assert set(correct_checks.KINDS) == set(KINDS) == {kind for kind, _, _ in launches.CASES}
     assert {strategy for _, strategy, _ in launches.CASES} == set(planner.STRATEGIES)
 
 
