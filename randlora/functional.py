@@ -12,11 +12,7 @@ from torch import Tensor
 
 from . import planner
 from .bases.patterns import Pattern
-from .ops import (
-    calls,
-    fake_kernels,  # noqa: F401
-    sparse_update,  # noqa: F401
-)
+from .ops import calls
 from .ops import linear as linear_op
 from .ops.fake_kernels import require_one_device
 from .ops.linear_call import Fixed, Settings

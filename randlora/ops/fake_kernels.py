@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dtypes import at_least_fp32
 from .pattern import BitTensors, ListTensors, PlaneTensors, is_bits, is_lists
 
 
@@ -137,7 +138,7 @@ def _gradients_of_tokens(
         narrow=narrow, wide=wide, into_narrow=into_narrow, into_wide=into_wide, randlora_lambda=randlora_lambda,
         randlora_gamma=randlora_gamma, pattern=pattern,
     )  # fmt: skip
-    dtype = torch.promote_types(narrow.dtype, torch.float32)
+    dtype = at_least_fp32(narrow.dtype)
     return tuple(like.new_empty(like.shape, dtype=dtype) for like in (randlora_lambda, randlora_gamma))
 
 

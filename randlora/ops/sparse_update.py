@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dtypes import at_least_fp32
 from . import calls
 from .pattern import ListTensors, is_lists, is_signs
 
@@ -22,7 +23,7 @@ def _sparse_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | list[None] | Non
     rows = grad
     if ctx.with_weight and is_lists(pattern):
         rows = grad.index_select(0, ListTensors(*pattern).columns)
-    rows = rows if rows.dtype == torch.float64 else rows.float()
+    rows = rows.to(at_least_fp32(rows.dtype))
     backward = calls.hadamard_update_backward if is_signs(pattern) else calls.sparse_update_backward
     d_lam, d_gamma = backward(rows, pattern, lam, gamma, ctx.scale, True, True)
     return [None] * len(pattern), d_lam, d_gamma, None, None, grad if ctx.with_weight else None, None

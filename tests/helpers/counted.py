@@ -21,7 +21,8 @@ class SavedBytes:
         def pack(t):
             storage = t.untyped_storage()
             if storage.data_ptr() not in self.known:
-                self.storages[storage.data_ptr()] = (storage.nbytes(), t)  # held, so that no address comes twice
+                # Held, so that no address comes twice; detached, so that no graph holds itself by it.
+                self.storages[storage.data_ptr()] = (storage.nbytes(), t.detach())
             return t
 
         self.hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
