@@ -49,6 +49,10 @@ STRATEGIES = ("factored", "materialized", "merged")
 BALANCE = {("cpu", 8): 4, ("cpu", 4): 7, ("cpu", 2): 7, ("cuda", 8): 10, ("cuda", 4): 10, ("cuda", 2): 130}
 
 
+def _balance(device_type: str, dtype: torch.dtype) -> int:
+    return BALANCE.get((device_type, dtype.itemsize), 10)
+
+
 def choose(
     T: int,
     in_features: int,
@@ -139,6 +143,7 @@ def merges_exactly(dtype: torch.dtype) -> bool:
     return dtype == at_least_fp32(dtype)
 
 
+@functools.lru_cache(maxsize=4096)  # a layer asks at every word until its update is built
 def price_of_update(
     T: int,
     in_features: int,
@@ -147,34 +152,21 @@ def price_of_update(
     r: int,
     dtype: torch.dtype,
     device_type: str,
-    pattern: Sequence[Tensor] | None,
+    form: Lists | str | None,
 ) -> tuple[float, float]:
     """The least that a call with T tokens under ``no_grad`` spends on its update, and what building ``dW`` costs.
 
-    Both in multiply-adds. `pattern`: the packed bases, or None for dense ones.
+    Both in multiply-adds. `form`: of the bases, as :func:`form` gives it.
     """
-    return _price_of_update(T, in_features, out_features, n, r, dtype, device_type, form(pattern))
 
-
-@functools.lru_cache(maxsize=4096)  # a layer asks at every word until its update is built
-def _price_of_update(
-    T: int,
-    in_features: int,
-    out_features: int,
-    n: int,
-    r: int,
-    dtype: torch.dtype,
-    device_type: str,
-    bases_form: Lists | str | None,
-) -> tuple[float, float]:
     def costs(tokens: int) -> dict[str, tuple[Cost, Cost]]:
         call = LayerCall(
             tokens, in_features, out_features, n, r, dtype.itemsize, device_type, has_weight=0, need_x=0,
             need_parameters=0,
         )  # fmt: skip
-        return costs_of(call, bases_form)
+        return costs_of(call, form)
 
-    balance = BALANCE.get((device_type, dtype.itemsize), 10)
+    balance = _balance(device_type, dtype)
     forwards = [forward for forward, _ in costs(T).values()]
     build, _ = costs(0)["materialized"]
     return min(forward.total(balance) for forward in forwards), build.total(balance)
@@ -224,5 +216,5 @@ def _totals(
     options = costs_of(call, form)
     if not (weight_dtype == dtype and merges_exactly(dtype)):
         options.pop("merged", None)
-    balance = BALANCE.get((device_type, dtype.itemsize), 10)
+    balance = _balance(device_type, dtype)
     return {name: (forward.total(balance), backward.total(balance)) for name, (forward, backward) in options.items()}

@@ -91,11 +91,10 @@ class CachedForward(SharedState):
         """What a call with `x` spends on the updates of `adapters`, and what building them costs."""
         tokens, size, device_type = x.numel() // self.in_features, (self.in_features, self.out_features), x.device.type
         patterns = {name: self._pattern(name, x.device) for name in adapters}
+        forms = {name: planner.form(found and found[0]) for name, found in patterns.items()}
         prices = [
-            planner.price_of_update(
-                tokens, *size, self.num_bases[name], self.r[name], dtype, device_type, found and found[0]
-            )
-            for name, found in patterns.items()
+            planner.price_of_update(tokens, *size, self.num_bases[name], self.r[name], dtype, device_type, form)
+            for name, form in forms.items()
         ]
         return sum(rent for rent, _ in prices), sum(building for _, building in prices)
 

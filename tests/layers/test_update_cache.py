@@ -62,7 +62,14 @@ def test_many_tokens_build_at_once_and_few_when_they_have_cost_as_much(shape, ki
 def test_the_price_is_that_of_the_form_of_the_bases(form):
     layer = make_layer(48, 64, 5, bases=make_bases(48, 64, 5, **FORMS[form]))
     expected = randlora.planner.price_of_update(
-        3, 48, 64, layer.num_bases["default"], 5, torch.float32, "cpu", layer.pattern("default")
+        3,
+        48,
+        64,
+        layer.num_bases["default"],
+        5,
+        torch.float32,
+        "cpu",
+        randlora.planner.form(layer.pattern("default")),
     )
     assert layer.price_of_update(torch.ones(3, 48), torch.float32, ["default"]) == expected
 
