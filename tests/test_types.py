@@ -35,7 +35,8 @@ def functions(module):
                 continue
             # Not a dataclass's, and not the fake kernels: what calls them is torch, by their schemas. Nor what
             # torch.compile leaves in a module after a graph break.
-            own_name = value.__name__ != "_" and not value.__name__.startswith("torch_dynamo_resume")
+            compiled = value.__code__.co_name.startswith("torch_dynamo_resume")  # its __name__ is "__resume_at_…"
+            own_name = value.__name__ != "_" and not compiled
             if value.__code__.co_filename == module.__file__ and own_name:
                 yield f"{module.__name__}.{value.__qualname__}", value
 
