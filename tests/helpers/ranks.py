@@ -1,8 +1,8 @@
 """Functions run on several gloo processes at once, which live as long as the tests of a file.
 
 Starting a process costs seconds of imports, so they are kept: a test sends a function and its arguments, every process
-calls ``function(**arguments)`` within the same process group, and the test gets what each of them returned. The function
-stands in the test's own file, at top level; ``torch.distributed.get_rank()`` tells it who it is.
+calls ``function(**arguments)`` within the same process group, and the test gets what each of them returned. The
+function stands in the test's own file, at top level; ``torch.distributed.get_rank()`` tells it who it is.
 """
 
 import faulthandler
