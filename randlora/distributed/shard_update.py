@@ -1,0 +1,162 @@
+"""The update of a part of a layer: of some of its outputs, or from some of its inputs.
+
+A shard of dW takes rows of B and columns of A and gamma, all of P. Its narrow side, the one that gamma belongs to,
+need not be the smaller one of the shard: a square layer's weight, cut into rows, is ``[d / N, d]`` and still ``B2 @ S2``
+with S2 ``[P, d]``. The operator of whole layers tells its sides by their sizes, so this is done by two plain products.
+
+With ``first`` and ``second`` for what the input passes through, S2 and B2^T where gamma belongs to the inputs, B2^T and
+S2 where it belongs to the outputs:
+
+    factored      y = (x @ first^T) @ second                T P (in + out)
+    materialized  y = x @ (first^T @ second)                P in out + T in out
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..ops import calls
+
+
+class Part(NamedTuple):
+    """What is fixed in a call: the bases ``A [r, 1, c]`` and ``B [rows, n, r]``, and how to compute."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    gamma_is_of_inputs: bool
+    dtype: torch.dtype  # to compute in
+    strategy: str  # auto, factored or materialized
+    dropout: float = 0.0
+    seed: Tensor | None = None
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """Of the input and of the output."""
+        c, rows = self.A.shape[2], self.B.shape[0]
+        return (c, rows) if self.gamma_is_of_inputs else (rows, c)
+
+    def factors(self, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+        """``first [P, in]`` and ``second [P, out]``."""
+        n, r, c = *self.B.shape[1:], self.A.shape[2]
+        S2 = calls.unique_base(self.A, lam, gamma, self.scale, self.dtype).view(n * r, c)
+        B2t = self.B.view(-1, n * r).t()
+        return (S2, B2t) if self.gamma_is_of_inputs else (B2t, S2)
+
+    def dropped(self, rows: Tensor) -> Tensor:
+        if self.seed is None:
+            return rows
+        dropped: Tensor = torch.ops.randlora.dropout(rows.contiguous(), self.seed, self.dropout)
+        return dropped
+
+    def is_factored(self, tokens: int, backward: bool) -> bool:
+        """Whether that takes fewer multiply-adds, where the caller has not chosen."""
+        if self.strategy != "auto":
+            return self.strategy == "factored"
+        (into, out), P = self.features, self.B.shape[1] * self.B.shape[2]
+        if not backward:
+            return tokens * P * (into + out) <= (P + tokens) * into * out
+        of_hidden = 2 * self.A.shape[2] + self.B.shape[0] * (1 if self.gamma_is_of_inputs else 2)
+        return tokens * P * of_hidden <= 2 * (P + tokens) * into * out
+
+
+def shard_update(x: Tensor, lam: Tensor, gamma: Tensor, part: Part) -> Tensor:
+    """``[..., out]`` in `part`'s dtype, from x ``[..., in]``, lambda ``[r, n]`` and the part of gamma ``[n, c]``.
+
+    For backward it keeps x, lambda and gamma, as they are. It can be differentiated once.
+    """
+    y: Tensor = _ShardUpdate.apply(x, lam, gamma, part)
+    return y
+
+
+def shard_matrix(lam: Tensor, gamma: Tensor, part: Part) -> Tensor:
+    """The part's dW, ``[out, in]``."""
+    into, out = part.features
+    if not into * out:
+        return lam.new_zeros(out, into, dtype=part.dtype)
+    first, second = part.factors(lam, gamma)
+    return second.t() @ first
+
+
+class _ShardUpdate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lam: Tensor, gamma: Tensor, part: Part) -> Tensor:
+        ctx.save_for_backward(x, lam, gamma)
+        ctx.part = part
+        into, out = part.features
+        if not x.numel() * out:  # no tokens, or a rank for which nothing of the weight is left
+            return x.new_zeros((*x.shape[:-1], out), dtype=part.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            rows = part.dropped(x.to(part.dtype).reshape(-1, into))
+            first, second = part.factors(lam, gamma)
+            if part.is_factored(len(rows), backward=False):
+                y = (rows @ first.t()) @ second
+            else:
+                y = rows @ (first.t() @ second)
+        return y.view(*x.shape[:-1], out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, lam, gamma = ctx.saved_tensors
+        part: Part = ctx.part
+        need_x, need_lambda, need_gamma, _ = ctx.needs_input_grad
+        into, out = part.features
+        if not x.numel() * out:
+            zeros = (t.new_zeros(t.shape) if need else None for t, need in zip((x, lam, gamma), ctx.needs_input_grad))
+            return *zeros, None
+        with torch.autocast(x.device.type, enabled=False):
+            g = grad.to(part.dtype).reshape(-1, out)
+            need_parameters = need_lambda or need_gamma
+            rows = part.dropped(x.to(part.dtype).reshape(-1, into)) if need_parameters else None
+            first, second = part.factors(lam, gamma)
+            if part.is_factored(len(g), backward=True):
+                dx, dS2 = _factored_backward(g, rows, first, second, need_x, part.gamma_is_of_inputs)
+            else:
+                dx, dS2 = _materialized_backward(g, rows, first, second, need_x, part.gamma_is_of_inputs)
+            d_lambda = d_gamma = None
+            if dS2 is not None:
+                dS = dS2.view(part.A.shape[0], -1, part.A.shape[2])
+                found = calls.unique_base_backward(dS, part.A, lam, gamma, part.scale, need_lambda, need_gamma)
+                d_lambda, d_gamma = (t if need else None for t, need in zip(found, (need_lambda, need_gamma)))
+            d_x = None if dx is None else part.dropped(dx).to(x.dtype).view(x.shape)
+        return d_x, d_lambda, d_gamma, None
+
+
+def _factored_backward(
+    g: Tensor, x: Tensor | None, first: Tensor, second: Tensor, need_x: bool, gamma_is_of_inputs: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and S2; x is None where that of S2 is not needed."""
+    dh = g @ second.t() if need_x or gamma_is_of_inputs else None
+    dx = dh @ first if dh is not None and need_x else None
+    if x is None:
+        return dx, None
+    if gamma_is_of_inputs:
+        assert dh is not None
+        return dx, _accumulated(dh.t(), x)
+    return dx, _accumulated((x @ first.t()).t(), g)
+
+
+def _materialized_backward(
+    g: Tensor, x: Tensor | None, first: Tensor, second: Tensor, need_x: bool, gamma_is_of_inputs: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The same through dW and its gradient."""
+    dx = g @ (second.t() @ first) if need_x else None
+    if x is None:
+        return dx, None
+    G = g.t() @ x if g.is_cuda else _accumulated(g.t(), x)  # 16 bits keep the next product on the tensor cores
+    B2t = second if gamma_is_of_inputs else first
+    return dx, _accumulated(B2t, G if gamma_is_of_inputs else G.t())
+
+
+def _accumulated(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` in fp32 (fp64 for fp64): what is reduced further must not be rounded to 16 bits first."""
+    if a.dtype == torch.float64 or (a.dtype == b.dtype == torch.float32):
+        return a @ b
+    if a.is_cuda and a.dtype == b.dtype:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
