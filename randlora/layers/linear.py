@@ -128,6 +128,18 @@ class Linear(nn.Linear, RandLoraLayer, CachedForward, Noticed):
         else:
             super().__setattr__(name, value)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """nn.Module's. Raises ``ValueError`` for parts of the base layer: a parallel plan must name that itself.
+
+        The plan's hooks would stand on this layer, and be lost with it when the adapters are taken out.
+        """
+        if name in ("weight", "bias") or "." in name:
+            raise ValueError(
+                f"{name!r} belongs to the base layer of this adapted layer: parallelize the model before it is adapted, "
+                "or name the base layer in the plan, as in '...q_proj.base_layer'"
+            )
+        super().register_parameter(name, param)
+
     def forward(self, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """``x [..., in_features]`` to ``[..., out_features]`` in the dtype that the base layer gives.
 

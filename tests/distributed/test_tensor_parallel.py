@@ -1,8 +1,11 @@
 """Layers whose weight is cut over ranks compute what one process computes: outputs and all gradients."""
 
+import copy
+import random
+
 import pytest
 import torch
-from helpers.common import make_base, normal, randomize
+from helpers.common import KINDS, STRATEGIES, make_base, normal, randomize
 from torch import nn
 
 import randlora
@@ -10,56 +13,440 @@ import randlora
 distributed = torch.distributed
 
 
-def mesh_of(*sizes, names=("tp",)):
+def mesh():
     from torch.distributed.device_mesh import init_device_mesh
 
-    return init_device_mesh("cpu", sizes, mesh_dim_names=names)
+    return init_device_mesh("cpu", (distributed.get_world_size(),), mesh_dim_names=("tp",))
 
 
-def styles():
+def parallelize(model, way, name, whole=True):
+    """`whole`: inputs and outputs of the layer are ordinary tensors, the same on every rank."""
+    from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    if way == "columns":
+        style = ColwiseParallel(output_layouts=Replicate() if whole else Shard(-1))
+    else:
+        style = RowwiseParallel(input_layouts=Replicate() if whole else Shard(-1))
+    parallelize_module(model, mesh(), {name: style})
+
+
+def bases(into, out, r, kind="dense", n=None, **arguments):
+    """A store that is larger than the layer needs, or tensors of one kind."""
+    M, m = max(into, out), min(into, out)
+    if kind == "given":
+        A, B = normal(r, 1, m + 2, seed=5), normal(M + 3, (n or -(-m // r)) + 1, r, seed=6)
+        return randlora.RandomBases.from_tensors(A.double(), B.double())
+    return randlora.RandomBases(M + 1, m + 1, r, kind=kind, num_bases=n, seed=2**63 + 7, **arguments)
+
+
+def adapted(into, out, way=None, before=True, bias=True, r=3, kinds=("dense",), n=None, alpha=6.0, **options):
+    """A layer alone in a model, with an adapter of each kind, all active; `way`: cut over the ranks, before or after it
+    is adapted.
+    """
+    model = nn.Sequential(make_base(into, out, bias, torch.float64))
+    if way and before:
+        parallelize(model, way, "0")
+    for i, kind in enumerate(kinds):
+        settings = {"r": r, "randlora_alpha": alpha, "num_bases": n, **options}
+        store = bases(into, out, r, n=n, **(kind if isinstance(kind, dict) else {"kind": kind}))
+        if i:
+            settings.pop("strategy", None)
+            model[0].update_layer(str(i), bases=store, **settings)
+        else:
+            model[0] = randlora.Linear(model[0], "0", bases=store, **settings)
+    model[0].set_adapter([str(i) for i in range(len(kinds))])
+    randomize(model[0])
+    if way and not before:
+        parallelize(model, way, "0.base_layer")
+    return model
+
+
+def call(model, tokens=(2, 3), seed=8, **arguments):
+    """Output, and the gradients of x and of all that is trained."""
+    layer = model[0]
+    layer.zero_grad()
+    x = normal(*tokens, layer.in_features, seed=seed, dtype=torch.float64).requires_grad_()
+    y = model(x, **arguments)
+    (y * normal(*tokens, layer.out_features, seed=seed + 1, dtype=torch.float64)).sum().backward()
+    return [y.detach(), x.grad, *(p.grad for part in layer.trained_parts() for p in part.values())]
+
+
+def assert_equal(expected, got):
+    for e, g in zip(expected, got, strict=True):
+        if e is None or g is None:
+            assert e is g
+        else:
+            torch.testing.assert_close(g, e, rtol=1e-11, atol=1e-11)
+
+
+# ---- what is computed ----
+
+SIZES = [(12, 40), (40, 12), (16, 16), (13, 22), (22, 13), (7, 1)]
+
+
+def same_as_alone(cases):
+    for case in cases:
+        way = case.pop("way")
+        tokens = case.pop("tokens", (2, 3))
+        try:
+            assert_equal(call(adapted(**case), tokens), call(adapted(way=way, **case), tokens))
+        except Exception as error:
+            raise AssertionError(f"{way} {case}") from error
+
+
+@pytest.mark.parametrize("way", ["columns", "rows"])
+def test_a_layer_computes_what_it_computes_alone(two_ranks, way):
+    kinds = [[kind] for kind in (*KINDS, "given", {"kind": "very_sparse", "sparsity": 12.0})] + [["dense", "hadamard"]]
+    cases = [
+        {"into": into, "out": out, "way": way, "kinds": kinds[(i + j) % len(kinds)], "before": bool((i + j // 2) % 2)}
+        for i, (into, out) in enumerate(SIZES)
+        for j in range(0, 8, 1 if (into, out) == (16, 16) else 3)
+    ]
+    two_ranks(same_as_alone, cases=cases)
+
+
+def random_cases(count):
+    choose = random.Random(5).choice
+    kinds = [*KINDS, "given", {"kind": "very_sparse", "sparsity": 12.0}]
+    return [
+        {
+            "into": choose(range(1, 24)), "out": choose(range(1, 24)), "way": choose(["columns", "rows"]),
+            "kinds": [choose(kinds) for _ in range(choose([1, 1, 2]))], "before": choose([True, False]),
+            "bias": choose([True, False]), "r": choose([1, 3, 4, 30]), "n": choose([None, 1, 7]),
+            "strategy": choose(["auto", *STRATEGIES]), "tokens": choose([(0,), (1,), (5,), (2, 20)]),
+        }
+        for _ in range(count)
+    ]  # fmt: skip
+
+
+def test_so_does_any_layer_on_ranks_that_may_have_nothing_of_it(four_ranks):
+    four_ranks(same_as_alone, cases=random_cases(40))
+
+
+def in_any_dtype():
+    """Bounds as of the whole layer: errors against float64, at most twice those of one process."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for into, out in ((24, 40), (40, 24), (32, 32)):
+            for way in ("columns", "rows"):
+                exact = call(adapted(into, out))
+                alone, parallel = (adapted(into, out, way=w) for w in (None, way))
+                x = normal(6, into, seed=8)
+                found = []
+                for model in (alone, parallel):
+                    with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+                        model.float()
+                        assert model[0].randlora_lambda["0"].dtype == torch.float32
+                        y = model(x.view(2, 3, into))
+                        expected_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+                        assert y.dtype == expected_dtype
+                        (y * normal(2, 3, out, seed=9)).sum().backward()
+                    found.append([y.detach(), *(p.grad for part in model[0].trained_parts() for p in part.values())])
+                reference = [exact[0], *exact[2:]]
+                for e, a, p in zip(reference, *found, strict=True):
+                    size = torch.linalg.vector_norm(e)
+                    errors = [torch.linalg.vector_norm(t.double() - e) / size for t in (a, p)]
+                    assert errors[1] <= 2 * errors[0] + torch.finfo(dtype).eps, (dtype, into, out, way, errors)
+
+
+def test_in_16_bits_it_is_as_exact(two_ranks):
+    two_ranks(in_any_dtype)
+
+
+# ---- what is sent ----
+
+
+def sent(adapt):
+    """Collectives with the numbers they carry, of a forward and a backward of a column- and a row-parallel layer."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace in ("c10d", "_c10d_functional") and "reduce" in func.__name__:
+                first = args[0][0] if isinstance(args[0], list) else args[0]
+                found.append((func.__name__.split(".")[0].strip("_"), first.numel()))
+            return func(*args, **(kwargs or {}))
+
+    found = []
+    model = nn.Sequential(make_base(12, 40), nn.Tanh(), make_base(40, 12)).requires_grad_(False)
+    for name, way in (("0", "columns"), ("2", "rows")):
+        parallelize(model, way, name, whole=False)
+    if adapt:
+        for i in (0, 2):
+            model[i] = randlora.Linear(model[i], r=4, num_bases=3)
+    x = normal(5, 12).requires_grad_()
+    with Counting():
+        model(x).sum().backward()
+    return found
+
+
+def test_only_the_gradients_of_lambda_and_gamma_are_sent(two_ranks):
+    (plain, *_), (adapted_, *_) = two_ranks(sent, adapt=False), two_ranks(sent, adapt=True)
+    of_activations, of_parameters = 5 * 12, 4 * 3 + 3 * 12
+    assert sorted(plain) == [("all_reduce", of_activations)] * 2
+    assert sorted(adapted_) == sorted([*plain, ("allreduce", of_parameters), ("allreduce", of_parameters)])
+
+
+def memory_of_bases():
+    made = {}
+    for way in ("columns", "rows"):
+        model = adapted(32, 64, way=way, r=4)
+        call(model)
+        whole = model[0].bases["0"]
+        from randlora.bases.slices import _slices
+
+        made[way] = whole.nbytes, [s.copies.nbytes for s in _slices[whole].values()]
+    return made
+
+
+def test_a_rank_makes_the_part_of_the_bases_that_it_needs(two_ranks):
+    r, n, item = 4, 8, 8
+    expected = {"columns": (0, [(r * 32 + 32 * n * r) * item]), "rows": (0, [(r * 16 + 64 * n * r) * item])}
+    assert two_ranks(memory_of_bases) == [expected, expected]
+
+
+def given_bases_that_are_written_to():
+    for way in ("columns", "rows"):
+        A, B = normal(3, 1, 12, seed=5).double(), normal(40, 4, 3, seed=6).double()
+        models = []
+        for w in (None, way):
+            layers = adapted(12, 40, way=w, n=4)
+            layers[0].update_layer("given", A, B, r=3, num_bases=4, init_weights=False)
+            layers[0].set_adapter("given")
+            models.append(randomize(layers[0]) and layers)
+        before = call(models[0])
+        assert_equal(before, call(models[1]))
+        with torch.no_grad():
+            B.mul_(-0.5)
+        now = call(models[0])
+        assert_equal(now, call(models[1]))
+        assert (now[0] - before[0]).abs().max() > 0.1
+
+
+def test_what_is_written_to_given_bases_is_seen(two_ranks):
+    two_ranks(given_bases_that_are_written_to)
+
+
+# ---- adapters: off, in part, per sample, merged ----
+
+
+def which_act():
+    for way in ("columns", "rows"):
+        alone, parallel = (adapted(12, 20, way=w, kinds=["dense", "hadamard"]) for w in (None, way))
+        plain = nn.Sequential(make_base(12, 20, dtype=torch.float64))
+        for change in (
+            lambda layer: layer.set_adapter("1"),
+            lambda layer: layer.enable_adapters(False),
+            lambda layer: layer.enable_adapters(True),
+            lambda layer: layer.set_adapter(["0", "1"]),
+            lambda layer: layer.delete_adapter("0"),
+        ):
+            for model in (alone, parallel):
+                change(model[0])
+            assert_equal(call(alone), call(parallel))
+        parallel[0] = parallel[0].get_base_layer()
+        x = normal(4, 12, dtype=torch.float64)
+        torch.testing.assert_close(parallel(x), plain(x))
+
+
+def test_the_same_adapters_act(two_ranks):
+    two_ranks(which_act)
+
+
+def per_sample():
+    from randlora.layers.mixed_batch import mixed_batch
+
+    for way in ("columns", "rows"):
+        results = []
+        for w in (None, way):
+            model = adapted(12, 20, way=w, kinds=["dense", "hadamard"])
+            with mixed_batch(model, [model[0]], ["1", "__base__", "0", "1"]):
+                results.append(call(model, (4, 3)))
+        assert_equal(*results)
+
+
+def test_samples_go_through_their_own_adapters(two_ranks):
+    two_ranks(per_sample)
+
+
+def merging():
+    for way in ("columns", "rows"):
+        for into, out in ((12, 21), (21, 12)):
+            for before in (True, False):
+                model = adapted(into, out, way=way, before=before, kinds=["dense", "hadamard", "very_sparse"])
+                layer, alone = model[0], adapted(into, out, kinds=["dense", "hadamard", "very_sparse"])
+                weight, expected = layer.weight.to_local().clone(), call(alone)[0]
+                layer.merge(safe_merge=True, adapter_names=["1", "0"])
+                torch.testing.assert_close(call(model)[0], expected)
+                layer.merge()
+                torch.testing.assert_close(call(model)[0], expected)
+                alone[0].merge()
+                torch.testing.assert_close(layer.weight.full_tensor(), alone[0].weight)
+                layer.unmerge()
+                assert torch.equal(layer.weight.to_local(), weight)
+                with torch.no_grad():  # not finite on one rank only
+                    layer.randlora_gamma["0"][:, -1] = float("nan")
+                with pytest.raises(ValueError, match="NaN"):
+                    layer.merge(safe_merge=True)
+                assert torch.equal(layer.weight.to_local(), weight) and not layer.merged
+
+
+def test_each_rank_merges_its_part(two_ranks):
+    two_ranks(merging)
+
+
+def hooks_of_others():
+    model = adapted(12, 20, way="columns")
+    model[0].get_base_layer().register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="with hooks"):
+        model[0].merge()
+
+
+def test_what_others_put_around_it_is_not_merged_into(two_ranks):
+    two_ranks(hooks_of_others)
+
+
+# ---- dropout ----
+
+
+def dropped(kind):
+    """Whether the mask is one for all ranks and drops what it should: of ones, by a layer that repeats its inputs."""
+    shares = {}
+    for way in ("columns", "rows"):
+        torch.manual_seed(distributed.get_rank())  # ranks need not draw the same numbers
+        model = adapted(24, 24, way=way, kinds=[kind], randlora_dropout=0.4, bias=False)
+        alone = adapted(24, 24, kinds=[kind], bias=False)
+        with torch.no_grad():
+            alone[0].get_base_layer().weight.zero_()
+            model[0].get_base_layer().weight.zero_()
+        x = normal(300, 24, seed=3, dtype=torch.float64).requires_grad_()
+        y = model(x)
+        everywhere = [torch.empty_like(y) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(everywhere, y.detach())
+        assert torch.equal(everywhere[0], everywhere[1])
+        update = alone[0].get_delta_weight("0").detach()
+        mask = torch.linalg.lstsq(update, y.detach().t()).solution.t() / x.detach() * 0.6  # what went in
+        assert ((mask - mask.round()).abs() < 1e-6).all() and set(mask.round().flatten().tolist()) == {0.0, 1.0}
+        shares[way] = mask.mean().item()
+        halves = mask.round()[:, :12], mask.round()[:, 12:]
+        assert 0.3 < (halves[0] == halves[1]).double().mean() < 0.7  # not the same mask for each part
+        g = normal(300, 24, seed=4, dtype=torch.float64)
+        y.backward(g)
+        torch.testing.assert_close(x.grad, (g @ update) * mask.round() / 0.6)
+        dW = (g.t() @ (x.detach() * mask.round() / 0.6)).detach()
+        lam, gamma = alone[0].randlora_lambda["0"], alone[0].randlora_gamma["0"]
+        (alone[0].get_delta_weight("0") * dW).sum().backward()
+        torch.testing.assert_close(model[0].randlora_lambda["0"].grad, lam.grad)
+        torch.testing.assert_close(model[0].randlora_gamma["0"].grad, gamma.grad)
+        model.eval()
+        torch.testing.assert_close(model(x), x @ update.t())
+    return shares
+
+
+@pytest.mark.parametrize("kind", ["dense", "hadamard"])
+def test_dropout_has_one_mask_for_all_ranks(two_ranks, kind):
+    for shares in two_ranks(dropped, kind=kind):
+        assert all(0.57 < share < 0.63 for share in shares.values()), shares
+
+
+def checkpointed():
+    from torch.utils.checkpoint import checkpoint
+
+    for way in ("columns", "rows"):
+        torch.manual_seed(distributed.get_rank())
+        model = adapted(12, 20, way=way, randlora_dropout=0.4)
+        state = torch.get_rng_state()
+        expected = call(model)
+        torch.set_rng_state(state)
+        layer, got = model[0], copy.copy(model)
+        got.forward = lambda x: checkpoint(model.forward, x, use_reentrant=False)
+        assert layer is got[0]
+        assert_equal(expected, call(got))
+
+
+def test_checkpointing_drops_the_same(two_ranks):
+    two_ranks(checkpointed)
+
+
+# ---- layouts ----
+
+
+def layouts():
+    """Whatever layout the input comes in, and where the weight is whole on every rank."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    here = mesh()
+    expected = call(adapted(12, 20))
+    for cut in (Shard(0), Shard(1), Replicate()):
+        for of_x in (Replicate(), Shard(0), Shard(1), Shard(2)):
+            model = adapted(12, 20)
+            base = model[0].get_base_layer()
+            base.weight = nn.Parameter(distribute_tensor(base.weight.detach(), here, [cut]), requires_grad=False)
+            of_bias = Shard(0) if cut == Shard(0) else Replicate()
+            base.bias = nn.Parameter(distribute_tensor(base.bias.detach(), here, [of_bias]), requires_grad=False)
+            x = distribute_tensor(normal(2, 3, 12, seed=8, dtype=torch.float64), here, [of_x]).requires_grad_()
+            g = distribute_tensor(normal(2, 3, 20, seed=9, dtype=torch.float64), here, [Replicate()])
+            y = model(x)
+            assert isinstance(y, DTensor)
+            (y * g).sum().backward()
+            found = [y.full_tensor(), x.grad.full_tensor()]
+            found += [p.grad for part in model[0].trained_parts() for p in part.values()]
+            try:
+                assert_equal(expected, found)
+            except AssertionError as error:
+                raise AssertionError(f"{cut}, {of_x}") from error
+
+
+def test_any_layout_of_the_input_is_right(two_ranks):
+    two_ranks(layouts)
+
+
+# ---- what is refused ----
+
+
+def refused():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Partial, Shard, distribute_tensor
+
+    x = normal(2, 12, dtype=torch.float64)
+    for way in ("columns", "rows"):
+        model = adapted(12, 20)
+        before = list(model.state_dict())
+        with pytest.raises(ValueError, match="name the base layer in the plan"):
+            parallelize(model, way, "0")
+        assert list(model.state_dict()) == before and torch.isfinite(model(x)).all()
+
+    square = init_device_mesh("cpu", (2, distributed.get_world_size() // 2))
+    for where, placements in ((square, [Shard(0), Shard(1)]), (square, [Shard(0), Shard(0)]), (mesh(), [Partial()])):
+        model = adapted(12, 20)
+        base = model[0].get_base_layer()
+        weight = distribute_tensor(base.weight.detach(), where, [p for p in placements if p != Partial()] or [Shard(0)])
+        if placements == [Partial()]:
+            weight = type(weight).from_local(base.weight.detach(), where, placements)
+        base.weight = nn.Parameter(weight, requires_grad=False)
+        with pytest.raises(ValueError, match=r"must be cut by columns, Shard\(0\), or by rows"):
+            model(x)
+        with pytest.raises(ValueError, match="must be cut by columns"):
+            model[0].merge()
+
+    model = adapted(12, 20, way="columns")
     from torch.distributed.tensor import Replicate
 
-    return {
-        "columns": ColwiseParallel(output_layouts=Replicate()),
-        "rows": RowwiseParallel(input_layouts=Replicate()),
-    }, parallelize_module
+    lam = model[0].randlora_lambda
+    lam["0"] = nn.Parameter(distribute_tensor(lam["0"].detach(), mesh(), [Replicate()]))
+    with pytest.raises(ValueError, match="leave them out of the parallel plan"):
+        model(x)
+
+    class Twice(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(nn.functional.linear(x, self.weight), self.weight)
+
+    base = Twice(12, 12, dtype=torch.float64)
+    layer = randlora.Linear(base, r=3)
+    parallelize(layer, "columns", "base_layer")
+    with pytest.raises(TypeError, match="computed 2 of them"):
+        layer(x)
 
 
-def run(layer, x, target):
-    x = x.clone().requires_grad_()
-    y = layer(x)
-    (y * target).sum().backward()
-    of = layer[0]
-    return [y.detach(), x.grad, *(p.grad for part in of.trained_parts() for p in part.values())]
-
-
-def one_layer(into, out, way, bias, kinds, before):
-    mesh = mesh_of(distributed.get_world_size())
-    plan, parallelize = styles()
-    results = []
-    for parallel in (False, True):
-        model = nn.Sequential(make_base(into, out, bias, torch.float64))
-        if parallel and before:
-            parallelize(model, mesh, {"0": plan[way]})
-        for i, kind in enumerate(kinds):
-            M, m = max(into, out), min(into, out)
-            bases = randlora.RandomBases(M, m, 4, kind=kind)
-            if i == 0:
-                model[0] = randlora.Linear(model[0], "0", r=4, randlora_alpha=6, bases=bases)
-            else:
-                model[0].update_layer(str(i), r=4, randlora_alpha=6, bases=bases)
-        model[0].set_adapter([str(i) for i in range(len(kinds))])
-        randomize(model[0])
-        if parallel and not before:
-            parallelize(model, mesh, {"0.base_layer": plan[way]})
-        results.append(run(model, normal(2, 3, into, seed=8, dtype=torch.float64), normal(2, 3, out, seed=9, dtype=torch.float64)))
-    for expected, got in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("before", [True, False])
-@pytest.mark.parametrize("way", ["columns", "rows"])
-@pytest.mark.parametrize("into, out", [(12, 40), (40, 12), (16, 16)])
-def test_one(two_ranks, into, out, way, before):
-    two_ranks(one_layer, into=into, out=out, way=way, bias=True, kinds=["dense"], before=before)
+def test_what_cannot_be_computed_is_refused(four_ranks):
+    four_ranks(refused)
