@@ -1,8 +1,8 @@
 """The update of a part of a layer: of some of its outputs, or from some of its inputs.
 
-A shard of dW takes rows of B and columns of A and gamma, all of P. Its narrow side, the one that gamma belongs to,
-need not be the smaller one of the shard: a square layer's weight, cut into rows, is ``[d / N, d]`` and still ``B2 @ S2``
-with S2 ``[P, d]``. The operator of whole layers tells its sides by their sizes, so this is done by two plain products.
+A shard of dW takes rows of B and columns of A and gamma, all of P. The side that gamma belongs to need not be the
+smaller one of the shard: a square layer's weight, cut in its outputs, is ``[d / N, d]`` and still ``B2 @ S2`` with S2
+``[P, d]``. The operator of whole layers tells the sides by their sizes, so this is done by two plain products.
 
 With ``first`` and ``second`` for what the input passes through, S2 and B2^T where gamma belongs to the inputs, B2^T and
 S2 where it belongs to the outputs:
@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from ..ops import calls
 
 
-class Part(NamedTuple):
+class ShardCall(NamedTuple):
     """What is fixed in a call: the bases ``A [r, 1, c]`` and ``B [rows, n, r]``, and how to compute."""
 
     A: Tensor
@@ -64,36 +64,36 @@ class Part(NamedTuple):
         return tokens * P * of_hidden <= 2 * (P + tokens) * into * out
 
 
-def shard_update(x: Tensor, lam: Tensor, gamma: Tensor, part: Part) -> Tensor:
-    """``[..., out]`` in `part`'s dtype, from x ``[..., in]``, lambda ``[r, n]`` and the part of gamma ``[n, c]``.
+def shard_update(x: Tensor, lam: Tensor, gamma: Tensor, call: ShardCall) -> Tensor:
+    """``[..., out]`` in `call`'s dtype, from x ``[..., in]``, lambda ``[r, n]`` and the part of gamma ``[n, c]``.
 
     For backward it keeps x, lambda and gamma, as they are. It can be differentiated once.
     """
-    y: Tensor = _ShardUpdate.apply(x, lam, gamma, part)
+    y: Tensor = _ShardUpdate.apply(x, lam, gamma, call)
     return y
 
 
-def shard_matrix(lam: Tensor, gamma: Tensor, part: Part) -> Tensor:
+def shard_matrix(lam: Tensor, gamma: Tensor, call: ShardCall) -> Tensor:
     """The part's dW, ``[out, in]``."""
-    into, out = part.features
+    into, out = call.features
     if not into * out:
-        return lam.new_zeros(out, into, dtype=part.dtype)
-    first, second = part.factors(lam, gamma)
+        return lam.new_zeros(out, into, dtype=call.dtype)
+    first, second = call.factors(lam, gamma)
     return second.t() @ first
 
 
 class _ShardUpdate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lam: Tensor, gamma: Tensor, part: Part) -> Tensor:
+    def forward(ctx: Any, x: Tensor, lam: Tensor, gamma: Tensor, call: ShardCall) -> Tensor:
         ctx.save_for_backward(x, lam, gamma)
-        ctx.part = part
-        into, out = part.features
+        ctx.call = call
+        into, out = call.features
         if not x.numel() * out:  # no tokens, or a rank for which nothing of the weight is left
-            return x.new_zeros((*x.shape[:-1], out), dtype=part.dtype)
+            return x.new_zeros((*x.shape[:-1], out), dtype=call.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            rows = part.dropped(x.to(part.dtype).reshape(-1, into))
-            first, second = part.factors(lam, gamma)
-            if part.is_factored(len(rows), backward=False):
+            rows = call.dropped(x.to(call.dtype).reshape(-1, into))
+            first, second = call.factors(lam, gamma)
+            if call.is_factored(len(rows), backward=False):
                 y = (rows @ first.t()) @ second
             else:
                 y = rows @ (first.t() @ second)
@@ -103,27 +103,28 @@ class _ShardUpdate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, lam, gamma = ctx.saved_tensors
-        part: Part = ctx.part
+        call: ShardCall = ctx.call
         need_x, need_lambda, need_gamma, _ = ctx.needs_input_grad
-        into, out = part.features
+        into, out = call.features
         if not x.numel() * out:
-            zeros = (t.new_zeros(t.shape) if need else None for t, need in zip((x, lam, gamma), ctx.needs_input_grad))
+            needs = need_x, need_lambda, need_gamma
+            zeros = [torch.zeros_like(t) if need else None for t, need in zip((x, lam, gamma), needs, strict=True)]
             return *zeros, None
         with torch.autocast(x.device.type, enabled=False):
-            g = grad.to(part.dtype).reshape(-1, out)
+            g = grad.to(call.dtype).reshape(-1, out)
             need_parameters = need_lambda or need_gamma
-            rows = part.dropped(x.to(part.dtype).reshape(-1, into)) if need_parameters else None
-            first, second = part.factors(lam, gamma)
-            if part.is_factored(len(g), backward=True):
-                dx, dS2 = _factored_backward(g, rows, first, second, need_x, part.gamma_is_of_inputs)
+            rows = call.dropped(x.to(call.dtype).reshape(-1, into)) if need_parameters else None
+            first, second = call.factors(lam, gamma)
+            if call.is_factored(len(g), backward=True):
+                dx, dS2 = _factored_backward(g, rows, first, second, need_x, call.gamma_is_of_inputs)
             else:
-                dx, dS2 = _materialized_backward(g, rows, first, second, need_x, part.gamma_is_of_inputs)
+                dx, dS2 = _materialized_backward(g, rows, first, second, need_x, call.gamma_is_of_inputs)
             d_lambda = d_gamma = None
             if dS2 is not None:
-                dS = dS2.view(part.A.shape[0], -1, part.A.shape[2])
-                found = calls.unique_base_backward(dS, part.A, lam, gamma, part.scale, need_lambda, need_gamma)
-                d_lambda, d_gamma = (t if need else None for t, need in zip(found, (need_lambda, need_gamma)))
-            d_x = None if dx is None else part.dropped(dx).to(x.dtype).view(x.shape)
+                dS = dS2.view(call.A.shape[0], -1, call.A.shape[2])
+                found = calls.unique_base_backward(dS, call.A, lam, gamma, call.scale, need_lambda, need_gamma)
+                d_lambda, d_gamma = found[0] if need_lambda else None, found[1] if need_gamma else None
+            d_x = None if dx is None else call.dropped(dx).to(x.dtype).view(x.shape)
         return d_x, d_lambda, d_gamma, None
 
 

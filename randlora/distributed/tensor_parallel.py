@@ -9,7 +9,7 @@ between, right at the product (:class:`_AtTheProduct`), so that activations are 
 
 lambda and gamma are whole on every rank. What a rank computes for them is a part of their gradients, and the parts are
 summed: all that is sent for an adapter. Bases never travel. A rank makes the rows of B and the columns of A that its
-shard needs (:mod:`randlora.bases.slices`). Where the bases are used through transforms or lists, Hadamard ones and very
+shard needs (:mod:`randlora.bases.parts`). Where the bases are used through transforms or lists, Hadamard ones and very
 sparse ones on the CPU, each rank computes the whole update of its tokens and keeps its part.
 
 This module imports ``torch.distributed``: it is imported where there is a DTensor.
@@ -30,16 +30,21 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.overrides import TorchFunctionMode
 
 from .. import planner
-from ..bases.slices import Interval, Slice, is_cut, slice_of
+from ..bases import parts
+from ..bases.copies import canonical
+from ..dtensors import distributed_weight
 from ..dtypes import at_least_fp32
 from ..functional import compute_dtype, linear_of
 from ..layers.mixed_batch import add_updates
-from .shard_update import Part, shard_matrix, shard_update
+from .shard_update import ShardCall, shard_matrix, shard_update
 
 if TYPE_CHECKING:
     from ..layers.linear import Linear
 
 # ---- what a rank has of a weight ----
+
+
+Interval = tuple[int, int]  # begin and end
 
 
 class Share(NamedTuple):
@@ -79,15 +84,17 @@ def share_of(layer: Linear, weight: Tensor) -> Share:
     return _share(weight.device_mesh, tuple(weight.placements), shape, tuple(local.shape))
 
 
-@functools.lru_cache(maxsize=4096)
-def _share(mesh: DeviceMesh, placements: tuple[Placement, ...], shape: tuple[int, int], local: tuple[int, int]) -> Share:
-    cut = [(axis, p) for axis, p in enumerate(placements) if not isinstance(p, Replicate) and mesh.size(axis) > 1]
+def _share(
+    mesh: DeviceMesh, placements: tuple[Placement, ...], shape: tuple[int, int], local: tuple[int, ...]
+) -> Share:
+    cut = [axis for axis, p in enumerate(placements) if not isinstance(p, Replicate) and mesh.size(axis) > 1]
     whole = (0, shape[0]), (0, shape[1])
     place = mesh.get_coordinate()
     if not cut:
         return Share(mesh, None, None, *whole)
-    if len(cut) == 1 and type(cut[0][1]) is Shard and place is not None:
-        ((axis, placement),) = cut
+    axis = cut[0]
+    placement = placements[axis]
+    if len(cut) == 1 and type(placement) is Shard and place is not None:
         dim = placement.dim % 2
         size = -(-shape[dim] // mesh.size(axis))  # as torch.chunk cuts
         begin = min(place[axis] * size, shape[dim])
@@ -104,7 +111,6 @@ def _share(mesh: DeviceMesh, placements: tuple[Placement, ...], shape: tuple[int
 # ---- a call ----
 
 
-@torch.compiler.disable
 def forward(layer: Linear, x: Tensor, adapters: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
     """The base layer's output with the updates of `adapters`, or of every sample's own in a mixed batch.
 
@@ -116,9 +122,14 @@ def forward(layer: Linear, x: Tensor, adapters: Sequence[str], *args: Any, **kwa
             not compute its product by ``torch.nn.functional.linear``.
     """
     base = layer.get_base_layer()
-    share = share_of(layer, base.weight)
+    weight = distributed_weight(base)
+    assert weight is not None
+    share = share_of(layer, weight)
+
+    products: list[None] = []
 
     def add(x: Tensor, product: Tensor) -> Tensor:
+        products.append(None)
         if not isinstance(x, DTensor):
             return product + _update(layer, share, x, _layout(share, (Replicate(),) * share.mesh.ndim, 0), adapters)
         layout = _layout(share, x.placements, x.dim())
@@ -130,12 +141,12 @@ def forward(layer: Linear, x: Tensor, adapters: Sequence[str], *args: Any, **kwa
         update = update.to(product.dtype)
         return product + DTensor.from_local(update, share.mesh, layout.y, run_check=False, shape=shape, stride=stride)
 
-    with _AtTheProduct(add) as watched:
+    with _AtTheProduct(add):
         result: Tensor = base(x, *args, **kwargs)
-    if watched.products != 1:
+    if len(products) != 1:
         raise TypeError(
             "tensor parallel: an update can only be added to one product by torch.nn.functional.linear, and the base "
-            f"layer, a {type(base).__name__}, computed {watched.products} of them"
+            f"layer, a {type(base).__name__}, computed {len(products)} of them"
         )
     return result
 
@@ -149,7 +160,7 @@ class _AtTheProduct(TorchFunctionMode):
 
     def __init__(self, add: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self.add, self.products = add, 0
+        self.add = add
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -157,7 +168,6 @@ class _AtTheProduct(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if func is not F.linear:
             return result
-        self.products += 1
         return self.add(args[0] if args else (kwargs or {})["input"], result)
 
 
@@ -209,12 +219,15 @@ def _update_of(layer: Linear, share: Share, layout: _Layout, x: Tensor, adapter:
     p = dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
     seed = _seed(share.mesh, layout, x.device) if p else None
     dtype, strategy = compute_dtype(x), planner.without_weight(layer.strategy)
-    if is_cut(layer._bases(adapter), x.device):
-        bases, (begin, end) = _slice(layer, share, adapter)
-        A, B = bases.tensors(dtype, x.device)
-        scale, of_inputs = layer.scaling[adapter] * bases.scale, layer.in_features <= layer.out_features
-        return shard_update(x, lam, gamma[:, begin:end], Part(A, B, scale, of_inputs, dtype, strategy, p, seed))
-    pattern, factor = layer._pattern(adapter, x.device)
+    bases = layer._bases(adapter)
+    whole = None if parts.is_cut(bases, x.device) else layer._pattern(adapter, x.device)
+    if whole is None:
+        part = _part(layer, share, adapter, dtype, x.device)
+        A, B = bases.part(part)
+        scale = layer.scaling[adapter] * bases.scale
+        call = ShardCall(A, B, scale, _is_wide(layer), dtype, strategy, p, seed)
+        return shard_update(x, lam, gamma[:, part.column : part.stop], call)
+    pattern, factor = whole
     y = linear_of(
         F.pad(x, (share.columns[0], layer.in_features - share.columns[1])), None, None, None, None, lam, gamma,
         layer.scaling[adapter] * factor, p, dtype, strategy, layer.out_features, False, layer.workspace, seed, pattern,
@@ -222,10 +235,15 @@ def _update_of(layer: Linear, share: Share, layout: _Layout, x: Tensor, adapter:
     return y[..., slice(*share.rows)]
 
 
-def _slice(layer: Linear, share: Share, adapter: str) -> tuple[Slice, Interval]:
-    """The share's part of the bases, and of the columns of gamma."""
-    sides = (share.rows, share.columns) if layer.in_features <= layer.out_features else (share.columns, share.rows)
-    return slice_of(layer._bases(adapter), *sides, layer.num_bases[adapter]), sides[1]
+def _part(layer: Linear, share: Share, adapter: str, dtype: torch.dtype, device: torch.device) -> parts.Part:
+    """What the share needs of an adapter's bases."""
+    rows, columns = (share.rows, share.columns) if _is_wide(layer) else (share.columns, share.rows)
+    return parts.Part(*rows, *columns, layer.num_bases[adapter], dtype, canonical(device))
+
+
+def _is_wide(layer: Linear) -> bool:
+    """Whether gamma and A belong to the inputs, and B to the outputs."""
+    return layer.in_features <= layer.out_features
 
 
 def _trained(layer: Linear, adapter: str, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -276,8 +294,9 @@ class _SummedGradients(torch.autograd.Function):
         flat = torch.cat([grad.reshape(-1) for grad in wanted])
         for group in ctx.groups:
             dist.all_reduce(flat, group=group)
-        parts = iter(part.view_as(grad) for part, grad in zip(flat.split([g.numel() for g in wanted]), wanted, strict=True))
-        return *(next(parts) if need else None for need in ctx.needs_input_grad[:2]), None
+        sums = flat.split([grad.numel() for grad in wanted])
+        found = iter([total.view_as(grad).to(grad.dtype) for total, grad in zip(sums, wanted, strict=True)])
+        return *(next(found) if need else None for need in ctx.needs_input_grad[:2]), None
 
 
 # ---- merging ----
@@ -287,13 +306,14 @@ def delta_like(layer: Linear, adapter: str, weight: Tensor) -> Tensor:
     """``dW`` of an adapter as a DTensor that is cut as the weight is; every rank makes its own part. fp32 or fp64."""
     assert isinstance(weight, DTensor)
     share, device = share_of(layer, weight), weight.to_local().device
-    if is_cut(layer._bases(adapter), device):
+    bases = layer._bases(adapter)
+    if parts.is_cut(bases, device):
         lam, gamma = _trained(layer, adapter, device)
         dtype = at_least_fp32(lam.dtype)
-        bases, (begin, end) = _slice(layer, share, adapter)
-        A, B = bases.draw(dtype, device)  # a matrix is built once in a while: nothing of it need stay
-        scale, of_inputs = layer.scaling[adapter] * bases.scale, layer.in_features <= layer.out_features
-        local = shard_matrix(lam, gamma[:, begin:end], Part(A, B, scale, of_inputs, dtype, "materialized"))
+        part = _part(layer, share, adapter, dtype, device)
+        A, B = bases.draw_part(part)  # a matrix is built once in a while: nothing of them need stay
+        call = ShardCall(A, B, layer.scaling[adapter] * bases.scale, _is_wide(layer), dtype, "materialized")
+        local = shard_matrix(lam, gamma[:, part.column : part.stop], call)
     else:
         local = layer.get_delta_weight(adapter).to(device)[slice(*share.rows), slice(*share.columns)].contiguous()
     return DTensor.from_local(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..checks import require_dtype
-from ..distributed.dtensors import cut_by_a_plan
+from ..dtensors import cut_by_a_plan
 from ..private_torch import FakeTensor, unsafe_view
 from . import offload, quantized
 from .quantized_kinds import kind_of

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import planner
 from ..bases.random_bases import RandomBases
-from ..distributed.dtensors import distributed_weight
+from ..dtensors import distributed_weight
 from ..functional import compute_dtype, linear_of
 from ..planner import STRATEGIES
 from ..private_torch import NonDynamicallyQuantizableLinear
@@ -135,8 +135,8 @@ class Linear(nn.Linear, RandLoraLayer, CachedForward, Noticed):
         """
         if name in ("weight", "bias") or "." in name:
             raise ValueError(
-                f"{name!r} belongs to the base layer of this adapted layer: parallelize the model before it is adapted, "
-                "or name the base layer in the plan, as in '...q_proj.base_layer'"
+                f"{name!r} is the base layer's, which a parallel plan must name itself: parallelize the model before it is "
+                "adapted, or name the base layer in the plan, as in '...q_proj.base_layer'"
             )
         super().register_parameter(name, param)
 

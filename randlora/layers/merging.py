@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed.dtensors import all_finite, is_dtensor
+from ..dtensors import all_finite, is_dtensor
 from . import base_layer as base_layers
 from . import offload, quantized
 from .shared_state import SharedState
@@ -81,7 +81,8 @@ class Mergeable(SharedState):
         if is_dtensor(weight):
             from ..distributed import tensor_parallel  # which imports torch.distributed
 
-            return tensor_parallel.delta_like(self, name, weight)
+            layer: Any = self
+            return tensor_parallel.delta_like(layer, name, weight)
         return self.get_delta_weight(name).to(weight.device)
 
     def check_merge(self, adapter_names: Sequence[str]) -> None:

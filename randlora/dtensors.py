@@ -7,7 +7,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from ..private_torch import was_distributed
+from .private_torch import was_distributed
 
 
 def is_dtensor(value: object) -> bool:
