@@ -135,8 +135,8 @@ class Linear(nn.Linear, RandLoraLayer, CachedForward, Noticed):
         """
         if name in ("weight", "bias") or "." in name:
             raise ValueError(
-                f"{name!r} is the base layer's, which a parallel plan must name itself: parallelize the model before it is "
-                "adapted, or name the base layer in the plan, as in '...q_proj.base_layer'"
+                f"{name!r} is the base layer's, which a parallel plan must name itself, as in '...q_proj.base_layer': "
+                "name it in the plan, or parallelize the model before it is adapted"
             )
         super().register_parameter(name, param)
 

@@ -347,7 +347,7 @@ def refused():
     for way in ("columns", "rows"):
         model = adapted(12, 20)
         before = list(model.state_dict())
-        with pytest.raises(ValueError, match="name the base layer in the plan"):
+        with pytest.raises(ValueError, match="a parallel plan must name itself"):
             parallelize(model, way, "0")
         assert list(model.state_dict()) == before and torch.isfinite(model(x)).all()
 
