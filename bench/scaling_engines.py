@@ -5,11 +5,12 @@ pipeline see the same tokens, so that they take as many calls of `tokens` tokens
 a pipeline takes four times as many of a quarter each, one forward and one backward in turn. Blocks are checkpointed:
 their inputs are kept, and their forward pass is computed once more.
 
-**Memory.** Bytes of the rank that holds most. Weights in bf16; lambda and gamma (or LoRA's factors), their gradients
-and Adam's moments in fp32. FSDP2 shards by rows, so that no rank holds less than one row of a tensor, and what is
-gathered has as many rows as ranks at least; two blocks are gathered at a time (the next one is on its way), and the
-embedding and the head stay gathered. Bases are whole on every rank and never travel. Activations: the inputs of all
-blocks, and the larger of what a block keeps while its backward runs and of the logits at the loss.
+**Memory.** Bytes of the rank that holds most; the peaks of all parts are added, which is more than any moment has.
+Weights in bf16; lambda and gamma (or LoRA's factors), their gradients and Adam's moments in fp32. FSDP2 shards by rows,
+so that no rank holds less than one row of a tensor, and what is gathered has as many rows as ranks at least; two blocks
+are gathered at a time (the next one is on its way), and the embedding and the head stay gathered. DDP has its gradients
+once more, in its buckets. Bases are whole on every rank, but with tensor parallelism, and never travel. Activations:
+the inputs of all blocks, and the larger of what a block keeps while its backward runs and of the logits at the loss.
 
 **Time.** A collective over n ranks sends (n - 1) / n of its bytes from each rank, an all-reduce twice that, at the rate
 of the slowest link of its ring, with a latency per hop. Per node a ring has the adapters of all its members.
@@ -19,7 +20,8 @@ of the slowest link of its ring, with a latency per hop. Per node a ring has the
 - FSDP2: while a block is computed the next one is gathered, in the backward beside the reduce-scatter of the gradients
   of the one before; a block takes the longer of the two. The first gather of each pass and the last reduce-scatter have
   nothing beside them, nor has that of embedding and head.
-- Tensor parallelism: two all-reduces of a block's tokens in every pass, forward again included, which nothing covers.
+- Tensor parallelism: two all-reduces of a block's tokens in every pass, forward again included, and in the backward one
+  of each layer's gradients. Nothing covers them.
 - Pipeline: p - 1 of (calls + p - 1) turns are idle; tokens are sent beside the computation of others.
 """
 
@@ -142,7 +144,7 @@ class Case:
 
 # ---- memory ----
 
-PARTS = ("weights", "trained", "gradients", "adam", "bases", "gathered", "activations", "workspace")
+PARTS = ("weights", "trained", "gradients", "adam", "bases", "buffers", "activations", "workspace")
 
 
 def memory(case: Case, plan: Plan, method: str) -> dict[str, int]:
@@ -153,18 +155,18 @@ def memory(case: Case, plan: Plan, method: str) -> dict[str, int]:
     trained = blocks * sharded(adapter.trained, plan.shards)
     updated = -(-trained // plan.states)  # ZeRO's shards are flat
     ends = model.ends if plan.stages == 1 else _larger_end(model)
-    gathered = 0
+    buffers = trained if plan.replicas > 1 == plan.states else 0
     if plan.shards > 1:
         of_a_block = (*model.block, *adapter.trained)
-        gathered = min(GATHERED, blocks) * _padded(of_a_block, plan.shards) + _padded(model.ends, plan.shards)
-        gathered += _padded(adapter.trained, plan.shards)  # a block's gradients before they are scattered
+        buffers = min(GATHERED, blocks) * _padded(of_a_block, plan.shards) + _padded(model.ends, plan.shards)
+        buffers += _padded(adapter.trained, plan.shards)  # a block's gradients before they are scattered
     return {
         "weights": blocks * sharded(model.block, plan.shards) + sharded(ends, plan.shards),
         "trained": trained,
         "gradients": updated,
         "adam": 2 * updated,
         "bases": adapter.bases_bytes,
-        "gathered": gathered,
+        "buffers": buffers,
         "activations": _activations(case, plan, model, method, blocks),
         "workspace": adapter.told["workspace_bytes"],
     }
@@ -210,26 +212,27 @@ def step(case: Case, plan: Plan, method: str, gpu: str) -> Step:
     adapter = model.adapters[method]
     tensor = Group(plan.tp, plan.tp)
     sent, of_tokens = tensor.all_reduce(model.input_bytes)
-    in_forward, in_backward = FORWARD_ALL_REDUCES * of_tokens, BACKWARD_ALL_REDUCES * of_tokens
-    traffic = model.depth * calls * (FORWARD_ALL_REDUCES + BACKWARD_ALL_REDUCES) * sent
+    summed = [tensor.all_reduce(nbytes) for nbytes in adapter.summed]
+    in_forward = FORWARD_ALL_REDUCES * of_tokens
+    in_backward = BACKWARD_ALL_REDUCES * of_tokens + sum(seconds for _, seconds in summed)
+    sent = (FORWARD_ALL_REDUCES + BACKWARD_ALL_REDUCES) * sent + sum(sent for sent, _ in summed)
+    traffic = model.depth * calls * sent
     talking = model.depth * calls * (in_forward + in_backward)
-    summed, summing = tensor.all_reduce(adapter.summed_bytes)  # a block's gradients, over ranks of tensor parallelism
     computing = calls * (model.depth * (forward + backward) + ends)
     forward, backward = forward + in_forward, backward + in_backward
 
     if plan.shards > 1:
-        one, sent, busy = _sharded(plan, model, method, forward, backward, ends, summing)
-        seconds, traffic = calls * one, traffic + calls * (sent + model.depth * summed)
+        one, sent, busy = _sharded(plan, model, method, forward, backward, ends)
+        seconds, traffic = calls * one, traffic + calls * sent
         talking += calls * busy
     else:
         nbytes = sum(tensor.whole() for tensor in adapter.trained)
         group = plan.replica_group
         sent, of_block = group.gather(nbytes) if plan.states > 1 else group.all_reduce(nbytes)
-        of_block += summing
         whole = model.depth * of_block
         left = max(whole - (model.depth - 1) * backward, of_block)
         seconds = calls * (model.depth * (forward + backward) + ends) + left
-        talking, traffic = talking + whole, traffic + model.depth * (sent + summed)
+        talking, traffic = talking + whole, traffic + model.depth * sent
         if plan.states > 1:
             sent, updated = group.gather(model.depth * nbytes)
             seconds, talking, traffic = seconds + updated, talking + updated, traffic + sent
@@ -249,7 +252,7 @@ def _passes(case: Case, model: Model, method: str, rates: Rates) -> tuple[float,
 
 
 def _sharded(
-    plan: Plan, model: Model, method: str, forward: float, backward: float, ends: float, summing: float
+    plan: Plan, model: Model, method: str, forward: float, backward: float, ends: float
 ) -> tuple[float, float, float]:  # fmt: skip
     """Seconds, bytes sent and seconds of communication of one call with FSDP2."""
     group, trained = plan.shard_group, model.adapters[method].trained
@@ -257,7 +260,7 @@ def _sharded(
     gradients_sent, scatter = group.gather(_padded(trained, plan.shards))
     copies_sent, reduce = plan.replica_group.all_reduce(sharded(trained, plan.shards))
     ends_sent, ends_gather = group.gather(_padded(model.ends, plan.shards))
-    scatter += summing + reduce
+    scatter += reduce
     rest = model.depth - 1
     seconds = (
         ends_gather + gather + rest * max(forward, gather) + forward + ends

@@ -5,10 +5,10 @@ Shapes come from the model on the meta device, an adapter's numbers from :func:`
 counted here within 448 of 25 G bytes.
 
 With tensor parallelism a rank has its part of every linear layer's weight, by rows of q, k, v, gate, up, the embedding
-and the head, by columns of o and down; norms, lambda and gamma are whole on each. Of dense bases it needs rows of B
-where those are the outputs (or inputs) that it computes, and all d of them for o, k and v, whose shard is of A's
-columns. Dense updates are split as their weights are; hadamard's transforms are taken whole on every rank, a bound from
-above; LoRA has one factor whole and one split.
+and the head, by columns of o and down; norms, lambda and gamma are whole on each. As randlora.distributed does it, a
+rank has the rows of B and the columns of A that its shards need, one copy of each part: few rows of B for q, gate, up
+and down, all of them for o, k and v, whose shards are columns of A. Dense updates are split as their weights are, but
+for one of the two thin products; hadamard's are computed whole on every rank; LoRA has one factor whole and one split.
 """
 
 from __future__ import annotations
@@ -99,12 +99,12 @@ class Layer(NamedTuple):
 class Adapter:
     """Of one method: `told` by :func:`randlora.estimate` of one block; the others as :class:`Model` has them.
 
-    `summed_bytes`: of a block's gradients, those that the ranks of tensor parallelism have to add.
+    `summed`: of each layer, the bytes of gradients that the ranks of tensor parallelism have to add.
     """
 
     told: Mapping[str, Any]
     trained: tuple[Rows, ...]
-    summed_bytes: int
+    summed: tuple[int, ...]
     bases_bytes: int
     work: Part
 
@@ -169,8 +169,8 @@ def describe(name: str, tokens: int, sequence: int, r: int, tp: int = 1) -> Mode
     kept_bytes = kept_whole + kept_split / tp
     frozen_moved *= kept_bytes / (kept_whole + kept_split)  # what a rank has a part of it moves a part of
     adapters = {
-        DENSE: _randlora(told[DENSE], DENSE, whole, r, tp, moved),
-        HADAMARD: _randlora(told[HADAMARD], HADAMARD, whole, r, tp, _moved(whole, tokens)),
+        DENSE: _randlora(told[DENSE], DENSE, whole, r, tokens, tp, moved),
+        HADAMARD: _randlora(told[HADAMARD], HADAMARD, whole, r, tokens, tp, _moved(whole, tokens)),
         LORA: _lora(told["lora"], whole, tokens, tp, moved),
     }
     return Model(
@@ -191,47 +191,50 @@ def _moved(layers: Iterable[Layer], tokens: int) -> int:
     return tokens * sum(layer.in_features + layer.out_features for layer in layers) * BF16
 
 
-def _randlora(told: Mapping[str, Any], method: str, layers: list[Layer], r: int, tp: int, moved: int) -> Adapter:
-    trained = []
+def _randlora(
+    told: Mapping[str, Any], method: str, layers: list[Layer], r: int, tokens: int, tp: int, moved: int
+) -> Adapter:
+    trained: list[Rows] = []
+    summed: list[int] = []
     for layer in layers:
         m = min(layer.in_features, layer.out_features)
         n = bases_for_full_rank(m, r)
-        trained += [_rows(r, n, FP32), _rows(n, m, FP32)]
-    bases_bytes, split = told["bases_bytes"], 1
-    if method == DENSE:
-        n = max(bases_for_full_rank(min(layer[1:]), r) for layer in layers)
-        rows = max(max(layer[1:]) for layer in layers)
-        bases_bytes -= (rows - _rows_of_B(layers, tp)) * n * r * BF16
-        split = tp
-    forward = told["forward_multiply_adds"] / split
-    work = Part(method, forward, told["multiply_adds"] / split - forward, moved)
-    summed = sum(tensor.whole() for tensor in trained) if tp > 1 else 0
-    return Adapter(told, tuple(trained), summed, bases_bytes, work)
+        own = _rows(r, n, FP32), _rows(n, m, FP32)
+        trained += own
+        summed.append(sum(tensor.whole() for tensor in own))
+    forward = told["forward_multiply_adds"]
+    backward, bases_bytes = told["multiply_adds"] - forward, told["bases_bytes"]
+    if method == DENSE and tp > 1:
+        forward, backward, bases_bytes = _parts_of_dense(layers, r, tokens, tp)
+    return Adapter(told, tuple(trained), tuple(summed), bases_bytes, Part(method, forward, backward, moved))
 
 
-def _rows_of_B(layers: Iterable[Layer], tp: int) -> int:
-    """At most: those of layers whose side of B is whole, and beside them a part of the longest side that is split."""
-    whole, part = 0, 0
+def _parts_of_dense(layers: list[Layer], r: int, tokens: int, tp: int) -> tuple[int, int, int]:
+    """Multiply-adds forward and backward, and bytes of bases: randlora/distributed/shard_update.py has the formulas."""
+    forward = backward = 0
+    slices = set()
     for layer in layers:
-        longer = max(layer[1:])
-        of_inputs = layer.in_features > layer.out_features
-        if of_inputs == (layer.name in SPLIT_BY_COLUMNS):
-            part = max(part, longer // tp)
-        else:
-            whole = max(whole, longer)
-    return min(whole + part, max(max(layer[1:]) for layer in layers))
+        n = bases_for_full_rank(min(layer.in_features, layer.out_features), r)
+        _, into, out = layer.split(tp)
+        wide, P = layer.in_features <= layer.out_features, n * r
+        columns, rows = (into, out) if wide else (out, into)  # of A and of B
+        slices.add((rows, columns, n))
+        forward += min(tokens * P * (into + out), (P + tokens) * into * out)
+        thin = 2 * columns + rows * (1 if wide else 2)
+        backward += min(tokens * P * thin, 2 * (P + tokens) * into * out)
+    return forward, backward, sum(r * columns + rows * n * r for rows, columns, n in slices) * BF16
 
 
 def _lora(told: Mapping[str, Any], layers: list[Layer], tokens: int, tp: int, moved: int) -> Adapter:
     rank = told["rank"]
-    trained, summed, forward = [], 0, 0
+    trained, summed, forward = [], [], 0
     for layer in layers:
         part = layer.split(tp)
         A, B = _rows(rank, part.in_features, FP32), _rows(part.out_features, rank, FP32)
         trained += [A, B]
         forward += tokens * rank * (part.in_features + part.out_features)
-        summed += (B if layer.name in SPLIT_BY_COLUMNS else A).whole() if tp > 1 else 0
-    return Adapter(told, tuple(trained), summed, 0, Part(LORA, forward, 2 * forward, moved))
+        summed.append((B if layer.name in SPLIT_BY_COLUMNS else A).whole())
+    return Adapter(told, tuple(trained), tuple(summed), 0, Part(LORA, forward, 2 * forward, moved))
 
 
 # ---- activations ----

@@ -26,7 +26,7 @@ LINES = {
     "pipeline": ("#009e73", "x", 1.4),
 }  # fmt: skip
 FILLS = {
-    "weights": "#b8bec6", "gathered": "#e5e8eb", "trained": "#f0e442", "gradients": "#d55e00", "adam": "#009e73",
+    "weights": "#b8bec6", "buffers": "#e5e8eb", "trained": "#f0e442", "gradients": "#d55e00", "adam": "#009e73",
     "bases": "#0072b2", "activations": "#56b4e9", "workspace": "#cc79a7",
 }  # fmt: skip
 ONE = "one device"

@@ -59,7 +59,7 @@ def test_fsdp_shards_all_but_what_every_rank_needs(rows, method):
     assert all(total > whole[0] for total in totals)
     assert totals[:3] == sorted(totals[:3], reverse=True)
     # More ranks than gamma has rows: what is gathered has as many rows as ranks, most of them padding.
-    gathered = [float(row["gathered_MiB"]) for row in found.values()]
+    gathered = [float(row["buffers_MiB"]) for row in found.values()]
     assert gathered == sorted(gathered) and gathered[3] > 1.01 * gathered[0]
 
 
@@ -139,6 +139,13 @@ def test_tensor_parallel_ranks_have_their_part_of_the_linear_layers():
     assert part.block_work.forward_multiply_adds * 8 == whole.block_work.forward_multiply_adds
     assert whole.kept_bytes / 8 < part.kept_bytes < whole.kept_bytes / 2
     assert part.adapters[DENSE].trained == whole.adapters[DENSE].trained
+    assert part.adapters[HADAMARD].work == whole.adapters[HADAMARD].work
+    works = [model.adapters[DENSE].work.forward_multiply_adds for model in (whole, part)]
+    assert works[0] / 8 <= works[1] < works[0] / 2
+    d, hidden, P, keys = 3072, 8192, 3072, 1024
+    rows = d // 8 * P + d * P + hidden // 8 * P + d * keys  # of q; o; gate, up and down; k and v
+    columns = 32 * (d + d // 8 + d + keys // 8)
+    assert part.adapters[DENSE].bases_bytes == 2 * (rows + columns)
     halves = [sum(tensor.whole() for tensor in model.adapters[LORA].trained) for model in (whole, part)]
     assert halves[0] / 8 < halves[1] < halves[0]
     with pytest.raises(ValueError, match="8 heads of keys"):

@@ -18,7 +18,7 @@ RANK, TOKENS = 7, 32
 
 
 def held(method, engine, lora_rank):
-    """Bytes on this rank: weights, trained numbers, their gradients and Adam's moments, bases."""
+    """Bytes on this rank: weights, trained numbers, their gradients and Adam's moments, bases, and DDP's buckets."""
     import peft
     import torch
     from torch.distributed.fsdp import fully_shard
@@ -53,10 +53,12 @@ def held(method, engine, lora_rank):
         return sum(t.numel() * t.itemsize for t in local)
 
     moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    buckets = run._get_ddp_logging_data()["bucket_sizes"].split(", ") if engine == "DDP" else []
     return {
         "weights": size(p for p in adapted.parameters() if not p.requires_grad), "trained": size(trained),
         "gradients": size(p.grad for p in trained), "adam": size(moments),
         "bases": sum(storages(methods.bases(adapted)).values()),
+        **({"buffers": sum(map(int, buckets))} if buckets else {}),
     }  # fmt: skip
 
 
