@@ -47,6 +47,7 @@ def rows(case: Case, gpus: Sequence[int], gpu: str) -> list[dict[str, Any]]:
                 total = sum(parts.values())
                 found.append({
                     "model": case.model, "tokens": case.tokens, "sequence": case.sequence, "r": case.r,
+                    "checkpointed": "yes" if case.checkpointing else "no",
                     "lora_rank": model.adapters[method].told["rank"] if method == LORA else "",
                     "gpus": count, "engine": plan.engine, "method": method,
                     **{f"{part}_MiB": _mebibytes(size) for part, size in parts.items()},

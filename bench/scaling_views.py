@@ -87,11 +87,15 @@ def _ranges(fits: Sequence[int], counts: Sequence[int]) -> str:
 
 def title(rows: Sequence[Row]) -> str:
     """Of one model's table."""
-    row = rows[0]
     rank = next((r["lora_rank"] for r in rows if r["lora_rank"]), "")
+    return f"{rows[0]['model']}: {setting(rows[0])}" + (f" (LoRA: {rank})" if rank else "")
+
+
+def setting(row: Row) -> str:
+    checkpointed = "" if row["checkpointed"] == "yes" else "not "
     return (
-        f"{row['model']}: {row['tokens']} tokens per GPU in sequences of {row['sequence']}, all linear layers, "
-        f"r = {row['r']}" + (f" (LoRA: {rank})" if rank else "")
+        f"{row['tokens']} tokens per GPU and step in sequences of {row['sequence']}, blocks {checkpointed}checkpointed, "
+        f"all linear layers, r = {row['r']}"
     )
 
 
@@ -194,11 +198,7 @@ def _lines(
     for name in models(rows):
         next(axis for (model, _), axis in panels.items() if model == name).set_ylabel(label, fontsize=9)
     what = "where they fit" if fitting else "whether it fits or not"
-    row = rows[0]
-    heading = (
-        f"Computed, not measured: {label}, {what}; {row['tokens']} tokens per GPU and step in sequences of "
-        f"{row['sequence']}, blocks checkpointed, r = {row['r']}, LoRA with as many numbers"
-    )
+    heading = f"Computed, not measured: {label}, {what}; {setting(rows[0])}, LoRA with as many numbers"
     return _save(figure, path, f"{heading}\n{_subtitle(said)}", handles)
 
 
