@@ -94,8 +94,8 @@ def title(rows: Sequence[Row]) -> str:
 def setting(row: Row) -> str:
     checkpointed = "" if row["checkpointed"] == "yes" else "not "
     return (
-        f"{row['tokens']} tokens per GPU and step in sequences of {row['sequence']}, blocks {checkpointed}checkpointed, "
-        f"all linear layers, r = {row['r']}"
+        f"{row['tokens']} tokens per GPU and step in sequences of {row['sequence']}, blocks {checkpointed}checkpointed"
+        f", all linear layers, r = {row['r']}"
     )
 
 
