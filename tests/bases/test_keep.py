@@ -85,7 +85,7 @@ def test_results_and_gradients_are_the_same_bits(shape, strategy, dtype, device)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("workspace", [0, 1, 700, 3000])
 def test_a_layer_takes_part_of_larger_bases(shape, strategy, workspace):
-    """In groups of bases where the workspace is small: they begin in the midst of one, as 24 / 5 is no integer."""
+    """In groups of bases where the workspace is small, which may begin in the midst of one: n is 5 or 6, and r is 5."""
     layers = [
         make_layer(*shape, dtype=torch.float64, strategy=strategy, bases=make_bases(50, 60, 5, seed=4, keep=keep))
         for keep in (True, False)
@@ -170,6 +170,15 @@ def test_the_workspace_bounds_what_is_made(strategy):
         found.append(peak(lambda layer=layer, x=x: step(layer, x)))
     M, n, r, m = 256, 8, 16, 128
     assert 0 < found[1] - found[0] <= 4 * (M * 2 * r + m) < 4 * M * n * r / 3
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_pass_makes_them_once(strategy):
+    layer, x = layer_of((41, 24), strategy=strategy, keep=False), normal(7, 41)
+    step(layer, x)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step(layer, x)
+    assert sum(event.name == "randlora::fill_bases_" for event in profile.events()) == 2 * 2  # A and B, in two passes
 
 
 # ---- the rest of the world -------------------------------------------------------------------------------------------

@@ -217,6 +217,6 @@ def test_torch_func(kind):
 
 def test_bases_that_peft_holds_are_kept():
     """They are its buffers, and need not be those of any seed."""
-    model = adapt(layers(torch.float32), config("layer"))
+    model = adapt(model_of("wide", torch.float32), config("layer"))
     with pytest.raises(ValueError, match="the bases of adapter 'default' stay as they are: these bases were given"):
         randlora.keep_bases(model, False)
