@@ -72,6 +72,7 @@ def estimate(
         - ``saved_bytes``: kept from forward to backward beyond what the frozen model keeps, without checkpointing.
         - ``workspace_bytes``: the temporaries of the layer that takes most, which come and go.
         - ``multiply_adds``: of a step, forward and backward, beyond those of the frozen layers.
+        - ``forward_multiply_adds``: the forward pass's part of them, which checkpointing computes once more.
         - ``optimizer_bytes``: AdamW's two moments.
         - ``file_bytes``, ``file_bytes_without_projections``: of the adapter's folder.
         - ``shapes``: per shape of layer ``in_features``, ``out_features``, ``num_bases``, ``count`` (calls per step),

@@ -135,7 +135,7 @@ def randlora(step: Step, plan: Plan, kind: str, others: Beside, projections: boo
         for part, shape in zip(PARAMETERS, ((config.r, n), (n, m)), strict=True):
             trained[f"{PREFIX}{layer.name}.{part}"] = layer.parameter_dtype, shape
 
-    workspace = multiply_adds = 0
+    workspace = forward = backward = 0
     shapes: Counter[tuple] = Counter()
     dense: set[torch.dtype] = set()
     for layer, call in step.calls():
@@ -145,7 +145,8 @@ def randlora(step: Step, plan: Plan, kind: str, others: Beside, projections: boo
         if takes_dense:
             dense.add(layer.dtype)
         frozen = 0 if layer.weight_dtype is None else step.tokens * sizes[0] * sizes[1]
-        multiply_adds += sum(cost.multiply_adds for cost in costs) - frozen * (1 + call.need_x)
+        forward += costs[0].multiply_adds - frozen
+        backward += costs[1].multiply_adds - frozen * call.need_x
         workspace = max(workspace, *(cost.workspace for cost in costs))
         row = *sizes, layer.num_bases, call.need_x, *chosen
         shapes[row] += 1
@@ -165,7 +166,8 @@ def randlora(step: Step, plan: Plan, kind: str, others: Beside, projections: boo
         "bases_bytes": sum(t.nbytes for t in pattern or ()) + sum(elements * dtype.itemsize for dtype in dense),
         "saved_bytes": sum(_inputs(step).values()),
         "workspace_bytes": workspace,
-        "multiply_adds": multiply_adds,
+        "multiply_adds": forward + backward,
+        "forward_multiply_adds": forward,
         "optimizer_bytes": 2 * _bytes(trained | others.trained),
         "file_bytes": _file_bytes(written | in_file, said),
         "file_bytes_without_projections": _file_bytes(written, said),
@@ -242,7 +244,7 @@ def lora(step: Step, plan: Plan, others: Beside) -> dict[str, Any]:
         trained[f"{PREFIX}{layer.name}.lora_B.weight"] = layer.parameter_dtype, (layer.out_features, rank)
 
     T, dropout = step.tokens, plan.config.randlora_dropout > 0
-    saved = workspace = multiply_adds = 0
+    saved = workspace = forward = backward = 0
     shared: dict[int, int] = {}
     shapes: Counter[tuple] = Counter()
     for layer, call in step.calls():
@@ -256,7 +258,8 @@ def lora(step: Step, plan: Plan, others: Beside) -> dict[str, Any]:
         elif not call.kept:
             shared[call.input] = T * wide * product.itemsize
         saved += T * rank * product.itemsize
-        multiply_adds += T * rank * (3 * (wide + high) - (0 if call.need_x else wide))
+        forward += T * rank * (wide + high)
+        backward += T * rank * (2 * (wide + high) - (0 if call.need_x else wide))
         workspace = max(workspace, T * (high + max(wide, high)) * product.itemsize)
         shapes[wide, high, call.need_x] += 1
     file_bytes = _file_bytes(trained | others.written, "")
@@ -267,7 +270,8 @@ def lora(step: Step, plan: Plan, others: Beside) -> dict[str, Any]:
         "bases_bytes": 0,
         "saved_bytes": saved + sum(shared.values()),
         "workspace_bytes": workspace,
-        "multiply_adds": multiply_adds,
+        "multiply_adds": forward + backward,
+        "forward_multiply_adds": forward,
         "optimizer_bytes": 2 * _bytes(trained | others.trained),
         "file_bytes": file_bytes,
         "file_bytes_without_projections": file_bytes,
