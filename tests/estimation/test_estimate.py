@@ -91,6 +91,22 @@ def test_bases_take_what_they_are_said_to(kind, dtype):
     )  # fmt: skip
 
 
+def test_bases_that_are_not_kept():
+    """They are part of the workspace, for the layer that takes most; nothing else is another."""
+    kept, made = (
+        estimate(net(torch.float32), config(), TOKENS, inputs=IDS, keep_bases=keep)["methods"] for keep in (True, False)
+    )
+    was, now = kept.pop("dense"), made.pop("dense")
+    assert made == kept
+    assert (now["bases_bytes"], now["bases_form"]) == (0, "seed")
+    n, r = now["shapes"][0]["num_bases"], config().r
+    assert 0 < now["workspace_bytes"] - was["workspace_bytes"] <= 4 * n * r * 22
+    others = was.keys() - {"bases_bytes", "bases_form", "workspace_bytes"}
+    assert {key: was[key] for key in others} == {key: now[key] for key in others}
+    with_peft = estimate(net(torch.float32), config(prng="peft"), TOKENS, inputs=IDS, keep_bases=False)
+    assert with_peft["methods"]["dense"]["bases_form"] == "dense"
+
+
 @pytest.mark.parametrize("sparsity", [1.0, 2.0, 3.0, 9.0, 20.0, 50.0])
 def test_bases_of_any_sparsity(sparsity):
     model = nn.Sequential(nn.Linear(250, 330))
