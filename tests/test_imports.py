@@ -12,6 +12,8 @@ import randlora
 ROOT = Path(randlora.__file__).parent
 # Functions that import modules of ours all the same, and why.
 LATE = {
+    "layers/linear.py": "this imports torch.distributed, which may not be there and takes long",
+    "layers/merging.py": "the same",
     "integrations/peft/__init__.py": "these need PEFT, which is optional",
 }
 

@@ -155,6 +155,8 @@ class RandomBases(Definition):
     def part(self, part: Part) -> tuple[Tensor, Tensor]:
         """Some rows of the stored B and columns of the stored A; kept and shared like :meth:`tensors`."""
         self._drop_outdated()
+        if not self._keep:
+            return self.draw_part(part)
         found = self.copies.kept(*part)
         if found is None:
             found = self.copies.part(part)

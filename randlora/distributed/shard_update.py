@@ -13,6 +13,7 @@ S2 where it belongs to the outputs:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,28 +24,30 @@ from ..ops import calls
 
 
 class ShardCall(NamedTuple):
-    """What is fixed in a call: the bases ``A [r, 1, c]`` and ``B [rows, n, r]``, and how to compute."""
+    """What is fixed in a call: the sizes of the bases ``A [r, 1, c]`` and ``B [rows, n, r]``, and how to compute."""
 
-    A: Tensor
-    B: Tensor
+    c: int
+    rows: int
+    r: int
+    n: int
     scale: float
     gamma_is_of_inputs: bool
     dtype: torch.dtype  # to compute in
     strategy: str  # auto, factored or materialized
     dropout: float = 0.0
     seed: Tensor | None = None
+    draw: Callable[[], tuple[Tensor, Tensor]] | None = None  # of bases that are not kept: makes them
 
     @property
     def features(self) -> tuple[int, int]:
         """Of the input and of the output."""
-        c, rows = self.A.shape[2], self.B.shape[0]
-        return (c, rows) if self.gamma_is_of_inputs else (rows, c)
+        return (self.c, self.rows) if self.gamma_is_of_inputs else (self.rows, self.c)
 
-    def factors(self, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    def factors(self, A: Tensor, B: Tensor, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
         """``first [P, in]`` and ``second [P, out]``."""
-        n, r, c = *self.B.shape[1:], self.A.shape[2]
-        S2 = calls.unique_base(self.A, lam, gamma, self.scale, self.dtype).view(n * r, c)
-        B2t = self.B.view(-1, n * r).t()
+        P = self.n * self.r
+        S2 = calls.unique_base(A, lam, gamma, self.scale, self.dtype).view(P, self.c)
+        B2t = B.view(self.rows, P).t()
         return (S2, B2t) if self.gamma_is_of_inputs else (B2t, S2)
 
     def dropped(self, rows: Tensor) -> Tensor:
@@ -57,42 +60,50 @@ class ShardCall(NamedTuple):
         """Whether that takes fewer multiply-adds, where the caller has not chosen."""
         if self.strategy != "auto":
             return self.strategy == "factored"
-        (into, out), P = self.features, self.B.shape[1] * self.B.shape[2]
+        (into, out), P = self.features, self.n * self.r
         if not backward:
             return tokens * P * (into + out) <= (P + tokens) * into * out
-        of_hidden = 2 * self.A.shape[2] + self.B.shape[0] * (1 if self.gamma_is_of_inputs else 2)
+        of_hidden = 2 * self.c + self.rows * (1 if self.gamma_is_of_inputs else 2)
         return tokens * P * of_hidden <= 2 * (P + tokens) * into * out
 
 
-def shard_update(x: Tensor, lam: Tensor, gamma: Tensor, call: ShardCall) -> Tensor:
+def shard_update(
+    x: Tensor, lam: Tensor, gamma: Tensor, bases: tuple[Tensor, Tensor] | tuple[None, None], call: ShardCall
+) -> Tensor:
     """``[..., out]`` in `call`'s dtype, from x ``[..., in]``, lambda ``[r, n]`` and the part of gamma ``[n, c]``.
 
-    For backward it keeps x, lambda and gamma, as they are. It can be differentiated once.
+    For backward it keeps x as it is, and references to the others. It can be differentiated once. `bases`: A and B in
+    `call`'s dtype; none where `call` draws them.
     """
-    y: Tensor = _ShardUpdate.apply(x, lam, gamma, call)
+    y: Tensor = _ShardUpdate.apply(x, lam, gamma, *bases, call)
     return y
 
 
-def shard_matrix(lam: Tensor, gamma: Tensor, call: ShardCall) -> Tensor:
+def shard_matrix(lam: Tensor, gamma: Tensor, bases: tuple[Tensor, Tensor], call: ShardCall) -> Tensor:
     """The part's dW, ``[out, in]``."""
     into, out = call.features
     if not into * out:
         return lam.new_zeros(out, into, dtype=call.dtype)
-    first, second = call.factors(lam, gamma)
+    first, second = call.factors(*bases, lam, gamma)
     return second.t() @ first
 
 
 class _ShardUpdate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lam: Tensor, gamma: Tensor, call: ShardCall) -> Tensor:
-        ctx.save_for_backward(x, lam, gamma)
+    def forward(
+        ctx: Any, x: Tensor, lam: Tensor, gamma: Tensor, A: Tensor | None, B: Tensor | None, call: ShardCall
+    ) -> Tensor:
+        ctx.save_for_backward(x, lam, gamma, A, B)
         ctx.call = call
         into, out = call.features
         if not x.numel() * out:  # no tokens, or a rank for which nothing of the weight is left
             return x.new_zeros((*x.shape[:-1], out), dtype=call.dtype)
         with torch.autocast(x.device.type, enabled=False):
             rows = call.dropped(x.to(call.dtype).reshape(-1, into))
-            first, second = call.factors(lam, gamma)
+            if call.draw is not None:
+                A, B = call.draw()
+            assert A is not None and B is not None
+            first, second = call.factors(A, B, lam, gamma)
             if call.is_factored(len(rows), backward=False):
                 y = (rows @ first.t()) @ second
             else:
@@ -102,30 +113,32 @@ class _ShardUpdate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, lam, gamma = ctx.saved_tensors
+        x, lam, gamma, A, B = ctx.saved_tensors
         call: ShardCall = ctx.call
-        need_x, need_lambda, need_gamma, _ = ctx.needs_input_grad
+        need_x, need_lambda, need_gamma, *_ = ctx.needs_input_grad
         into, out = call.features
         if not x.numel() * out:
             needs = need_x, need_lambda, need_gamma
             zeros = [torch.zeros_like(t) if need else None for t, need in zip((x, lam, gamma), needs, strict=True)]
-            return *zeros, None
+            return *zeros, None, None, None
         with torch.autocast(x.device.type, enabled=False):
             g = grad.to(call.dtype).reshape(-1, out)
             need_parameters = need_lambda or need_gamma
             rows = call.dropped(x.to(call.dtype).reshape(-1, into)) if need_parameters else None
-            first, second = call.factors(lam, gamma)
+            if call.draw is not None:
+                A, B = call.draw()
+            first, second = call.factors(A, B, lam, gamma)
             if call.is_factored(len(g), backward=True):
                 dx, dS2 = _factored_backward(g, rows, first, second, need_x, call.gamma_is_of_inputs)
             else:
                 dx, dS2 = _materialized_backward(g, rows, first, second, need_x, call.gamma_is_of_inputs)
             d_lambda = d_gamma = None
             if dS2 is not None:
-                dS = dS2.view(call.A.shape[0], -1, call.A.shape[2])
-                found = calls.unique_base_backward(dS, call.A, lam, gamma, call.scale, need_lambda, need_gamma)
+                dS = dS2.view(call.r, call.n, call.c)
+                found = calls.unique_base_backward(dS, A, lam, gamma, call.scale, need_lambda, need_gamma)
                 d_lambda, d_gamma = found[0] if need_lambda else None, found[1] if need_gamma else None
             d_x = None if dx is None else call.dropped(dx).to(x.dtype).view(x.shape)
-        return d_x, d_lambda, d_gamma, None
+        return d_x, d_lambda, d_gamma, None, None, None
 
 
 def _factored_backward(

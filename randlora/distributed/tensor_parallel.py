@@ -222,11 +222,13 @@ def _update_of(layer: Linear, share: Share, layout: _Layout, x: Tensor, adapter:
     bases = layer._bases(adapter)
     whole = None if parts.is_cut(bases, x.device) else layer._pattern(adapter, x.device)
     if whole is None:
-        part = _part(layer, share, adapter, dtype, x.device)
-        A, B = bases.part(part)
-        scale = layer.scaling[adapter] * bases.scale
-        call = ShardCall(A, B, scale, _is_wide(layer), dtype, strategy, p, seed)
-        return shard_update(x, lam, gamma[:, part.column : part.stop], call)
+        part, call = _part(layer, share, adapter, dtype, x.device)
+        call = call._replace(strategy=strategy, dropout=p, seed=seed)
+        columns = gamma[:, part.column : part.stop]
+        if bases.keep:
+            return shard_update(x, lam, columns, bases.part(part), call)
+        draw = functools.partial(bases.draw_part, part)
+        return shard_update(x, lam, columns, (None, None), call._replace(draw=draw))
     pattern, factor = whole
     y = linear_of(
         F.pad(x, (share.columns[0], layer.in_features - share.columns[1])), None, None, None, None, lam, gamma,
@@ -235,15 +237,16 @@ def _update_of(layer: Linear, share: Share, layout: _Layout, x: Tensor, adapter:
     return y[..., slice(*share.rows)]
 
 
-def _part(layer: Linear, share: Share, adapter: str, dtype: torch.dtype, device: torch.device) -> parts.Part:
-    """What the share needs of an adapter's bases."""
-    rows, columns = (share.rows, share.columns) if _is_wide(layer) else (share.columns, share.rows)
-    return parts.Part(*rows, *columns, layer.num_bases[adapter], dtype, canonical(device))
-
-
-def _is_wide(layer: Linear) -> bool:
-    """Whether gamma and A belong to the inputs, and B to the outputs."""
-    return layer.in_features <= layer.out_features
+def _part(
+    layer: Linear, share: Share, adapter: str, dtype: torch.dtype, device: torch.device
+) -> tuple[parts.Part, ShardCall]:
+    """What the share needs of an adapter's bases, and a call that computes with it."""
+    of_inputs = layer.in_features <= layer.out_features
+    rows, columns = (share.rows, share.columns) if of_inputs else (share.columns, share.rows)
+    r, n = layer.r[adapter], layer.num_bases[adapter]
+    scale = layer.scaling[adapter] * layer._bases(adapter).scale
+    call = ShardCall(columns[1] - columns[0], rows[1] - rows[0], r, n, scale, of_inputs, dtype, "auto")
+    return parts.Part(*rows, *columns, n, dtype, canonical(device)), call
 
 
 def _trained(layer: Linear, adapter: str, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -310,10 +313,9 @@ def delta_like(layer: Linear, adapter: str, weight: Tensor) -> Tensor:
     if parts.is_cut(bases, device):
         lam, gamma = _trained(layer, adapter, device)
         dtype = at_least_fp32(lam.dtype)
-        part = _part(layer, share, adapter, dtype, device)
-        A, B = bases.draw_part(part)  # a matrix is built once in a while: nothing of them need stay
-        call = ShardCall(A, B, layer.scaling[adapter] * bases.scale, _is_wide(layer), dtype, "materialized")
-        local = shard_matrix(lam, gamma[:, part.column : part.stop], call)
+        part, call = _part(layer, share, adapter, dtype, device)
+        drawn = bases.draw_part(part)  # a matrix is built once in a while: nothing of them need stay
+        local = shard_matrix(lam, gamma[:, part.column : part.stop], drawn, call)
     else:
         local = layer.get_delta_weight(adapter).to(device)[slice(*share.rows), slice(*share.columns)].contiguous()
     return DTensor.from_local(

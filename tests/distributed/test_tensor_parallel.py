@@ -125,6 +125,26 @@ def test_a_rank_makes_the_part_of_the_bases_that_it_needs(two_ranks):
     assert two_ranks(bytes_of_bases) == [expected, expected]
 
 
+def bases_not_kept():
+    """They are made for every pass, the same bits, and neither the bases nor autograd hold them in between."""
+    held = []
+    for way in ("columns", "rows"):
+        model = adapted(32, 64, way=way, r=4)
+        expected, store = call(model), model[0].bases["0"]
+        store.keep = False
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.shape) or t, lambda t: t):
+            assert all(torch.equal(a, b) for a, b in zip(expected, call(model), strict=True))
+        held.append((store.nbytes, any(len(shape) == 3 and shape[-1] == 4 for shape in saved)))
+        with torch.no_grad():
+            model(normal(3, 32, dtype=torch.float64))
+    return held
+
+
+def test_bases_that_are_not_kept(two_ranks):
+    assert two_ranks(bases_not_kept) == [[(0, False)] * 2] * 2
+
+
 def given_bases_that_are_written_to():
     for way in ("columns", "rows"):
         A, B = normal(3, 1, 12, seed=5).double(), normal(40, 4, 3, seed=6).double()
