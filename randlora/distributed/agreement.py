@@ -49,15 +49,17 @@ def check_ranks(model: nn.Module, group: Any = None) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if not distributed.is_available() or not distributed.is_initialized():
-        return
+    if distributed.is_available() and distributed.is_initialized() and not compare(model, group):
+        raise ValueError(f"{type(model).__name__} has no adapted layers on any rank: there is nothing to compare")
+
+
+def compare(model: nn.Module, group: Any) -> bool:
+    """As :func:`check_ranks`, in a process group; False if there is nothing to compare."""
     groups = _groups(group)
-    if isinstance(model, DistributedDataParallel):
-        model = model.module
     # What fails on one rank only must not keep it from the collective that the others are in.
     failure = None
     try:
-        described = describe(model)
+        described = describe(model.module if isinstance(model, DistributedDataParallel) else model)
     except Exception as error:
         failure, described = error, {_FAILURE: f"failed with {type(error).__name__}: {error}"}
     rank = distributed.get_rank()
@@ -67,8 +69,7 @@ def check_ranks(model: nn.Module, group: Any = None) -> None:
             raise ValueError(_message(dict(sorted(_gathered((rank, described), groups)))))
     if failure is not None:
         raise failure
-    if not described:
-        raise ValueError(f"{type(model).__name__} has no adapted layers on any rank: there is nothing to compare")
+    return bool(described)
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -182,8 +183,6 @@ def _gathered(value: Any, groups: Sequence[Any]) -> list[Any]:
 
 
 def _device_of(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """NCCL takes objects by way of the current device; a script need not have set it to this rank's."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    if device.type in ("cpu", "meta"):
-        return contextlib.nullcontext()
-    return torch.accelerator.device_index(device.index)
+    """NCCL takes objects by way of the current device, which a script need not have set to this rank's."""
+    device = next((parameter.device for parameter in model.parameters() if parameter.is_cuda), None)
+    return contextlib.nullcontext() if device is None else torch.cuda.device(device)

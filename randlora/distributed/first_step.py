@@ -1,6 +1,6 @@
 """What is looked at in the first training step of an engine: that the ranks agree, and that DDP knows what is trained.
 
-``check_ranks`` is a collective: it runs by itself only where a call is certain to be made by all ranks.
+Comparing is a collective: it runs by itself only where a call is certain to be made by all ranks.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import nn
 
 from ..model.parts import adapted_layers
 from ..private_torch import expects_uneven_inputs, reduced_by
-from .agreement import check_ranks
+from .agreement import compare
 
 # Per wrapper, which is made by all ranks at once, and per model inside it: how often its adapters had been switched
 # when it was looked at. Beside the objects, as it is no part of their copies.
@@ -34,7 +34,7 @@ def look(owner: nn.Module, ddp: nn.Module | None) -> None:
     if type(owner) not in seen:
         mesh = _mesh(owner)
         if mesh is not None:
-            check_ranks(owner, mesh)
+            compare(owner, mesh)
         seen.add(type(owner))
 
 
@@ -49,7 +49,7 @@ def _look_at_ddp(owner: nn.Module, ddp: Any) -> None:
     # DDP's own rule: a part with trained parameters is called on every rank, unless it is to look for unused ones.
     whole = owner in (ddp.module, ddp.module._modules.get("base_model"))
     if owner not in looked_at and (whole or not ddp.find_unused_parameters):
-        check_ranks(owner, ddp.process_group)
+        compare(owner, ddp.process_group)
     _check_reduced(owner, ddp)
     looked_at[owner] = switched
 
@@ -68,10 +68,10 @@ def _check_reduced(owner: nn.Module, ddp: Any) -> None:
             return
         _reduced[ddp] = frozenset(map(id, found))
     reduced = _reduced[ddp]
-    left_out = {id(p) for name, p in ddp.module.named_parameters() if name in ddp.parameters_to_ignore}
+    known = reduced.union(id(p) for name, p in ddp.module.named_parameters() if name in ddp.parameters_to_ignore)
     trained, frozen = [], []
     for name, parameter in owner.named_parameters():
-        if parameter.requires_grad and id(parameter) not in reduced | left_out:
+        if parameter.requires_grad and id(parameter) not in known:
             trained.append(name)
         elif not parameter.requires_grad and id(parameter) in reduced:
             frozen.append(name)

@@ -10,7 +10,7 @@ from ..private_torch import active_ddp
 
 def at_training_step(owner: nn.Module) -> None:
     """To be called at every call of `owner`, a model with adapters: see :mod:`randlora.distributed.first_step`."""
-    if torch.compiler.is_compiling() or not (owner.training and torch.is_grad_enabled()):
+    if not owner.training or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
     ddp = active_ddp()
     if ddp is not None or (distributed.is_available() and distributed.is_initialized()):

@@ -271,7 +271,7 @@ def test_peft_compares_at_the_first_step(tmp_path, monkeypatch):
     from randlora.distributed import first_step as looking
 
     compared = []
-    monkeypatch.setattr(looking, "check_ranks", lambda model, group: compared.append(model))
+    monkeypatch.setattr(looking, "compare", lambda model, group: compared.append(model))
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         with randlora.integrations.peft.enable():

@@ -321,6 +321,14 @@ def test_compiled(backend, alone):
     assert sum(buckets) == 2 * sum(gradient.nbytes for gradient in expected.values())
 
 
+def test_a_model_whose_adapters_are_gone(alone):
+    model = adapt(net())
+    model.delete_adapter("default")
+    model.model.head.requires_grad_(True)
+    loss_of(DDP(model), IDS, TARGETS).backward()
+    assert model.model.head.weight.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize("how", ["enabled", "accelerated", "the tuner alone"])
 def test_of_a_peft_model_the_bases_are_not_sent(how, alone):
     """PEFT keeps them as buffers, and DDP would send those in every call."""
