@@ -224,6 +224,29 @@ def test_adapters_are_frozen_inside_ddp(two_ranks, find_unused_parameters):
             assert "would wait for gradients of" in messages[1] and "randlora_lambda.default" in messages[1]
 
 
+NAMES = ["default", "default", "second", "__base__"]
+
+
+def mixed_batch():
+    model = add(adapt(net()), "second", seed=2)
+    model.set_adapter(["default", "second"])
+    ddp = DDP(model, find_unused_parameters=True)
+    for _ in range(2):
+        ddp.zero_grad()
+        names = NAMES[:2] if distributed.get_rank() == 0 else NAMES[2:]
+        nn.functional.mse_loss(ddp(mine(IDS), adapter_names=names), mine(TARGETS)).backward()
+    return gradients(ddp)
+
+
+def test_a_batch_with_an_adapter_per_sample(two_ranks):
+    """Not every rank has samples of every adapter, so that DDP has to look for unused parameters."""
+    model = add(adapt(net()), "second", seed=2)
+    model.set_adapter(["default", "second"])
+    nn.functional.mse_loss(model(IDS, adapter_names=NAMES), TARGETS).backward()
+    for found in two_ranks(mixed_batch):
+        close(found, gradients(model))
+
+
 # ---- what else happens in a training step ----
 
 
@@ -239,7 +262,7 @@ class Checkpointed(nn.Module):
 
 def checkpointed(reentrant, p):
     model = adapt(net(), randlora_dropout=p)
-    for i, block in enumerate(model.model.layers):
+    for i, block in enumerate(model.model.layers if reentrant is not None else ()):
         model.model.layers[i] = Checkpointed(block, reentrant)
     ddp = DDP(model)
     return [step_with_masks(ddp, seed) for seed in (distributed.get_rank(), 5)]
@@ -252,9 +275,8 @@ def step_with_masks(model, seed):
     return {name.replace("block.", ""): gradient for name, gradient in gradients(model).items()}
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing_and_dropout(two_ranks, reentrant, p):
+@pytest.mark.parametrize("reentrant, p", [(None, 0.3), (False, 0.0), (False, 0.3), (True, 0.0), (True, 0.3)])
+def test_dropout_and_activation_checkpointing(two_ranks, reentrant, p):
     model = adapt(net(), randlora_dropout=p)
     first, second = two_ranks(checkpointed, reentrant=reentrant, p=p)
     for i, seeds in enumerate(((0, 1), (5, 5))):
@@ -319,6 +341,12 @@ def test_compiled(backend, alone):
     torch.compiler.reset()
     close(gradients(ddp), expected)
     assert sum(buckets) == 2 * sum(gradient.nbytes for gradient in expected.values())
+
+
+def test_nothing_is_sent_at_the_start_if_ddp_is_told_so(alone):
+    with Sent() as sent:
+        DDP(adapt(net()), init_sync=False)
+    assert "broadcast" not in sent.counts
 
 
 def test_a_model_whose_adapters_are_gone(alone):
