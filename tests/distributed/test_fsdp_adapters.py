@@ -145,6 +145,14 @@ def later(folder):
     said.append(message(randlora.get_peft_model, base, config))
     said.append(message(randlora.RandLoraModel.from_pretrained, base, folder, is_trainable=True))
     assert not linears(base)
+    # Layers of their own.
+    plain = fully_shard(nn.Sequential(nn.Linear(8, 4)))
+    layer = plain[0] = randlora.Linear(plain[0], r=2, init_weights=False)
+    assert not any(p.requires_grad for p in plain.parameters())
+    said.append(message(layer.set_adapter, "default"))
+    layer.update_layer("second", r=2)
+    layer.delete_adapter("second")
+    assert plain(torch.ones(8)).shape == (4,) and layer.active_adapters == ["default"]
     model = randlora.RandLoraModel.from_pretrained(base, folder)
     assert trained(model) == set()
     single.set_adapter("default")
@@ -156,10 +164,10 @@ def test_adapters_that_are_added_later(two_ranks, tmp_path):
     said, other = two_ranks(later, folder=str(tmp_path))
     assert said == other
     add, copied, deleted, *others = said
-    assert "modules_to_save: a copy of 'head' would not be sharded. Add adapters before fully_shard" in copied
+    assert "modules_to_save: a copy of 'head' would not be sharded. Add the adapter before fully_shard" in copied
     assert "'default' cannot be deleted: fully_shard holds its parameters" in deleted
     for text in (add, *others):
-        assert "cannot be trained: it was added to 'layers.0.q_proj' after fully_shard" in text, text
+        assert "cannot be trained: it was added after fully_shard" in text, text
 
 
 def biases_later(folder):
