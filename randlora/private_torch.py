@@ -34,6 +34,7 @@ __all__ = [
     "graph_break",
     "in_transform",
     "is_compiled",
+    "is_put_together",
     "is_watched",
     "jvp_levels",
     "parse_to",
@@ -158,6 +159,19 @@ def reduced_by(ddp: Any) -> list[Tensor] | None:
     """
     buckets = getattr(getattr(ddp, "reducer", None), "_get_zeros_like_grad_buckets", None)
     return None if buckets is None else [parameter for bucket in buckets() for parameter in bucket.parameters()]
+
+
+# ---- torch.distributed ----
+
+
+def is_put_together(module: nn.Module) -> bool:
+    """Whether FSDP2 (fully_shard) keeps parts of this very module's parameters, and puts them together for calls.
+
+    Missed: that question. FSDPModule is the class of what fully_shard was called with, which need not be this module,
+    and what is put together for a call is an ordinary parameter.
+    """
+    hooks = module._load_state_dict_post_hooks.values()
+    return any(getattr(hook, "__module__", "").startswith("torch.distributed.fsdp._fully_shard.") for hook in hooks)
 
 
 # ---- the rest ----
