@@ -21,6 +21,7 @@ from torch import Tensor
 from ..bases.definition import bases_for_full_rank
 from ..bases.random_bases import RandomBases
 from ..config import ALL_LINEAR, RandLoraConfig
+from ..distributed.zero3 import gathered, shape_of
 from ..layers.offload import with_numbers
 from ..layers.randlora_layer import RandLoraLayer
 from ..model.adapter_plan import required
@@ -219,11 +220,12 @@ def _trained(
         # As in a model that has this adapter only.
         key = f"{PREFIX}{owner}.base_layer.bias" if owner in adapted else f"{PREFIX}{path}"
         live[key], sources[key] = bias, f"model.{path}"
-    values = with_numbers(model.model, live) if state_dict is None else _of_state(name, state_dict, live, sources)
-    return {
-        key: _copy(name, sources[key], value, torch.float32 if key in parameters else None)
-        for key, value in values.items()
-    }
+    with gathered(live.values() if state_dict is None else ()):
+        values = with_numbers(model.model, live) if state_dict is None else _of_state(name, state_dict, live, sources)
+        return {
+            key: _copy(name, sources[key], value, torch.float32 if key in parameters else None)
+            for key, value in values.items()
+        }
 
 
 def _of_state(
@@ -236,10 +238,10 @@ def _of_state(
         if source not in given:
             raise ValueError(f"adapter {name!r} cannot be saved: state_dict has no {source}, which this model has")
         value = found[key] = given[source]
-        if isinstance(value, Tensor) and value.shape != live[key].shape:
+        if isinstance(value, Tensor) and value.shape != shape_of(live[key]):
             raise ValueError(
                 f"adapter {name!r} cannot be saved: state_dict has {source} of shape {list(value.shape)}, where this "
-                f"model's is {list(live[key].shape)}"
+                f"model's is {list(shape_of(live[key]))}"
             )
     return found
 

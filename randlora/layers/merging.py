@@ -90,7 +90,7 @@ class Mergeable(SharedState):
             raise ValueError(_recomputed(base))
         base_layers.require_mergeable(base, self._weight_shape, self.fan_in_fan_out)
         for name in adapter_names:
-            self._trained(name, torch.device("cpu"))
+            self._trained_whole(name, torch.device("cpu"))
         if getattr(self, "bypassed", False) and any(
             self.randlora_lambda[n].any() and self.randlora_gamma[n].any() for n in adapter_names
         ):

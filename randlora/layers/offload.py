@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed.zero3 import gathered
+
 REAL_AGAIN = "accelerate.hooks.remove_hook_from_submodules(model)"
 
 
@@ -212,7 +214,8 @@ def copy_of(module: nn.Module) -> nn.Module:
     """A deep copy that holds its numbers itself, where `module` computes: what is offloaded cannot be trained."""
     offloading = {id(hook): hook for part in module.modules() for hook in hooks(part)}
     # In the copy each of these hooks still moves inputs, but has no mapping, which would be copied too.
-    twin = copy.deepcopy(module, {key: _moving_inputs(hook) for key, hook in offloading.items()})
+    with gathered(module.parameters()):
+        twin = copy.deepcopy(module, {key: _moving_inputs(hook) for key, hook in offloading.items()})
     for old, new in zip(module.modules(), twin.modules(), strict=True):
         if not hooks(old):
             continue
