@@ -184,8 +184,8 @@ class Linear(nn.Linear, RandLoraLayer, CachedForward, Noticed):
         return base_layers.product(self.base_layer, x, self.in_features, self.out_features, *args, **kwargs)
 
     def _moved(self, x: Tensor) -> Tensor:
-        """The input where an offloaded base layer would take it."""
-        device = offload.execution_device(self.base_layer)
+        """The input where accelerate's hooks would take it for the base layer."""
+        device = offload.input_device(self.base_layer)
         return x if device is None or x.is_meta else x.to(device)
 
     def _update(

@@ -23,10 +23,12 @@ REAL_AGAIN = "accelerate.hooks.remove_hook_from_submodules(model)"
 
 def hooks(module: nn.Module) -> list[Any]:
     """The hooks that bring the tensors of `module` in for a call, in the order in which they act."""
+    return [hook for hook in _all_hooks(module) if getattr(hook, "offload", False) is True]
+
+
+def _all_hooks(module: nn.Module) -> tuple[Any, ...]:
     hook = vars(module).get("_hf_hook")
-    if hook is None:
-        return []
-    return [h for h in getattr(hook, "hooks", (hook,)) if getattr(h, "offload", False) is True]
+    return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
@@ -36,6 +38,14 @@ def execution_device(module: nn.Module) -> torch.device | None:
         return None
     device = found[-1].execution_device
     return torch.device("cpu" if device is None else device)
+
+
+def input_device(module: nn.Module) -> torch.device | None:
+    """Where accelerate takes the inputs of a module, be it offloaded or one of several devices'; None if nowhere."""
+    found = [
+        hook.execution_device for hook in _all_hooks(module) if getattr(hook, "execution_device", None) is not None
+    ]
+    return torch.device(found[-1]) if found else execution_device(module)
 
 
 def device_of(module: nn.Module, tensor: Tensor) -> torch.device:
