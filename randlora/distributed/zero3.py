@@ -34,13 +34,24 @@ def gathered(tensors: Iterable[Any]) -> Iterator[None]:
         yield
 
 
-def require_whole(tensor: Tensor, what: str, purpose: str) -> None:
-    """Raises ``ValueError`` if `tensor` is partitioned."""
-    if is_partitioned(tensor):
+def require_whole(tensor: Tensor, what: str, purpose: str, writing: bool = False) -> None:
+    """Raises ``ValueError`` if `tensor` is partitioned.
+
+    Args:
+        writing: also if it is whole only because a call has left it so: what is written into it would be lost.
+    """
+    if is_partitioned(tensor) or (writing and hasattr(tensor, "ds_id") and not _is_held(tensor)):
         raise ValueError(
             f"{what} is kept in parts by DeepSpeed's ZeRO-3: it has no numbers {purpose} but in calls of DeepSpeed's "
             "engine and inside `with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0):`"
         )
+
+
+def _is_held(tensor: Tensor) -> bool:
+    """Whether ``GatheredParameters`` of the user's holds it; older versions of DeepSpeed do not tell."""
+    module = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
+    mark = getattr(module, "DS_Z3_GATHERED_PARAM_CONTEXT_DEPTH_ATTR", None)
+    return mark is None or getattr(tensor, mark, 0) > 0
 
 
 def is_hook(hook: Any) -> bool:

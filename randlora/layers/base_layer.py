@@ -203,7 +203,7 @@ def require_mergeable(base_layer: nn.Module, shape: tuple[int, int], transposed:
             raise ValueError(f"a quantised weight that is offloaded cannot be merged into: call {offload.REAL_AGAIN}")
         return
     require_dtype("the base weight's dtype", weight.dtype)
-    zero3.require_whole(weight, "the base layer's weight", "to merge into")
+    zero3.require_whole(weight, "the base layer's weight", "to merge into", writing=True)
     if weight.shape != shape:
         raise ValueError(
             f"the base layer, a {name}, must have a weight of shape {list(shape)} to merge into, got "

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed import zero3
 from . import base_layer as base_layers
 from . import offload, quantized
 from .shared_state import SharedState
@@ -182,6 +183,7 @@ def check_unmerge(layer: Mergeable) -> None:
         if not isinstance(base._parameters.get("weight"), nn.Parameter):
             raise ValueError(_recomputed(base))
         offload.require_numbers(kept, "the base layer's weight as it was", "to give back")
+        zero3.require_whole(base.weight, "the base layer's weight", "to write over", writing=True)
 
 
 def _exchange(layer: Mergeable) -> None:

@@ -157,7 +157,8 @@ class RandLoraLayer(Update, Mergeable, zero3.GatheredForCalls):
         """PEFT's initialisation: lambda zero and gamma ``1 / max(num_bases, min_dim)``, so that the update is zero."""
         self._check_adapter(adapter_name)
         gamma = self.randlora_gamma[adapter_name]
-        zero3.require_whole(gamma, f"randlora_gamma[{adapter_name!r}]", "to reset")
+        for part, parameters in zip(self.adapter_layer_names, self.trained_parts(), strict=True):
+            zero3.require_whole(parameters[adapter_name], f"{part}[{adapter_name!r}]", "to reset", writing=True)
         for parameters, value in ((self.randlora_lambda, 0.0), (self.randlora_gamma, 1 / max(gamma.shape))):
             with torch.no_grad():
                 parameter = parameters[adapter_name].fill_(value)

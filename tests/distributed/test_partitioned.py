@@ -117,16 +117,23 @@ def test_merging_and_what_else_writes_needs_them_gathered(monkeypatch):
         (model.merge_and_unload, "the base layer's weight"),
         (lambda: layer.get_delta_weight("default"), r"randlora_lambda\['default'\]"),
         (lambda: layer.get_scaled_bases("default"), r"randlora_lambda\['default'\]"),
-        (lambda: layer.reset_randlora_parameters("default"), r"randlora_gamma\['default'\]"),
+        (lambda: layer.reset_randlora_parameters("default"), r"randlora_lambda\['default'\]"),
         (lambda: model.add_weighted_adapter(["default"], [0.5], "c"), "an adapter's parameter"),
     ):
         with pytest.raises(ValueError, match=what + r".* is kept in parts by DeepSpeed's ZeRO-3: .*GatheredParameters"):
+            attempt()
+    zero.gather(model.parameters())  # as a call may leave them
+    for attempt in (model.merge_adapter, lambda: layer.reset_randlora_parameters("default")):
+        with pytest.raises(ValueError, match="GatheredParameters"):
             attempt()
     before = {key: value.clone() for key, value in zero.numbers.items()}
     for method in (model.merge_adapter, model.unmerge_adapter):
         with zero.GatheredParameters(list(model.parameters()), modifier_rank=0):
             method()
         torch.testing.assert_close(model(IDS), expected)
+        if model.model.layers[0].q_proj.merged:
+            with pytest.raises(ValueError, match="GatheredParameters"):
+                model.unmerge_adapter()
     assert all(torch.equal(value, before[key]) for key, value in zero.numbers.items())
 
 

@@ -30,7 +30,7 @@ class ZeRO3:
             module.ds_external_parameters = types.MethodType(lambda self: self._external_params.items(), module)
 
         def gather(module, *_):
-            self._gather(self._of(module))
+            self.gather(self._of(module))
 
         def release(module, *_):
             self._release(self._of(module))
@@ -44,7 +44,7 @@ class ZeRO3:
     def _of(module):
         return [p for _, p in (*module.named_parameters(recurse=False), *module.ds_external_parameters())]
 
-    def _gather(self, parameters):
+    def gather(self, parameters):
         for parameter in parameters:
             if parameter.numel() == 0:
                 parameter.data = self.numbers[parameter.ds_id].clone()
@@ -56,8 +56,12 @@ class ZeRO3:
     @contextlib.contextmanager
     def GatheredParameters(self, params, modifier_rank=None):
         params = list(params)
-        self._gather(params)
+        self.gather(params)
+        for parameter in params:
+            parameter._gathered_by_the_user = 1
         yield
+        for parameter in params:
+            del parameter._gathered_by_the_user
         for parameter in params if modifier_rank is not None else ():
             self.numbers[parameter.ds_id] = parameter.detach().clone()
         self._release(params)
@@ -66,5 +70,7 @@ class ZeRO3:
 def partitioned(model, monkeypatch, hooks=True):
     """The stand-in that holds the numbers of `model` from now on; without `hooks` as after ``deepspeed.zero.Init``."""
     zero = ZeRO3(model, hooks)
+    internal = types.SimpleNamespace(DS_Z3_GATHERED_PARAM_CONTEXT_DEPTH_ATTR="_gathered_by_the_user")
     monkeypatch.setitem(sys.modules, "deepspeed", types.SimpleNamespace(zero=zero))
+    monkeypatch.setitem(sys.modules, "deepspeed.runtime.zero.partition_parameters", internal)
     return zero
