@@ -12,6 +12,7 @@ from importlib import resources, util
 from pathlib import Path
 
 import pytest
+import torch
 
 import randlora
 
@@ -39,6 +40,19 @@ def functions(module):
             own_name = value.__name__ != "_" and not compiled
             if value.__code__.co_filename == module.__file__ and own_name:
                 yield f"{module.__name__}.{value.__qualname__}", value
+
+
+def test_what_compiling_leaves_is_not_looked_at(tmp_path, monkeypatch):
+    """Another test of this process may have compiled a function with a graph break: its rest stands in the module."""
+    text = (
+        "import torch\n\ndef broken(x: int) -> int:\n    y = x + 1\n    torch._dynamo.graph_break()\n    return y * 2\n"
+    )
+    (tmp_path / "left_by_compiling.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("left_by_compiling")
+    torch.compile(module.broken, backend="eager")(torch.ones(2))
+    assert [name for name in vars(module) if "resume" in name], "nothing was left: this test shows nothing"
+    assert [name for name, _ in functions(module)] == ["left_by_compiling.broken"]
 
 
 def test_annotations_are_complete():
