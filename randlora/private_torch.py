@@ -18,6 +18,7 @@ from torch._dynamo import OptimizedModule, graph_break
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
@@ -25,15 +26,19 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "NonDynamicallyQuantizableLinear",
+    "active_ddp",
     "below_autograd",
     "current_stream",
+    "expects_uneven_inputs",
     "fake_mode",
     "graph_break",
     "in_transform",
     "is_compiled",
+    "is_put_together",
     "is_watched",
     "jvp_levels",
     "parse_to",
+    "reduced_by",
     "saved_tensors_hooks",
     "storage_identity",
     "tree_map",
@@ -131,6 +136,43 @@ def is_compiled(module: nn.Module) -> bool:
     Missed: a question of ``torch.compiler`` about a module.
     """
     return module._compiled_call_impl is not None or isinstance(module, OptimizedModule)
+
+
+# ---- DistributedDataParallel ----
+
+# Without these names nothing fails: the ranks are not compared then, unless the user asks for it.
+
+
+def active_ddp() -> Any:
+    """The DistributedDataParallel whose forward is at work, or None. Missed: what torch.compile asks by it."""
+    return getattr(DistributedDataParallel, "_active_ddp_module", None)
+
+
+def expects_uneven_inputs(ddp: Any) -> bool:
+    """Whether ``ddp.join()`` lets ranks end early, so that they may not be in a call. Missed: a question of Join."""
+    return bool(getattr(getattr(ddp, "_join_config", None), "enable", False))
+
+
+def reduced_by(ddp: Any) -> list[Tensor] | None:
+    """The parameters whose gradients `ddp` averages: those that required some when it was made. None: not known.
+
+    Missed: a list of them. It takes as much memory as their gradients, while it lasts.
+    """
+    buckets = getattr(getattr(ddp, "reducer", None), "_get_zeros_like_grad_buckets", None)
+    return None if buckets is None else [parameter for bucket in buckets() for parameter in bucket.parameters()]
+
+
+# ---- torch.distributed ----
+
+
+def is_put_together(module: nn.Module) -> bool:
+    """Whether FSDP2 (fully_shard) keeps parts of this very module's parameters, and puts them together for calls.
+
+    Missed: that question. FSDPModule is the class of what fully_shard was called with, which need not be this module,
+    and what is put together for a call is an ordinary parameter.
+    """
+    hooks = module._load_state_dict_post_hooks.values()
+    return any(getattr(hook, "__module__", "").startswith("torch.distributed.fsdp._fully_shard.") for hook in hooks)
 
 
 # ---- the rest ----

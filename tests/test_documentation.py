@@ -263,10 +263,12 @@ def test_the_rooms_are_described_by_their_own_words():
 
 def public_names():
     peft = importlib.import_module("randlora.integrations.peft")
+    distributed = importlib.import_module("randlora.distributed")
     return {
         *(f"randlora.{name}" for name in randlora.__all__ if name != "functional"),
         *(f"randlora.functional.{name}" for name in randlora.functional.__all__),
         *(f"randlora.integrations.peft.{name}" for name in peft.__all__),
+        *(f"randlora.distributed.{name}" for name in distributed.__all__),
     }
 
 

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from ..bases.random_bases import RandomBases
 from ..config import config_of_files
+from ..distributed import zero3
+from ..distributed.fsdp import hold_parts
+from ..distributed.gathering import copy_into
 from ..layers import offload
 from ..model.adapter_plan import Plan, plan_adapter
 from ..model.parts import adapted_layers, is_bias
@@ -35,6 +38,7 @@ class Loaded:
 
     def overwritten(self, model: nn.Module) -> list[Tensor]:
         """Those numbers of `model` that :meth:`copy_into` writes over."""
+        hold_parts(model.modules())
         present = biases.biases_of(model) if self.biases else {}
         return [present[name] for name in self.biases if name in present]
 
@@ -54,7 +58,7 @@ def _put(parameters: nn.ParameterDict, adapter_name: str, tensor: Tensor) -> Non
     """Copy into a parameter. A model on meta gets its weights later, but the adapter's numbers are here."""
     offload.make_room(parameters._parameters, adapter_name, tensor.device)
     with torch.no_grad():
-        parameters[adapter_name].copy_(tensor)
+        copy_into(parameters[adapter_name], tensor)
 
 
 def read(model: nn.Module, folder: str | os.PathLike, is_trainable: bool = False) -> Loaded:
@@ -123,9 +127,10 @@ def _assign(path: Path, model: nn.Module, plan: Plan, shapes: dict[str, Place], 
     modules = dict(model.named_modules())
     for name in plan.saved:
         module, prefix = modules[name], PREFIX + plain_name(name)
-        state = (module.original_module if hasattr(module, "modules_to_save") else module).state_dict()
+        state = (module.original_module if hasattr(module, "modules_to_save") else module).state_dict(keep_vars=True)
         saved[name] = {
-            k: _take(path, shapes, f"{prefix}.{plain_name(k)}", tuple(v.shape), v.dtype) for k, v in state.items()
+            k: _take(path, shapes, f"{prefix}.{plain_name(k)}", tuple(zero3.shape_of(v)), v.dtype)
+            for k, v in state.items()
         }
         for copied in ("original_module", "modules_to_save"):  # PEFT 0.21 writes their biases once more
             shapes.pop(f"{prefix}.{copied}.bias", None)
@@ -149,6 +154,7 @@ def _assign_biases(
                 f"later would undo it. Load them first, or, if it is offloaded, call {offload.REAL_AGAIN}"
             )
         if name in present:
+            zero3.require_whole(present[name], f"{path} holds the bias {name}, which", "to overwrite")
             found[name] = _take(path, shapes, key, tuple(present[name].shape), present[name].dtype)
     missing = set(biases.trained(model, plan.config.bias, plan.slots, plan.saved)) - set(found)
     if missing and complete and plan.config.bias == "randlora_only":  # other adapters' layers need not be in it

@@ -32,10 +32,10 @@ from torch.overrides import TorchFunctionMode
 from .. import planner
 from ..bases import parts
 from ..bases.copies import canonical
-from ..dtensors import distributed_weight
 from ..dtypes import at_least_fp32
 from ..functional import compute_dtype, linear_of
 from ..layers.mixed_batch import add_updates
+from .parallelized import distributed_weight
 from .shard_update import ShardCall, shard_matrix, shard_update
 
 if TYPE_CHECKING:

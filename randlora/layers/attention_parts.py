@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..dtensors import is_dtensor
+from ..distributed.gathering import is_dtensor
+from ..distributed.zero3 import require_whole
 from ..private_torch import NonDynamicallyQuantizableLinear
 
 _PARAMETERS = {"in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight", "bias_k", "bias_v"}
@@ -45,6 +46,8 @@ def check_base(base_layer: nn.Module) -> None:
             "base_layer has weights that are DTensors, which cannot be taken apart: adapt it first, and then shard the "
             "model, or parallelize q_proj, k_proj, v_proj and out_proj, or their base_layer where they have one"
         )
+    for name, parameter in base_layer.named_parameters():
+        require_whole(parameter, f"{name} of a torch.nn.MultiheadAttention", "to copy")
     if any(getattr(base_layer, hooks) for hooks in _HOOKS):
         raise ValueError("base_layer has hooks, which would be lost: remove them and register them on the adapted one")
 

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dtensors import all_finite, is_dtensor
+from ..distributed import zero3
+from ..distributed.fsdp import is_sharded
+from ..distributed.gathering import is_dtensor
+from ..distributed.parallelized import all_finite
 from . import base_layer as base_layers
 from . import offload, quantized
 from .shared_state import SharedState
@@ -89,18 +92,20 @@ class Mergeable(SharedState):
         """Raise what :meth:`merge` would raise whatever the numbers are; for a look at all layers before the first.
 
         Raises:
-            ValueError: a weight that the base layer computes anew at every call, such as a parametrised or pruned one:
-                what is added to it would be lost. One without numbers, of another shape than was adapted, or one that
-                the base layer does not simply multiply by. An adapter without numbers. A layer whose weight its model
-                only reads: the adapter has no effect there, and would have one if it was merged.
+            ValueError: a weight that is made anew at every call, such as a parametrised or pruned one, or one that
+                FSDP2 shards: what is added to it would be lost. One without numbers, of another shape than was adapted,
+                or one that the base layer does not simply multiply by. An adapter without numbers. A layer whose weight
+                its model only reads: the adapter has no effect there, and would have one if it was merged.
             TypeError: a weight that is no tensor, or of a dtype that updates cannot be added to.
         """
         base = self.get_base_layer()
+        if is_sharded(self):
+            raise ValueError(_SHARDED)
         if base_layers.tensor_weight(base) is not None and not isinstance(base._parameters.get("weight"), nn.Parameter):
             raise ValueError(_recomputed(base))
         base_layers.require_mergeable(base, self._weight_shape, self.fan_in_fan_out)
         for name in adapter_names:
-            self._trained(name, torch.device("cpu"))
+            self._trained_whole(name, torch.device("cpu"))
         if getattr(self, "bypassed", False) and any(
             self.randlora_lambda[n].any() and self.randlora_gamma[n].any() for n in adapter_names
         ):
@@ -133,8 +138,8 @@ class Mergeable(SharedState):
         """Give the base weight back, bit for bit as it was before the first :meth:`merge`.
 
         Raises:
-            ValueError: the base layer is another one than at the merge, which has its weight; or the weight as it was
-                has not been kept.
+            ValueError: the base layer is another one than at the merge, which has its weight; the weight as it was
+                has not been kept; or FSDP2 has sharded the layer since.
         """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
@@ -178,6 +183,11 @@ def check_unmerge(layer: Mergeable) -> None:
     base, kept = layer.get_base_layer(), layer._unmerged_weight
     if kept is None:
         raise ValueError(_NOT_KEPT)
+    if is_sharded(layer):
+        raise ValueError(
+            f"{', '.join(layer.merged_adapters)} was merged before fully_shard, which puts the weight together for "
+            "every call, so that what is taken out of it would be lost: unmerge before fully_shard"
+        )
     if layer._merged_into is not None and layer._merged_into[0] is not base:
         raise ValueError(
             f"{', '.join(layer.merged_adapters)} was merged into a base layer that has been replaced by another, a "
@@ -192,6 +202,7 @@ def check_unmerge(layer: Mergeable) -> None:
         if not isinstance(base._parameters.get("weight"), nn.Parameter):
             raise ValueError(_recomputed(base))
         offload.require_numbers(kept, "the base layer's weight as it was", "to give back")
+        zero3.require_whole(base.weight, "the base layer's weight", "to write over", writing=True)
 
 
 def _exchange(layer: Mergeable) -> None:
@@ -264,6 +275,10 @@ def _current(layer: Mergeable) -> Any:
 _BYPASSED = (
     "its model reads the weight of this layer and never calls the layer, so that its adapter has no effect, and would "
     "have one after merging: set the adapter's randlora_lambda to zero here to leave it out; nothing was changed"
+)
+_SHARDED = (
+    "its weight is put together by fully_shard for every call, so that a merged update would be lost: save the adapter "
+    "and merge it into a model that is not sharded"
 )
 _NOT_KEPT = "the weight as it was before merging was not kept (merge_and_unload with low_memory=True)"
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..checkpoint.layout import PEFT_TYPE
 from ..config import RandLoraConfig
+from ..distributed.fsdp import hold_parts
 from ..layers.bypassed import forget_calls
 from ..layers.merging import merged_or_not, unmerged
 from ..layers.modules_to_save import ModuleToSave
@@ -30,6 +31,7 @@ class Adapters(nn.Module):
         self.peft_config: dict[str, RandLoraConfig] = {}
         self._active: list[str] = []
         self._enabled, self._inference_mode = True, False
+        self._switched = 0  # how often what is trained may have changed
 
     # ---- adding and removing adapters ----
 
@@ -58,6 +60,8 @@ class Adapters(nn.Module):
         if config.base_model_name_or_path is None:
             config = filled(config, base_model_name_or_path=getattr(self.model, "name_or_path", None) or None)
         injection.apply(self.model, plan, adapter_name)
+        if not config.inference_mode:
+            self._check_trained([adapter_name])
         self.peft_config[adapter_name] = config
         if self._active:
             self._set_active(self._active, self._inference_mode)
@@ -150,6 +154,7 @@ class Adapters(nn.Module):
     def _set_active(self, names: list[str], inference_mode: bool) -> None:
         """Callers undo what a failure leaves."""
         self._active, self._inference_mode = names, inference_mode
+        self._switched += 1
         for layer in adapted_layers(self.model).values():
             layer.set_adapter([name for name in names if name in layer.randlora_lambda], inference_mode)
         for module in saved_modules(self.model).values():
@@ -164,7 +169,10 @@ class Adapters(nn.Module):
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Freeze or unfreeze the parameters of these adapters, whether they are active or not."""
         names = self._names(adapter_names)
+        if requires_grad:
+            self._check_trained(names)
         with all_or_nothing(self, deep=False):
+            self._switched += 1
             for layer in adapted_layers(self.model).values():
                 for name in filter(layer.randlora_lambda.__contains__, names):
                     layer.randlora_lambda[name].requires_grad_(requires_grad)
@@ -172,6 +180,10 @@ class Adapters(nn.Module):
             for module in saved_modules(self.model).values():
                 for name in filter(module.modules_to_save.__contains__, names):
                     module.modules_to_save[name].requires_grad_(requires_grad)
+
+    def _check_trained(self, adapter_names: Sequence[str]) -> None:
+        for layer in adapted_layers(self.model).values():
+            layer.check_trained([name for name in adapter_names if name in layer.randlora_lambda])
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -204,6 +216,7 @@ class Adapters(nn.Module):
                 part.enable_adapters(enabled)
 
     def _flags(self) -> list[tuple[nn.Parameter, bool]]:
+        hold_parts(self.modules())
         return [(parameter, parameter.requires_grad) for parameter in self.parameters()]
 
     # ---- merging ----
@@ -213,11 +226,10 @@ class Adapters(nn.Module):
 
         Raises:
             ValueError, TypeError: an unknown name; a layer that cannot be merged into, such as one with a
-                parametrised weight; a model that FSDP2 shards; with `safe_merge` a merged weight that is not finite.
+                parametrised weight, or one that FSDP2 shards; with `safe_merge` a merged weight that is not finite.
                 Nothing is changed then.
         """
         names = self._names(adapter_names)
-        injection.check_whole(self)
         wanted = injection.to_merge(self.model, names)
         with all_or_nothing(self), merged_or_not(wanted):
             shared = ties.shared(self.model)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
+from ..distributed.fsdp import is_sharded
 from ..layers.attention import MultiheadAttention, disable_fast_path, restore_fast_path
 from ..layers.linear import Linear
 from ..layers.merging import merged_or_not
@@ -31,6 +31,7 @@ def apply(model: nn.Module, plan: Plan, adapter_name: str) -> None:
         "bases": plan.bases,
         "num_bases": config.num_bases,
     }
+    _check_sharded(model, plan)
     places = Places(model)
     module: Any
     for name, module in plan.targets.items():
@@ -62,9 +63,25 @@ def apply(model: nn.Module, plan: Plan, adapter_name: str) -> None:
             disable_fast_path(module)
 
 
+def _check_sharded(model: nn.Module, plan: Plan) -> None:
+    """Raises ``ValueError`` for what cannot be put into a model any more after FSDP2 has sharded it."""
+    for name in plan.saved:
+        if is_sharded(model.get_submodule(name)):
+            raise ValueError(
+                f"modules_to_save: a copy of {name!r} would not be sharded. Add the adapter before fully_shard"
+            )
+    for name in plan.targets:
+        for module in (model.get_submodule(path) for path in (name, name.rpartition(".")[0])):
+            attention = isinstance(module, nn.MultiheadAttention) and not isinstance(module, MultiheadAttention)
+            if attention and is_sharded(module):
+                raise ValueError(
+                    f"{name!r}: the weights of its attention are sharded, and would be taken apart. Add the adapter "
+                    "before fully_shard"
+                )
+
+
 def to_merge(model: nn.Module, names: Sequence[str]) -> dict[RandLoraLayer, list[str]]:
     """Layer -> which of the adapters `names` are to be merged into it; checked for all layers first."""
-    check_whole(*(model.modules() if names else ()))
     found = {}
     for path, layer in adapted_layers(model).items():
         wanted = [name for name in names if name in layer.randlora_lambda and name not in layer.merged_adapters]
@@ -75,16 +92,6 @@ def to_merge(model: nn.Module, names: Sequence[str]) -> dict[RandLoraLayer, list
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{path!r} cannot be merged into: {error}") from error
     return found
-
-
-def check_whole(*modules: nn.Module) -> None:
-    """Raises ``ValueError`` if FSDP2 keeps parts of these modules: what is merged would be lost at the next reshard."""
-    sharded = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
-    if name := next((type(module).__name__ for module in modules if isinstance(module, sharded)), None):
-        raise ValueError(
-            f"the weights of this {name} are put together by fully_shard for every call, so that a merged update would "
-            "be lost: save the adapter and merge it into a model that is not sharded"
-        )
 
 
 def unload(

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..checkpoint import reading
 from ..config import RandLoraConfig
+from ..distributed import zero3
 from ..layers.bypassed import first_calls
 from ..layers.mixed_batch import Mixable, mixed_batch
 from ..layers.update_cache import inference_cache
@@ -24,6 +25,7 @@ from .adapter_plan import Plan, plan_adapter
 from .delegation import Delegating
 from .files import SavedAdapters
 from .parts import adapted_layers, saved_modules
+from .training_step import at_training_step
 
 
 def get_peft_model(model: nn.Module, config: Any, adapter_name: str = "default") -> RandLoraModel:
@@ -116,7 +118,6 @@ class RandLoraModel(Delegating, SavedAdapters):
         Raises:
             ValueError, TypeError: as :meth:`merge_adapter`.
         """
-        injection.check_whole(self)
         return injection.unload(self.model, self._names(adapter_names), progressbar, safe_merge, low_memory)
 
     def unload(self) -> nn.Module:
@@ -127,6 +128,7 @@ class RandLoraModel(Delegating, SavedAdapters):
     # ---- calls ----
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        at_training_step(self)
         with self._batch(adapter_names), first_calls(self, self.model):
             return self.model(*args, **kwargs)
 
@@ -158,15 +160,27 @@ class RandLoraModel(Delegating, SavedAdapters):
         return forward_signature.new, (type(self).__bases__[0], type(self.model)), self.__dict__
 
     def to_empty(self, *, device: Any, recurse: bool = True) -> RandLoraModel:
-        """torch's ``to_empty`` for the base model: adapters keep the numbers that they have."""
-        parts: list[nn.Module] = [
-            store for layer in adapted_layers(self.model).values() for store in layer.trained_parts()
-        ]
+        """torch's ``to_empty`` for the base model: adapters keep the numbers that they have.
+
+        Those on the meta device, which have none, get the ones that they are initialised with, the same on all ranks:
+        lambda zero and gamma ``1 / max(num_bases, min_dim)``, also where a config says ``init_weights=False``.
+        """
+        layers = adapted_layers(self.model).values()
+        parts: list[nn.Module] = [store for layer in layers for store in layer.trained_parts()]
         parts += [module.modules_to_save for module in saved_modules(self.model).values()]
         held = [(part, {k: t for k, t in part.state_dict().items() if not t.is_meta}) for part in parts]
+        empty = [
+            (layer, name)
+            for layer in layers
+            for name in layer.randlora_lambda
+            if any(parameters[name].is_meta for parameters in layer.trained_parts())
+        ]
         super().to_empty(device=device, recurse=recurse)
-        for part, state in held if recurse else ():
-            part.load_state_dict(state, strict=False)
+        if recurse:
+            for layer, name in empty:
+                layer.reset_randlora_parameters(name)
+            for part, state in held:
+                part.load_state_dict(state, strict=False)
         return self
 
     # ---- gradient checkpointing ----
@@ -196,7 +210,7 @@ class RandLoraModel(Delegating, SavedAdapters):
         """Numbers of trainable and of all parameters; a 4-bit weight counts the numbers that it stands for."""
         trainable = total = 0
         for parameter in self.parameters():
-            count = parameter.numel()
+            count = zero3.shape_of(parameter).numel()
             if type(parameter).__name__ == "Params4bit":
                 count *= 2 * parameter.element_size()
             total += count

@@ -22,7 +22,14 @@ SIZES = [(12, 40), (40, 12), (16, 16), (13, 22), (22, 13), (7, 1)]
 def test_a_layer_computes_what_it_computes_alone(two_ranks, way):
     kinds = [[kind] for kind in (*KINDS, "given", {"kind": "very_sparse", "sparsity": 12.0})] + [["dense", "hadamard"]]
     cases = [
-        {"into": into, "out": out, "way": way, "kinds": kinds[(i + j) % len(kinds)], "before": bool((i + j // 2) % 2)}
+        {
+            "into": into,
+            "out": out,
+            "way": way,
+            "kinds": kinds[(i + j) % len(kinds)],
+            "before": bool((i + j // 2) % 2),
+            "whole": bool(j % 2),
+        }
         for i, (into, out) in enumerate(SIZES)
         for j in range(0, 8, 1 if (into, out) == (16, 16) else 3)
     ]
@@ -36,7 +43,8 @@ def random_cases(count):
         {
             "into": choose(range(1, 24)), "out": choose(range(1, 24)), "way": choose(["columns", "rows"]),
             "kinds": [choose(kinds) for _ in range(choose([1, 1, 2]))], "before": choose([True, False]),
-            "bias": choose([True, False]), "r": choose([1, 3, 4, 30]), "n": choose([None, 1, 7]),
+            "bias": choose([True, False]), "whole": choose([True, False]), "r": choose([1, 3, 4, 30]),
+            "n": choose([None, 1, 7]),
             "strategy": choose(["auto", *STRATEGIES]), "tokens": choose([(0,), (1,), (5,), (2, 20)]),
         }
         for _ in range(count)

@@ -15,7 +15,7 @@ def test_shards_of_any_size(four_ranks):
     four_ranks(
         same_as_alone,
         cases=[
-            {"into": into, "out": out, "way": way, "kinds": [kind]}
+            {"into": into, "out": out, "way": way, "kinds": [kind], "whole": kind == "dense"}
             for into, out in ((5, 9), (9, 5), (3, 3))
             for way in ("columns", "rows")
             for kind in ("dense", "hadamard", "sparse")

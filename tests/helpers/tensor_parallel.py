@@ -14,12 +14,14 @@ def mesh():
 
 
 def parallelize(model, way, name, whole=True):
-    """`whole`: inputs and outputs of the layer are ordinary tensors, the same on every rank."""
+    """`whole`: inputs and outputs of the layer are ordinary tensors, the same on every rank. Otherwise the side of the
+    layer that is cut comes or goes in parts, the output as a DTensor.
+    """
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     if way == "columns":
-        style = ColwiseParallel(output_layouts=Replicate() if whole else Shard(-1))
+        style = ColwiseParallel(output_layouts=Replicate() if whole else Shard(-1), use_local_output=whole)
     else:
         style = RowwiseParallel(input_layouts=Replicate() if whole else Shard(-1))
     parallelize_module(model, mesh(), {name: style})
@@ -34,15 +36,15 @@ def bases(into, out, r, kind="dense", n=None, **arguments):
     return randlora.RandomBases(M + 1, m + 1, r, kind=kind, num_bases=n, seed=2**63 + 7, **arguments)
 
 
-def adapted(into, out, way=None, before=True, bias=True, r=3, kinds=("dense",), n=None, alpha=6.0, **options):
+def adapted(into, out, way=None, before=True, bias=True, r=3, kinds=("dense",), n=None, whole=True, **options):
     """A layer alone in a model, with an adapter of each kind, all active; `way`: cut over the ranks, before or after it
-    is adapted.
+    is adapted. `whole`: as for :func:`parallelize`.
     """
     model = nn.Sequential(make_base(into, out, bias, torch.float64))
     if way and before:
-        parallelize(model, way, "0")
+        parallelize(model, way, "0", whole)
     for i, kind in enumerate(kinds):
-        settings = {"r": r, "randlora_alpha": alpha, "num_bases": n, **options}
+        settings = {"r": r, "randlora_alpha": 6.0, "num_bases": n, **options}
         store = bases(into, out, r, n=n, **(kind if isinstance(kind, dict) else {"kind": kind}))
         if i:
             settings.pop("strategy", None)
@@ -52,18 +54,29 @@ def adapted(into, out, way=None, before=True, bias=True, r=3, kinds=("dense",), 
     model[0].set_adapter([str(i) for i in range(len(kinds))])
     randomize(model[0])
     if way and not before:
-        parallelize(model, way, "0.base_layer")
+        parallelize(model, way, "0.base_layer", whole)
     return model
 
 
-def call(model, tokens=(2, 3), seed=8, through=None):
-    """Output, and the gradients of x and of all that is trained; `through`: what to call in the model's place."""
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def call(model, tokens=(2, 3), seed=8, through=None, in_parts=False):
+    """Output, and the gradients of x and of all that is trained; `through`: what to call in the model's place.
+
+    `in_parts`: every rank gives the layer its columns of x.
+    """
     layer = model[0]
     layer.zero_grad()
-    x = normal(*tokens, layer.in_features, seed=seed, dtype=torch.float64).requires_grad_()
-    y = (through or model)(x)
+    x = normal(*tokens, layer.in_features, seed=seed, dtype=torch.float64)
+    if in_parts:
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        x = distribute_tensor(x, mesh(), [Shard(-1)])
+    y = whole((through or model)(x.requires_grad_()))
     (y * normal(*tokens, layer.out_features, seed=seed + 1, dtype=torch.float64)).sum().backward()
-    return [y.detach(), x.grad, *(p.grad for part in layer.trained_parts() for p in part.values())]
+    return [y.detach(), whole(x.grad), *(p.grad for part in layer.trained_parts() for p in part.values())]
 
 
 def assert_equal(expected, got):
@@ -76,9 +89,10 @@ def assert_equal(expected, got):
 
 def same_as_alone(cases):
     for case in cases:
-        way = case.pop("way")
-        tokens = case.pop("tokens", (2, 3))
+        way, tokens, whole = case.pop("way"), case.pop("tokens", (2, 3)), case.pop("whole", True)
+        in_parts = not whole and way == "rows"
         try:
-            assert_equal(call(adapted(**case), tokens), call(adapted(way=way, **case), tokens))
+            parallel = call(adapted(way=way, whole=whole, **case), tokens, in_parts=in_parts)
+            assert_equal(call(adapted(**case), tokens), parallel)
         except Exception as error:
-            raise AssertionError(f"{way} {case}") from error
+            raise AssertionError(f"{way}, {whole=}, {case}") from error

@@ -136,6 +136,21 @@ def test_nothing_else_changes_what_is_trained(change, frozen):
     assert not any(p.requires_grad for p in model.parameters() if id(p) not in old)
 
 
+def test_all_that_is_trained_gets_gradients():
+    """The bias of a module whose copy is saved is not called, and not trained: DDP would wait for its gradient."""
+    model = adapt(net(), modules_to_save=["head"], bias="all")
+    add(model, "b", 2)
+    for name, used in (("default", "modules_to_save.default"), ("b", None), ("default", "modules_to_save.default")):
+        model.set_adapter(name)
+        model.zero_grad()
+        model(IDS).sum().backward()
+        wanted = {key for key, p in model.named_parameters() if p.requires_grad}
+        assert wanted == {key for key, p in model.named_parameters() if p.grad is not None}
+        assert {key for key in wanted if ".head." in key} == {
+            f"model.head.{used}.{x}" for x in ("weight", "bias") if used
+        }
+
+
 def test_set_requires_grad():
     model = adapt(net(), modules_to_save=["head"])
     add(model, "b", 2)
@@ -274,6 +289,29 @@ def test_modules_to_save_that_contain_adapted_layers():
     with pytest.raises(ValueError, match=r"'layers\.0' contains layers that another adapter adapts"):
         model.add_adapter("b", RandLoraConfig(r=2, target_modules=["head"], modules_to_save=["0"]))
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("modules", [None, ["head"], ["embed", "head"]])
+@pytest.mark.parametrize("bias", ["none", "all", "randlora_only"])
+@pytest.mark.parametrize("of_first", [True, False])
+def test_what_is_trained_is_used(of_first, bias, modules):
+    """DistributedDataParallel waits for the gradients of everything that requires one."""
+    first, second = (
+        {"bias": bias, "modules_to_save": modules},
+        {"target_modules": ["q_proj", "head"][: 1 + (not modules)]},
+    )
+    model = adapt(net(), **(first if of_first else second))
+    add(model, "b", 2, **(second if of_first else first))
+    for names in ("default", "b", ["default", "b"], "default"):
+        model.set_adapter(names)
+        model.zero_grad(set_to_none=True)
+        model(IDS).sum().backward()
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert trained == {name for name, p in model.named_parameters() if p.grad is not None}
+        of_head = {name.removeprefix("model.head.") for name in trained if name.endswith("bias") and ".head." in name}
+        act = names if isinstance(names, list) else [names]
+        if modules and ("default" if of_first else "b") in act:
+            assert of_head == {f"modules_to_save.{'default' if of_first else 'b'}.bias"}
 
 
 def test_only_one_adapter_trains_biases():

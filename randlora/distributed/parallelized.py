@@ -1,19 +1,12 @@
-"""Questions about tensors that may be DTensors, asked without importing ``torch.distributed`` for them."""
+"""Layers that a parallel plan may have cut over ranks: questions that import nothing of ``torch.distributed``."""
 
 from __future__ import annotations
-
-import sys
 
 import torch
 from torch import Tensor, nn
 
-from .private_torch import was_distributed
-
-
-def is_dtensor(value: object) -> bool:
-    """Whether it is a ``torch.distributed.tensor.DTensor``, of which there are none before that is imported."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(value, module.DTensor)
+from ..private_torch import was_distributed
+from .gathering import is_dtensor
 
 
 def distributed_weight(base_layer: nn.Module) -> Tensor | None:
