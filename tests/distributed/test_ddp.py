@@ -193,6 +193,8 @@ def switched(names, find_unused_parameters):
     model.set_adapter(["default", "second"])
     ddp = DDP(model, find_unused_parameters=find_unused_parameters)
     messages = []
+    with model.disable_adapter():
+        ddp(IDS)
     for now in (["default", "second"], names, ["default", "second"]):
         model.set_adapter(now)
         ddp.zero_grad()
@@ -355,6 +357,19 @@ def test_a_model_whose_adapters_are_gone(alone):
     model.model.head.requires_grad_(True)
     loss_of(DDP(model), IDS, TARGETS).backward()
     assert model.model.head.weight.grad.abs().max() > 0
+
+
+def test_a_peft_model_whose_adapters_are_disabled_at_first(alone):
+    peft = pytest.importorskip("peft")
+    import randlora.integrations.peft as integration
+
+    with integration.enable():
+        model = peft.get_peft_model(net(), peft.RandLoraConfig(r=4, target_modules=["q_proj"]))
+    ddp = DDP(model)
+    with model.disable_adapter():
+        ddp(IDS)
+    loss_of(ddp, IDS, TARGETS).backward()
+    assert gradients(ddp).keys() == {name.removeprefix("module.") for name in trained(ddp)}
 
 
 @pytest.mark.parametrize("how", ["enabled", "accelerated", "the tuner alone"])
