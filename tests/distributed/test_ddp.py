@@ -359,19 +359,6 @@ def test_a_model_whose_adapters_are_gone(alone):
     assert model.model.head.weight.grad.abs().max() > 0
 
 
-def test_a_peft_model_whose_adapters_are_disabled_at_first(alone):
-    peft = pytest.importorskip("peft")
-    import randlora.integrations.peft as integration
-
-    with integration.enable():
-        model = peft.get_peft_model(net(), peft.RandLoraConfig(r=4, target_modules=["q_proj"]))
-    ddp = DDP(model)
-    with model.disable_adapter():
-        ddp(IDS)
-    loss_of(ddp, IDS, TARGETS).backward()
-    assert gradients(ddp).keys() == {name.removeprefix("module.") for name in trained(ddp)}
-
-
 @pytest.mark.parametrize("how", ["enabled", "accelerated", "the tuner alone"])
 def test_of_a_peft_model_the_bases_are_not_sent(how, alone):
     """PEFT keeps them as buffers, and DDP would send those in every call."""
