@@ -262,11 +262,12 @@ def _trained(layer: Linear, adapter: str, device: torch.device) -> tuple[Tensor,
 def _seed(mesh: DeviceMesh, layout: _Layout, device: torch.device) -> Tensor:
     """Of a dropout mask: one for ranks with the same input, another one for each of those that have parts of it."""
     seed = torch.randint(0, 2**62, (1,), device=device)
-    for axis, placement in enumerate(layout.x):
-        if isinstance(placement, Replicate):
-            dist.broadcast(seed, group=mesh.get_group(axis), group_src=0)
     place = mesh.get_coordinate()
     assert place is not None
+    for axis, placement in enumerate(layout.x):
+        if isinstance(placement, Replicate):  # that of the first; torch.compile traces a sum, but no broadcast
+            seed = seed if place[axis] == 0 else torch.zeros_like(seed)
+            dist.all_reduce(seed, group=mesh.get_group(axis))
     part = 0
     for axis, placement in enumerate(layout.x):
         if not isinstance(placement, Replicate):

@@ -353,7 +353,11 @@ def compiled():
     for kind, way in (("dense", "columns"), ("hadamard", "rows")):
         model = adapted(12, 20, way=way, kinds=[kind])
         expected = call(model)
-        assert_equal(expected, call(model, through=torch.compile(model, backend="aot_eager", fullgraph=True)))
+        graph = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert_equal(expected, call(model, through=graph))
+    model = adapted(12, 20, way="columns", randlora_dropout=0.4)
+    through = None, torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert_equal(*(torch.manual_seed(3) and call(model, through=way) for way in through))
 
 
 def test_one_graph_of_torch_compile(two_ranks):
