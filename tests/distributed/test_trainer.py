@@ -7,48 +7,71 @@ import os
 
 import pytest
 import torch
-from helpers.trainers import make_trainer, our_model, peft_model, train
+from helpers.checkpoints import WEIGHTS, keys_of
+from helpers.trainers import BEST_IS_FIRST, make_trainer, our_model, peft_model, train
+from safetensors.torch import load_file
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 MODELS = {"randlora": our_model, "peft": peft_model}
-BASE_FILES = {"model.safetensors", "pytorch_model.bin"}
-BEST = {
-    "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "metric_for_best_model": "loss",
-    "greater_is_better": True,
-}  # fmt: skip
+
+
+@pytest.fixture(params=MODELS)
+def which(request):
+    return pytest.importorskip(request.param) and request.param
 
 
 def run(which, folder, resume=None, dropout=0.0, **settings):
-    """On every rank; the process group is that of the test."""
+    """On every rank, and in the process of the test."""
     trainer = make_trainer(MODELS[which](dropout=dropout), folder, **settings)
     losses, numbers = train(trainer, resume)
-    wrapped = type(trainer.model_wrapped).__name__
-    return losses, numbers, wrapped, trainer.args.world_size, trainer.state.best_model_checkpoint
+    return losses, numbers, type(trainer.model_wrapped).__name__
 
 
-def equal(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+def assert_equal(first, second, **tolerance):
+    assert first.keys() == second.keys() and first
+    for name, number in first.items():
+        torch.testing.assert_close(number, second[name], **tolerance or {"rtol": 0, "atol": 0})
 
 
-@pytest.mark.parametrize("which", MODELS)
-def test_resuming_on_two_processes(two_ranks, tmp_path, which):
-    if which == "peft":
-        pytest.importorskip("peft")
-    settings = {"which": which, "dropout": 0.3, **BEST}
-    whole = two_ranks(run, folder=tmp_path / "whole", **settings)
+def test_resuming_on_as_many_processes(two_ranks, tmp_path, which):
+    settings = {"which": which, "dropout": 0.3}
+    first, second = two_ranks(run, folder=tmp_path / "whole", **settings)
+    assert first[2] == "DistributedDataParallel" and len(first[0]) == 6 and first[0] == second[0]
+    assert_equal(first[1], second[1])
     folder = tmp_path / "whole" / "checkpoint-4"
     names = set(os.listdir(folder))
-    assert {"adapter_model.safetensors", "rng_state_0.pth", "rng_state_1.pth"} <= names and not names & BASE_FILES
-    again = two_ranks(run, folder=tmp_path / "again", resume=folder, **settings)
-    for (losses, numbers, *where), (resumed, finally_, *_) in zip(whole, again, strict=True):
-        assert where[:2] == ["DistributedDataParallel", 2] and len(losses) == 6
-        assert resumed == pytest.approx({step: losses[step] for step in (5, 6)}, rel=1e-6)
-        assert equal(numbers, whole[0][1]) and equal(finally_, again[0][1])
-        assert not where[2].endswith("checkpoint-6")  # the best, which is loaded at the end
-    best = MODELS[which]()
-    from safetensors.torch import load_file
+    assert {WEIGHTS, "rng_state_0.pth", "rng_state_1.pth"} <= names
+    assert not names & {"model.safetensors", "pytorch_model.bin"}
+    assert all("randlora_" in key or "norm." in key for key in keys_of(folder))
+    for resumed in two_ranks(run, folder=tmp_path / "again", resume=folder, **settings):
+        assert resumed[0] == pytest.approx({5: first[0][5], 6: first[0][6]}, rel=1e-6)
+        assert_equal(resumed[1], first[1], rtol=1e-5, atol=1e-6)
 
-    file = load_file(os.path.join(whole[0][4], "adapter_model.safetensors"))
-    assert best and file
+
+def test_resuming_on_another_number_of_processes(two_ranks, tmp_path, which):
+    """With as many rows in a step, losses are those of the run that went through."""
+    both = {"which": which, "per_device_train_batch_size": 4}
+    alone = {"which": which, "per_device_train_batch_size": 8}
+    whole, numbers, _ = run(folder=tmp_path / "one", **alone)
+    first, _ = two_ranks(run, folder=tmp_path / "two", **both)
+    assert first[0] == pytest.approx(whole, rel=1e-5)
+    expected = {5: whole[5], 6: whole[6]}
+    grown, _ = two_ranks(run, folder=tmp_path / "grown", resume=tmp_path / "one" / "checkpoint-4", **both)
+    shrunk = run(folder=tmp_path / "shrunk", resume=tmp_path / "two" / "checkpoint-4", **alone)
+    for losses, trained, _ in (grown, shrunk):
+        assert losses == pytest.approx(expected, rel=1e-5)
+        assert_equal(trained, numbers, rtol=1e-3, atol=1e-5)
+
+
+def test_the_best_model_is_loaded_at_the_end(two_ranks, tmp_path, which):
+    for _, numbers, _ in two_ranks(run, which=which, folder=tmp_path, **BEST_IS_FIRST):
+        best, last = (load_file(tmp_path / f"checkpoint-{step}" / WEIGHTS) for step in (2, 6))
+        assert best.keys() == last.keys() and not any(torch.equal(best[key], last[key]) for key in best)
+        for name, number in numbers.items():
+            key = name.replace(".modules_to_save.default", "").removesuffix(".default")
+            if which == "randlora":
+                key = f"base_model.{key}"
+            assert torch.equal(number, best.pop(key)), name
+        assert not best

@@ -7,11 +7,19 @@ import torch
 
 from helpers.models import WORDS, adapt, tiny_llama
 
-TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
+SETTINGS = {
+    "r": 4, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"], "modules_to_save": ["norm"],
+    "save_projection": False,
+}  # fmt: skip
+# The highest loss counts as the best one: that of the first checkpoint.
+BEST_IS_FIRST = {
+    "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "metric_for_best_model": "loss",
+    "greater_is_better": True,
+}  # fmt: skip
 
 
 def our_model(dropout=0.0, **changes):
-    return adapt(tiny_llama(**changes), seed=3, randlora_dropout=dropout, randlora_alpha=0.5, modules_to_save=["norm"])
+    return adapt(tiny_llama(**changes), seed=3, randlora_dropout=dropout, randlora_alpha=0.5, **SETTINGS)
 
 
 def peft_model(dropout=0.0):
@@ -20,16 +28,14 @@ def peft_model(dropout=0.0):
 
     import randlora.integrations.peft as integration
 
-    config = peft.RandLoraConfig(
-        r=4, randlora_alpha=8, randlora_dropout=dropout, target_modules=TARGETS, modules_to_save=["norm"]
-    )
+    config = peft.RandLoraConfig(randlora_alpha=8, randlora_dropout=dropout, **SETTINGS)
     with integration.enable(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         return peft.get_peft_model(tiny_llama(), config)
 
 
-def rows(count, seed=1):
-    ids = torch.randint(1, WORDS, (count, 6), generator=torch.Generator().manual_seed(seed)).tolist()
+def rows(count):
+    ids = torch.randint(1, WORDS, (count, 6), generator=torch.Generator().manual_seed(1)).tolist()
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
@@ -44,7 +50,8 @@ def make_trainer(model, folder, cls=None, **settings):
         "logging_nan_inf_filter": False, "ddp_find_unused_parameters": False,
     }  # fmt: skip
     arguments = transformers.TrainingArguments(output_dir=str(folder), **defaults | settings)
-    return (cls or Trainer)(model=model, args=arguments, train_dataset=rows(48), eval_dataset=rows(6, seed=2))
+    # Few rows and several epochs, so that the loss of the rows to evaluate falls.
+    return (cls or Trainer)(model=model, args=arguments, train_dataset=rows(16), eval_dataset=rows(6))
 
 
 def train(trainer, resume=None):

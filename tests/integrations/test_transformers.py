@@ -11,13 +11,12 @@ from helpers.models import IDS, adapt, assert_unchanged, snapshot, tiny_llama
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from helpers.trainers import make_trainer, our_model, train  # noqa: E402
+from helpers.trainers import BEST_IS_FIRST, make_trainer, our_model, train  # noqa: E402
 
 from randlora import RandLoraModel  # noqa: E402
 from randlora.integrations.transformers import AdapterCheckpoints, Trainer  # noqa: E402
 
 BASE_FILES = {"model.safetensors", "pytorch_model.bin", "config.json"}
-EACH_STEP = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +53,12 @@ def test_the_last_checkpoint_is_found_and_old_ones_are_removed(tmp_path):
 
 
 def test_the_best_model_is_loaded_at_the_end(tmp_path):
-    """The highest loss counts as best, which is not that of the last checkpoint."""
-    trainer = make_trainer(our_model(), tmp_path, metric_for_best_model="loss", greater_is_better=True, **EACH_STEP)
+    trainer = make_trainer(our_model(), tmp_path, **BEST_IS_FIRST)
     parameters = [id(p) for p in trainer.model.parameters()]
     train(trainer)
     assert parameters == [id(p) for p in trainer.model.parameters()]
-    folders = trainer.state.best_model_checkpoint, tmp_path / "checkpoint-6"
-    best, last = (RandLoraModel.from_pretrained(tiny_llama(), folder) for folder in folders)
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    best, last = (RandLoraModel.from_pretrained(tiny_llama(), tmp_path / f"checkpoint-{step}") for step in (2, 6))
     logits = trainer.model.eval()(IDS).logits
     assert torch.equal(logits, best(IDS).logits) and not torch.equal(logits, last(IDS).logits)
 
@@ -114,7 +112,7 @@ def test_transformers_own_trainer_writes_the_whole_state_dict(tmp_path):
 
 
 def test_other_models_are_left_to_transformers(tmp_path):
-    losses, _ = train(make_trainer(tiny_llama(), tmp_path, **EACH_STEP))
+    losses, _ = train(make_trainer(tiny_llama(), tmp_path, **BEST_IS_FIRST))
     assert {"model.safetensors", "config.json"} <= set(os.listdir(tmp_path / "checkpoint-4"))
     again, _ = train(make_trainer(tiny_llama(), tmp_path), tmp_path / "checkpoint-4")
     assert again == {5: losses[5], 6: losses[6]}
