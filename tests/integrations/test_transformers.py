@@ -95,7 +95,7 @@ def test_tied_weights_and_the_tokenizer(tmp_path):
 def test_another_adapter_is_refused(whole, tmp_path):
     trainer = make_trainer(adapt(tiny_llama(), r=5, modules_to_save=["norm"]), tmp_path)
     before = snapshot(trainer.model)
-    with pytest.raises(ValueError, match="r must be 5, got 4. Adapt the model as it was"):
+    with pytest.raises(ValueError, match="r must be 5, got 4"):
         trainer.train(resume_from_checkpoint=str(whole[0] / "checkpoint-2"))
     assert_unchanged(trainer.model, before)
     with pytest.raises(ValueError, match="Can't find a valid checkpoint"):
