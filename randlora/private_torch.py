@@ -31,6 +31,7 @@ __all__ = [
     "graph_break",
     "in_transform",
     "is_compiled",
+    "is_put_together",
     "is_watched",
     "jvp_levels",
     "parse_to",
@@ -130,6 +131,19 @@ def is_compiled(module: nn.Module) -> bool:
     Missed: a question of ``torch.compiler`` about a module.
     """
     return module._compiled_call_impl is not None or isinstance(module, OptimizedModule)
+
+
+# ---- torch.distributed ----
+
+
+def is_put_together(module: nn.Module) -> bool:
+    """Whether FSDP2 (fully_shard) keeps parts of this very module's parameters, and puts them together for calls.
+
+    Missed: that question. FSDPModule is the class of what fully_shard was called with, which need not be this module,
+    and what is put together for a call is an ordinary parameter.
+    """
+    hooks = module._load_state_dict_post_hooks.values()
+    return any(getattr(hook, "__module__", "").startswith("torch.distributed.fsdp.") for hook in hooks)
 
 
 # ---- the rest ----

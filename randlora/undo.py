@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .distributed.fsdp import hold_parts
+
 _CONTAINERS = (dict, OrderedDict, list, set)
 
 
@@ -24,6 +26,7 @@ def all_or_nothing(*modules: nn.Module, values: Iterable[Tensor] = (), deep: boo
         deep: False for a block that changes nothing of the modules inside `modules` but ``requires_grad``: cheaper.
     """
     inside = {id(m): m for root in modules for m in root.modules()}.values()
+    hold_parts(inside)
     before = [_Before(module) for module in (inside if deep else modules)]
     flags = {id(p): (p, p.requires_grad) for module in inside for p in module._parameters.values() if p is not None}
     numbers = [(tensor, tensor.detach().clone()) for tensor in values]

@@ -37,7 +37,9 @@ OF_INSTANCES = {
     "_version",
 }
 # Read by name, or by the file that holds the rest.
-OF_INSTANCES_TOO = {"_backward_hooks", "_backward_pre_hooks", "_cdata", "_compiled_call_impl"}
+OF_INSTANCES_TOO = {
+    "_backward_hooks", "_backward_pre_hooks", "_cdata", "_compiled_call_impl", "_load_state_dict_post_hooks",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -286,6 +288,24 @@ def test_unsafe_view(private):
     assert x.grad.tolist() == [2.0] * 6
     with pytest.raises(RuntimeError, match="view"):  # what it is for: an ordinary view refuses that
         Reshaped.apply(x * 1, torch.Tensor.view).mul_(2)
+
+
+def test_is_put_together(private, tmp_path):
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    distributed = torch.distributed
+    if not distributed.is_gloo_available():
+        pytest.skip("this PyTorch has no gloo")
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.ParameterDict({"a": torch.ones(2)}))
+    assert not any(map(private.is_put_together, model.modules()))
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        fsdp.fully_shard(model, mesh=distributed.device_mesh.init_device_mesh("cpu", (1,)))
+        for _ in range(2):
+            assert [private.is_put_together(module) for module in model] == [True, False, True]
+            model.unshard()
+            assert type(model[0].weight) is nn.Parameter, "what is put together can be told by its class now"
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_saved_tensors_hooks(private):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed.gathering import copy_into
 from ..layers.attention import MultiheadAttention
 from ..model.parts import adapted_layers, is_bias
 from ..names import plain_name
@@ -55,4 +56,4 @@ def set_biases(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     present = biases_of(model)
     with torch.no_grad():
         for name, value in values.items():
-            present[name].copy_(value)
+            copy_into(present[name], value)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ..bases.random_bases import RandomBases
 from ..config import config_of_files
+from ..distributed.fsdp import hold_parts
+from ..distributed.gathering import copy_into
 from ..layers import offload
 from ..model.adapter_plan import Plan, plan_adapter
 from ..model.parts import adapted_layers, is_bias
@@ -35,6 +37,7 @@ class Loaded:
 
     def overwritten(self, model: nn.Module) -> list[Tensor]:
         """Those numbers of `model` that :meth:`copy_into` writes over."""
+        hold_parts(model.modules())
         present = biases.biases_of(model) if self.biases else {}
         return [present[name] for name in self.biases if name in present]
 
@@ -54,7 +57,7 @@ def _put(parameters: nn.ParameterDict, adapter_name: str, tensor: Tensor) -> Non
     """Copy into a parameter. A model on meta gets its weights later, but the adapter's numbers are here."""
     offload.make_room(parameters._parameters, adapter_name, tensor.device)
     with torch.no_grad():
-        parameters[adapter_name].copy_(tensor)
+        copy_into(parameters[adapter_name], tensor)
 
 
 def read(model: nn.Module, folder: str | os.PathLike, is_trainable: bool = False) -> Loaded:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -21,12 +21,12 @@ from torch import Tensor
 from ..bases.definition import bases_for_full_rank
 from ..bases.random_bases import RandomBases
 from ..config import ALL_LINEAR, RandLoraConfig
-from ..layers.offload import with_numbers
+from ..distributed.fsdp import hold_parts
+from ..distributed.gathering import Processes
 from ..layers.randlora_layer import RandLoraLayer
 from ..model.adapter_plan import required
-from ..model.parts import adapted_layers, is_bias, saved_modules
-from ..names import plain_name
-from . import biases
+from ..model.parts import adapted_layers
+from . import trained
 from .for_peft import drawn_dims, exact_targets, misread
 from .layout import (
     CONFIG_NAME,
@@ -34,10 +34,7 @@ from .layout import (
     METADATA_KEY,
     OWN_PEFT_TYPE,
     OWN_SETTINGS,
-    PARAMETERS,
-    PREFIX,
     WEIGHTS_NAME,
-    check_numbers,
     checksum,
 )
 from .replace import replace_files
@@ -52,6 +49,7 @@ def save(
     names: list[str],
     for_peft: bool | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
+    is_main_process: bool = True,
 ) -> None:
     """Write the adapters `names`: ``"default"`` into `folder`, others into ``folder/<name>``.
 
@@ -59,26 +57,63 @@ def save(
     so cannot be made again, are always written. The same adapter always gives the same bytes. All numbers are copied
     first: what is written is what was checked, whatever other threads do to the model meanwhile.
 
+    Where several processes hold parts of what is saved (FSDP2, tensor parallel: ``DTensor``), all of them must call
+    this; the first one whose `is_main_process` is True writes, and what is raised on one is raised on all. Otherwise no
+    process waits for another.
+
     Args:
         for_peft: True: raise ``ValueError``, with nothing written, where PEFT could not compute the same. None: write
             it so that PEFT refuses to load it. False: write no projections, whatever the config says.
         state_dict: the model's, to take the numbers from, as it is gathered from processes that hold a part each.
+        is_main_process: False: this process writes nothing.
 
     Raises:
         ValueError: see above; an adapter whose layers differ in what its one config says; NaN, infinity and whatever
             else could not be loaded again, by name. Nothing is written then.
         OSError: the folder cannot be written, or the disk is full; the old files are as they were then.
     """
-    prepared = [(name, *_contents(model, name, for_peft, state_dict)) for name in names]
-    for name, config, tensors, projections, metadata in prepared:
-        target = Path(folder) if name == "default" else Path(folder) / name
+    hold_parts(model.modules())
+    layers = {name: _layers(model, name) for name in names}
+    found = {name: trained.sources(model.model, name, model.peft_config[name], layers[name]) for name in names}
+    processes = Processes.that_hold(
+        tensor
+        for sources in found.values()
+        for tensor in (
+            [source.live for source in sources.values()]
+            if state_dict is None
+            else trained.in_state(state_dict, sources).values()
+        )
+    )
+    if not (is_main_process or processes):
+        return
+    with processes.agreeing():
+        prepared = {name: _description(model, name, layers[name], for_peft) for name in names}
+        values = {name: trained.values(model.model, name, found[name], state_dict) for name in names}
+    writes = processes.chosen(is_main_process)
+    copied = {name: trained.copies(values[name], kept=writes) for name in names}
+    with processes.agreeing():
+        if writes:
+            _write_all(Path(folder), prepared, copied, found)
+
+
+def _write_all(
+    folder: Path,
+    prepared: Mapping[str, _Description],
+    copied: Mapping[str, dict[str, Tensor]],
+    found: Mapping[str, Mapping[str, trained.Source]],
+) -> None:
+    for name, tensors in copied.items():
+        trained.check(name, tensors, found[name])
+    for name, (config, description, projections) in prepared.items():
+        description["sha256"] = checksum(description, copied[name])
+        metadata = {METADATA_KEY: json.dumps(description, sort_keys=True)}
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        complete = tensors | _apart(projections())
+        complete = copied[name] | _apart(projections())
         writers: dict[str, Callable[[Path], Any]] = {
             WEIGHTS_NAME: functools.partial(_write, tensors=complete, metadata=metadata),
             CONFIG_NAME: functools.partial(Path.write_text, data=text, encoding="utf-8"),
         }
-        replace_files(target, writers, described_by=CONFIG_NAME)
+        replace_files(folder if name == "default" else folder / name, writers, described_by=CONFIG_NAME)
 
 
 def check_options(safe_serialization: bool, save_function: Callable | None) -> None:
@@ -107,31 +142,40 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
         raise
 
 
-def _contents(
-    model: Adapters, name: str, for_peft: bool | None, state_dict: Mapping[str, Tensor] | None
-) -> tuple[dict, dict[str, Tensor], Callable[[], dict[str, Tensor]], dict[str, str]]:
-    """What the files will hold: the config, the trained tensors, the projections, and the metadata.
+class _Description(NamedTuple):
+    """What the files will hold beside what is trained.
 
     In place of the projections, which are large, there is a function that makes them when they are written.
     """
+
+    config: dict[str, Any]
+    metadata: dict[str, Any]  # without the checksum
+    projections: Callable[[], dict[str, Tensor]]
+
+
+def _layers(model: Adapters, name: str) -> dict[str, RandLoraLayer]:
+    return {path: layer for path, layer in adapted_layers(model.model).items() if name in layer.randlora_lambda}
+
+
+def _description(model: Adapters, name: str, layers: dict[str, RandLoraLayer], for_peft: bool | None) -> _Description:
     config = copy.deepcopy(model.peft_config[name])
-    layers = {path: layer for path, layer in adapted_layers(model.model).items() if name in layer.randlora_lambda}
     bases = _same_everywhere(name, config, layers)
     slots = {path: (layer.in_features, layer.out_features) for path, layer in layers.items()}
     dims = required(config, slots)
     for_all = drawn_dims(config, layers)
     given = bases.prng == "none"
     if bases.given is not None:
-        pair = (_copy(name, f"randlora_{x}", t, t.dtype) for x, t in zip("AB", bases.given, strict=True))
-        bases = RandomBases.from_tensors(*pair)
+        pair = {f"randlora_{x}": t for x, t in zip("AB", bases.given, strict=True)}
+        sources = {key: trained.Source(tensor, key) for key, tensor in pair.items()}
+        pair = trained.copies(trained.values(model.model, name, sources, None))
+        trained.check(name, pair, sources)
+        bases = RandomBases.from_tensors(*pair.values())
     with_bases = given or (config.save_projection and for_peft is not False)
     reason = misread(model.model, config, layers, bases, for_all, with_bases)
     if for_peft and reason:
         raise ValueError(f"adapter {name!r} cannot be written for PEFT: {reason}")
     if reason:
         with_bases = given  # only PEFT has a use for others
-
-    tensors = _trained(model, name, config, layers, state_dict)
 
     def projections() -> dict[str, Tensor]:
         made = _projections(bases, dims if reason else for_all) if with_bases else ()
@@ -162,8 +206,7 @@ def _contents(
         "dims": dims,
         "fingerprint": bases.fingerprint(*dims),
     }
-    description["sha256"] = checksum(description, tensors)
-    return values, tensors, projections, {METADATA_KEY: json.dumps(description, sort_keys=True)}
+    return _Description(values, description, projections)
 
 
 def _same_everywhere(name: str, config: RandLoraConfig, layers: dict[str, RandLoraLayer]) -> RandomBases:
@@ -191,77 +234,6 @@ def _same_everywhere(name: str, config: RandLoraConfig, layers: dict[str, RandLo
                     "config"
                 )
     return bases
-
-
-def _trained(
-    model: Adapters,
-    name: str,
-    config: RandLoraConfig,
-    layers: dict[str, RandLoraLayer],
-    state_dict: Mapping[str, Tensor] | None,
-) -> dict[str, Tensor]:
-    """Copies of what the adapter trains, by their names in the file."""
-    live: dict[str, Any] = {}
-    sources: dict[str, str] = {}  # the same in the model's state dict
-    for slot, layer in layers.items():
-        for part in PARAMETERS:
-            key = f"{PREFIX}{plain_name(slot)}.{part}"
-            live[key], sources[key] = getattr(layer, part)[name], plain_name(f"model.{slot}.{part}.{name}")
-    parameters = set(live)
-    saved = {path: m for path, m in saved_modules(model.model).items() if name in m.modules_to_save}
-    for path, module in saved.items():
-        for part, value in module.modules_to_save[name].state_dict(keep_vars=True).items():
-            key = plain_name(f"{PREFIX}{path}.{part}")
-            live[key], sources[key] = value, plain_name(f"model.{path}.modules_to_save.{name}.{part}")
-    adapted = set(map(plain_name, layers))
-    for path, bias in biases.trained(model.model, config.bias, layers, saved).items():
-        owner = path.rpartition(".")[0]
-        # As in a model that has this adapter only.
-        key = f"{PREFIX}{owner}.base_layer.bias" if owner in adapted else f"{PREFIX}{path}"
-        live[key], sources[key] = bias, f"model.{path}"
-    values = with_numbers(model.model, live) if state_dict is None else _of_state(name, state_dict, live, sources)
-    return {
-        key: _copy(name, sources[key], value, torch.float32 if key in parameters else None)
-        for key, value in values.items()
-    }
-
-
-def _of_state(
-    name: str, state_dict: Mapping[str, Tensor], live: Mapping[str, Any], sources: Mapping[str, str]
-) -> dict[str, Any]:
-    """The tensors of `state_dict` that stand for the `live` ones and have their shapes, or ``ValueError``."""
-    given = {_in_state(key): value for key, value in state_dict.items()}
-    found = {}
-    for key, source in sources.items():
-        if source not in given:
-            raise ValueError(f"adapter {name!r} cannot be saved: state_dict has no {source}, which this model has")
-        value = found[key] = given[source]
-        if isinstance(value, Tensor) and value.shape != live[key].shape:
-            raise ValueError(
-                f"adapter {name!r} cannot be saved: state_dict has {source} of shape {list(value.shape)}, where this "
-                f"model's is {list(live[key].shape)}"
-            )
-    return found
-
-
-def _in_state(key: str) -> str:
-    """A key of a model's state dict without what DistributedDataParallel and torch.compile add; a bias's plain name."""
-    key = plain_name(key).removeprefix("module.")
-    return biases.plain(key) if is_bias(key) and ".modules_to_save." not in key else key
-
-
-def _copy(name: str, key: str, value: Any, dtype: torch.dtype | None) -> Tensor:
-    """A copy on the CPU of a tensor that can be loaded into one of `dtype` (default: its own), or ``ValueError``."""
-    what = f"adapter {name!r} cannot be saved: {key}"
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{what} must be a tensor, got {type(value).__name__}")
-    if value.is_meta:
-        raise ValueError(f"{what} is on the meta device and has no numbers: load or train it first")
-    if hasattr(value, "full_tensor"):
-        raise ValueError(f"{what} is one part of a tensor that several processes hold: give state_dict, gathered")
-    result = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-    check_numbers(what, result, dtype or result.dtype)
-    return result
 
 
 def _projections(bases: RandomBases, dims: tuple[int, int, int]) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import planner
 from ..ops.pattern import is_signs
-from ..private_torch import current_stream, is_watched, unsafe_view
+from ..private_torch import current_stream, is_put_together, is_watched, unsafe_view
 from . import base_layer as base_layers
 from . import update_cache
 from .shared_state import SharedState
@@ -32,6 +32,9 @@ class CachedForward(SharedState):
 
         `weight`: the base layer's, None where it computes its product itself.
         """
+        parts = self._modules
+        if any(is_put_together(parts[name]) for name in ("base_layer", "randlora_lambda", "randlora_gamma")):
+            return None  # FSDP2 writes new numbers into old memory, and no version counter moves
         device, bias = x.device, None
         sources = [part for name in adapters for part in self._held(name)]
         if weight is not None:

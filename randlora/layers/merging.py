@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed.fsdp import is_sharded
 from . import base_layer as base_layers
 from . import offload, quantized
 from .shared_state import SharedState
@@ -79,13 +80,15 @@ class Mergeable(SharedState):
         """Raise what :meth:`merge` would raise whatever the numbers are; for a look at all layers before the first.
 
         Raises:
-            ValueError: a weight that the base layer computes anew at every call, such as a parametrised or pruned one:
-                what is added to it would be lost. One without numbers, of another shape than was adapted, or one that
-                the base layer does not simply multiply by. An adapter without numbers. A layer whose weight its model
-                only reads: the adapter has no effect there, and would have one if it was merged.
+            ValueError: a weight that is made anew at every call, such as a parametrised or pruned one, or one that
+                FSDP2 shards: what is added to it would be lost. One without numbers, of another shape than was adapted,
+                or one that the base layer does not simply multiply by. An adapter without numbers. A layer whose weight
+                its model only reads: the adapter has no effect there, and would have one if it was merged.
             TypeError: a weight that is no tensor, or of a dtype that updates cannot be added to.
         """
         base = self.get_base_layer()
+        if is_sharded(self):
+            raise ValueError(_SHARDED)
         if base_layers.tensor_weight(base) is not None and not isinstance(base._parameters.get("weight"), nn.Parameter):
             raise ValueError(_recomputed(base))
         base_layers.require_mergeable(base, self._weight_shape, self.fan_in_fan_out)
@@ -254,6 +257,10 @@ def _current(layer: Mergeable) -> Any:
 _BYPASSED = (
     "its model reads the weight of this layer and never calls the layer, so that its adapter has no effect, and would "
     "have one after merging: set the adapter's randlora_lambda to zero here to leave it out; nothing was changed"
+)
+_SHARDED = (
+    "its weight is put together by fully_shard for every call, so that a merged update would be lost: save the adapter "
+    "and merge it into a model that is not sharded"
 )
 _NOT_KEPT = "the weight as it was before merging was not kept (merge_and_unload with low_memory=True)"
 

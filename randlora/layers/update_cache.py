@@ -42,7 +42,7 @@ def inference_cache(limit: int = _DEFAULT_LIMIT) -> AbstractContextManager[Infer
     Where that may happen, open shorter scopes or none.
 
     Layers whose active adapters all have Hadamard bases keep nothing: a token takes them little more than the frozen
-    layer does.
+    layer does. Nor do layers that FSDP2 shards: their parameters are brought in anew for every call.
 
     Args:
         limit: bytes that the kept tensors may take together, default 1 GiB. Layers that find no room compute as usual;

@@ -11,12 +11,13 @@ from torch import nn
 
 from ..checkpoint.layout import PEFT_TYPE
 from ..config import RandLoraConfig
+from ..distributed.fsdp import hold_parts
 from ..layers.bypassed import forget_calls
 from ..layers.merging import merged_or_not, unmerged
 from ..layers.modules_to_save import ModuleToSave
 from ..layers.randlora_layer import RandLoraLayer
 from ..undo import all_or_nothing
-from . import injection, ties, weighted_sum
+from . import injection, sharded, ties, weighted_sum
 from .adapter_plan import Plan, filled, plan_adapter
 from .parts import adapted_layers, saved_modules, train_biases
 
@@ -55,9 +56,12 @@ class Adapters(nn.Module):
                 "already"
             )
         flags = self._flags() if self.peft_config else []
+        sharded.check_plan(self.model, plan)
         if config.base_model_name_or_path is None:
             config = filled(config, base_model_name_or_path=getattr(self.model, "name_or_path", None) or None)
         injection.apply(self.model, plan, adapter_name)
+        if not config.inference_mode:
+            sharded.check_trained(self.model, [adapter_name])
         self.peft_config[adapter_name] = config
         if self._active:
             self._set_active(self._active, self._inference_mode)
@@ -73,6 +77,7 @@ class Adapters(nn.Module):
         self._check(adapter_name)
         if any(adapter_name in layer.merged_adapters for layer in adapted_layers(self.model).values()):
             raise ValueError(f"adapter {adapter_name!r} is merged: call unmerge_adapter() first")
+        sharded.check_deleted(self.model, adapter_name)
         left = [name for name in self._active if name != adapter_name]
         others = [name for name in self.peft_config if name != adapter_name]
         flags, orphaned = self._flags(), self._active == [adapter_name]
@@ -149,6 +154,8 @@ class Adapters(nn.Module):
 
     def _set_active(self, names: list[str], inference_mode: bool) -> None:
         """Callers undo what a failure leaves."""
+        if not inference_mode:
+            sharded.check_trained(self.model, names)
         self._active, self._inference_mode = names, inference_mode
         for layer in adapted_layers(self.model).values():
             layer.set_adapter([name for name in names if name in layer.randlora_lambda], inference_mode)
@@ -164,6 +171,8 @@ class Adapters(nn.Module):
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Freeze or unfreeze the parameters of these adapters, whether they are active or not."""
         names = self._names(adapter_names)
+        if requires_grad:
+            sharded.check_trained(self.model, names)
         with all_or_nothing(self, deep=False):
             for layer in adapted_layers(self.model).values():
                 for name in filter(layer.randlora_lambda.__contains__, names):
@@ -204,6 +213,7 @@ class Adapters(nn.Module):
                 part.enable_adapters(enabled)
 
     def _flags(self) -> list[tuple[nn.Parameter, bool]]:
+        hold_parts(self.modules())
         return [(parameter, parameter.requires_grad) for parameter in self.parameters()]
 
     # ---- merging ----
@@ -213,11 +223,10 @@ class Adapters(nn.Module):
 
         Raises:
             ValueError, TypeError: an unknown name; a layer that cannot be merged into, such as one with a
-                parametrised weight; a model that FSDP2 shards; with `safe_merge` a merged weight that is not finite.
+                parametrised weight, or one that FSDP2 shards; with `safe_merge` a merged weight that is not finite.
                 Nothing is changed then.
         """
         names = self._names(adapter_names)
-        injection.check_whole(self)
         wanted = injection.to_merge(self.model, names)
         with all_or_nothing(self), merged_or_not(wanted):
             shared = ties.shared(self.model)

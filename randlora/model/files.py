@@ -34,7 +34,8 @@ class SavedAdapters(Adapters):
         transformers, PEFT and accelerate hand over.
 
         Args:
-            is_main_process: False: nothing is written, as another process does it.
+            is_main_process: False: nothing is written, as another process does it. Where processes hold parts of what
+                is saved (FSDP2), all of them must make this call, and the first one writes.
             state_dict: this model's (``accelerator.get_state_dict(model)``), to take the numbers from.
             save_function: ``accelerator.save`` and the like of torch. transformers calls it for pickles; here there are
                 none, and it is not called.
@@ -45,8 +46,7 @@ class SavedAdapters(Adapters):
         """
         names = self._names(list(self.peft_config) if selected_adapters is None else selected_adapters)
         writing.check_options(safe_serialization, save_function)
-        if is_main_process:
-            writing.save(self, save_directory, names, for_peft, state_dict)
+        writing.save(self, save_directory, names, for_peft, state_dict, is_main_process)
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> None:
         """Write the adapters as :meth:`save_pretrained` does and upload them to a repository of the Hugging Face hub.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
@@ -64,7 +63,6 @@ def apply(model: nn.Module, plan: Plan, adapter_name: str) -> None:
 
 def to_merge(model: nn.Module, names: Sequence[str]) -> dict[RandLoraLayer, list[str]]:
     """Layer -> which of the adapters `names` are to be merged into it; checked for all layers first."""
-    check_whole(*(model.modules() if names else ()))
     found = {}
     for path, layer in adapted_layers(model).items():
         wanted = [name for name in names if name in layer.randlora_lambda and name not in layer.merged_adapters]
@@ -75,16 +73,6 @@ def to_merge(model: nn.Module, names: Sequence[str]) -> dict[RandLoraLayer, list
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{path!r} cannot be merged into: {error}") from error
     return found
-
-
-def check_whole(*modules: nn.Module) -> None:
-    """Raises ``ValueError`` if FSDP2 keeps parts of these modules: what is merged would be lost at the next reshard."""
-    sharded = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
-    if name := next((type(module).__name__ for module in modules if isinstance(module, sharded)), None):
-        raise ValueError(
-            f"the weights of this {name} are put together by fully_shard for every call, so that a merged update would "
-            "be lost: save the adapter and merge it into a model that is not sharded"
-        )
 
 
 def unload(

@@ -116,7 +116,6 @@ class RandLoraModel(Delegating, SavedAdapters):
         Raises:
             ValueError, TypeError: as :meth:`merge_adapter`.
         """
-        injection.check_whole(self)
         return injection.unload(self.model, self._names(adapter_names), progressbar, safe_merge, low_memory)
 
     def unload(self) -> nn.Module:
@@ -158,15 +157,27 @@ class RandLoraModel(Delegating, SavedAdapters):
         return forward_signature.new, (type(self).__bases__[0], type(self.model)), self.__dict__
 
     def to_empty(self, *, device: Any, recurse: bool = True) -> RandLoraModel:
-        """torch's ``to_empty`` for the base model: adapters keep the numbers that they have."""
-        parts: list[nn.Module] = [
-            store for layer in adapted_layers(self.model).values() for store in layer.trained_parts()
-        ]
+        """torch's ``to_empty`` for the base model: adapters keep the numbers that they have.
+
+        Those on the meta device, which have none, get the ones that they are initialised with, the same on all ranks:
+        lambda zero and gamma ``1 / max(num_bases, min_dim)``, also where a config says ``init_weights=False``.
+        """
+        layers = adapted_layers(self.model).values()
+        parts: list[nn.Module] = [store for layer in layers for store in layer.trained_parts()]
         parts += [module.modules_to_save for module in saved_modules(self.model).values()]
         held = [(part, {k: t for k, t in part.state_dict().items() if not t.is_meta}) for part in parts]
+        empty = [
+            (layer, name)
+            for layer in layers
+            for name in layer.randlora_lambda
+            if any(parameters[name].is_meta for parameters in layer.trained_parts())
+        ]
         super().to_empty(device=device, recurse=recurse)
-        for part, state in held if recurse else ():
-            part.load_state_dict(state, strict=False)
+        if recurse:
+            for layer, name in empty:
+                layer.reset_randlora_parameters(name)
+            for part, state in held:
+                part.load_state_dict(state, strict=False)
         return self
 
     # ---- gradient checkpointing ----

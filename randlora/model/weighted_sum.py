@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..checks import require_float
 from ..config import RandLoraConfig
+from ..distributed.gathering import whole
 from ..layers import offload
 from ..layers.attention import MultiheadAttention
 from ..layers.randlora_layer import RandLoraLayer
@@ -72,7 +73,7 @@ def _sum(path: str, layer: RandLoraLayer, present: list[tuple[str, float]], scal
     real = torch.device("cpu")  # any device that has numbers: those on meta are refused
     with torch.no_grad():
         lambdas, gammas = (
-            [offload.trained(parameters, name, part, real) for name, _ in present]
+            [whole(offload.trained(parameters, name, part, real)) for name, _ in present]
             for part, parameters in zip(layer.adapter_layer_names, layer.trained_parts(), strict=True)
         )
     factors = [weight * layer.scaling[name] / scaling for name, weight in present]

@@ -1,0 +1,113 @@
+"""Tensors of which several processes hold a part each (``DTensor``): made whole, written into, saved by one process.
+
+Imports nothing of ``torch.distributed``: where it has not been imported, there are no such tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+
+def is_dtensor(tensor: Any) -> bool:
+    return isinstance(tensor, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
+
+
+def is_split(tensor: Any) -> bool:
+    """Whether other processes have parts of `tensor` that this one has not."""
+    return is_dtensor(tensor) and not all(placement.is_replicate() for placement in tensor.placements)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """`tensor` as an ordinary one with all of its parts: all processes that hold parts must call this in one order."""
+    if not is_dtensor(tensor):
+        return tensor
+    parts: Any = tensor.detach()
+    device_type = parts.device_mesh.device_type
+    if parts.device.type != device_type:  # offloaded to the CPU, for which the processes may have no backend
+        parts = parts.to(device_type)
+    result: Tensor = parts.full_tensor()
+    return result
+
+
+def copy_into(target: Any, value: Tensor) -> None:
+    """Write the ordinary tensor `value`, the same on all processes, into `target`; each takes its part, none is sent.
+
+    To be called under ``torch.no_grad``.
+    """
+    if is_dtensor(target):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = value.to(target.device_mesh.device_type)
+        value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+        value = value.to(target.device)
+    target.copy_(value)
+
+
+class Processes:
+    """The processes that hold parts of the same tensors, or this one alone. True if there are several.
+
+    All of them must make the same calls, which wait for the others; one alone waits for nobody.
+    """
+
+    def __init__(self, meshes: Iterable[Any]) -> None:
+        self._groups = [mesh.get_group(axis) for mesh in meshes for axis in range(mesh.ndim)]
+
+    @classmethod
+    def that_hold(cls, tensors: Iterable[Any]) -> Processes:
+        return cls(dict.fromkeys(tensor.device_mesh for tensor in tensors if is_split(tensor)))
+
+    def __bool__(self) -> bool:
+        return bool(self._groups)
+
+    def chosen(self, willing: bool) -> bool:
+        """Whether this is the first one of the `willing` processes."""
+        ranks = [rank for rank, is_willing in self._exchanged(willing).items() if is_willing]
+        return willing and (not self or min(ranks) == _distributed().get_rank())
+
+    @contextlib.contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """What is raised in the block by one process is raised by all of them when they leave it."""
+        if not self:
+            yield
+            return
+        error = None
+        try:
+            yield
+        except BaseException as raised:
+            error = raised
+        errors = self._exchanged(None if error is None else _picklable(error))
+        if error is not None:
+            raise error
+        for rank, theirs in errors.items():
+            if theirs is not None:
+                raise theirs from RuntimeError(f"this was raised on rank {rank}, and is raised on all others, too")
+
+    def _exchanged(self, value: Any) -> dict[int, Any]:
+        """Rank -> the value there."""
+        if not self:
+            return {}
+        distributed = _distributed()
+        known = {distributed.get_rank(): value}
+        for group in self._groups:  # an axis of the mesh after the other, so that at the end all know of all
+            found: list[Any] = [None] * distributed.get_world_size(group)
+            distributed.all_gather_object(found, known, group=group)
+            known = {rank: theirs for part in found for rank, theirs in part.items()}
+        return dict(sorted(known.items()))
+
+
+def _distributed() -> Any:
+    return sys.modules["torch.distributed"]
+
+
+def _picklable(error: BaseException) -> BaseException:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever a class of someone else's raises
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
