@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..distributed.fsdp import hold_parts
 from ..layers.modules_to_save import ModuleToSave
 from ..layers.randlora_layer import RandLoraLayer
 from ..model.adapters import Adapters
@@ -27,7 +28,8 @@ def holds_adapters(model: Adapters, folder: str | os.PathLike) -> bool:
 def restore(model: Adapters, folder: str | os.PathLike) -> None:
     """Copy the numbers of all adapters of `model`, as ``save_pretrained(folder)`` wrote them, into its own parameters.
 
-    The parameters stay the same objects and require gradients as before, so that an optimizer goes on with them.
+    The parameters stay the same objects and require gradients as before, so that an optimizer goes on with them. Where
+    several processes hold parts of them, all call this, read the same files, and take their parts.
     Files of adapters that the model has not are left alone.
 
     Raises:
@@ -42,6 +44,7 @@ def restore(model: Adapters, folder: str | os.PathLike) -> None:
                     f"{_folder_of(folder, name)} is not of this model's adapter {name!r}: {what} must be {here}, got "
                     f"{there}. Adapt the model as it was when the file was written"
                 )
+    hold_parts(model.modules())
     numbers = [tensor for name, loaded in found.items() for tensor in _numbers(model, name, loaded)]
     with all_or_nothing(model, values=numbers):
         for name, loaded in found.items():

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor, nn
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 
 from ..checkpoint.restoring import holds_adapters, restore
 from ..model.model import RandLoraModel
@@ -46,6 +47,24 @@ class AdapterCheckpoints(_Trainer):
             for processor in [found for found in candidates if found is not None][:1]:
                 processor.save_pretrained(folder)
             torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_fsdp_enabled or self._adapted(self.model) is None:
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir)  # transformers would put the whole model together first
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled or self._adapted(self.model) is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # transformers would write the whole model once more.
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         adapted = self._adapted(self.model if model is None else model)

@@ -1,4 +1,4 @@
-"""accelerate on two processes, by the config files of examples/accelerate: DDP, FSDP2, and states that hold adapters."""
+"""accelerate on two processes, by the config files of examples/accelerate: DDP, FSDP2, states that hold adapters."""
 
 import os
 
@@ -86,11 +86,8 @@ def train_sharded(told, folder, efficient):
         accelerator = accelerate.Accelerator()
         with pytest.raises(ValueError, match=r"writes all that FSDP shards by itself"):
             save_adapters_only(accelerator)
-        if not accelerator.is_main_process and efficient == "true":
-            made = model(seed=7)  # only the main process has the numbers
-        else:
-            made = model()
-        wrapped, optimizer = prepared(accelerator, made)
+        has_numbers = accelerator.is_main_process or efficient == "false"
+        wrapped, optimizer = prepared(accelerator, model(seed=1 if has_numbers else 7))
         groups = [name for name, m in wrapped.named_modules() if type(m).__name__.startswith("FSDP")]
         losses = [step(accelerator, wrapped, optimizer) for _ in range(3)]
         numbers = trained(wrapped)

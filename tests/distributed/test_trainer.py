@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from helpers.accelerated import environment, on_cpus
 from helpers.checkpoints import WEIGHTS, keys_of
 from helpers.trainers import BEST_IS_FIRST, make_trainer, our_model, peft_model, train
 from safetensors.torch import load_file
@@ -22,8 +23,11 @@ def which(request):
     return pytest.importorskip(request.param) and request.param
 
 
-def run(which, folder, resume=None, dropout=0.0, **settings):
+def run(which, folder, resume=None, dropout=0.0, told=None, **settings):
     """On every rank, and in the process of the test."""
+    if told is not None:
+        with on_cpus(told):
+            return run(which, folder, resume, dropout, **settings)
     trainer = make_trainer(MODELS[which](dropout=dropout), folder, **settings)
     losses, numbers = train(trainer, resume)
     return losses, numbers, type(trainer.model_wrapped).__name__
@@ -65,13 +69,39 @@ def test_resuming_on_another_number_of_processes(two_ranks, tmp_path, which):
         assert_equal(trained, numbers, rtol=1e-3, atol=1e-5)
 
 
+def assert_of_checkpoint(which, numbers, folder):
+    """`numbers` are those that the files in `folder` hold."""
+    saved = load_file(folder / WEIGHTS)
+    for name, number in numbers.items():
+        key = name.replace(".modules_to_save.default", "").removesuffix(".default")
+        assert torch.equal(number, saved.pop(f"base_model.{key}" if which == "randlora" else key)), name
+    assert not saved
+
+
 def test_the_best_model_is_loaded_at_the_end(two_ranks, tmp_path, which):
     for _, numbers, _ in two_ranks(run, which=which, folder=tmp_path, **BEST_IS_FIRST):
         best, last = (load_file(tmp_path / f"checkpoint-{step}" / WEIGHTS) for step in (2, 6))
         assert best.keys() == last.keys() and not any(torch.equal(best[key], last[key]) for key in best)
-        for name, number in numbers.items():
-            key = name.replace(".modules_to_save.default", "").removesuffix(".default")
-            if which == "randlora":
-                key = f"base_model.{key}"
-            assert torch.equal(number, best.pop(key)), name
-        assert not best
+        assert_of_checkpoint(which, numbers, tmp_path / "checkpoint-2")
+
+
+@pytest.mark.parametrize(
+    "which, state_dict_type", [("randlora", "FULL"), ("randlora", "SHARDED"), ("peft", "FULL")], indirect=["which"]
+)
+def test_fsdp2(two_ranks, tmp_path, which, state_dict_type):
+    """As on one process, checkpoints hold the adapter alone, and training goes on from them."""
+    told = environment("fsdp2.yaml") | {"FSDP_STATE_DICT_TYPE": f"{state_dict_type}_STATE_DICT"}
+    whole, numbers, _ = run(which, tmp_path / "one", per_device_train_batch_size=8)
+    folder = tmp_path / "two" / "checkpoint-4"
+    for losses, trained, wrapped in two_ranks(run, which=which, folder=folder.parent, told=told, **BEST_IS_FIRST):
+        assert losses == pytest.approx(whole, rel=1e-5) and wrapped.startswith("FSDP")
+        assert_of_checkpoint(which, trained, folder.parent / "checkpoint-2")
+    keys = set(keys_of(folder))
+    if which == "peft":  # transformers writes what is trained once more
+        keys |= torch.load(folder / "pytorch_model_fsdp.bin").keys()
+    else:
+        assert not any(name.startswith("pytorch_model") for name in os.listdir(folder))
+    assert all("randlora_" in key or "norm." in key for key in keys)
+    for losses, trained, _ in two_ranks(run, which=which, folder=tmp_path / "again", resume=folder, told=told):
+        assert losses == pytest.approx({5: whole[5], 6: whole[6]}, rel=1e-5)
+        assert_equal(trained, numbers, rtol=1e-3, atol=1e-5)

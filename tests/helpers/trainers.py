@@ -6,6 +6,7 @@ import io
 import torch
 
 from helpers.models import WORDS, adapt, tiny_llama
+from randlora.distributed.gathering import whole
 
 SETTINGS = {
     "r": 4, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"], "modules_to_save": ["norm"],
@@ -64,4 +65,4 @@ def train(trainer, resume=None):
 
 
 def trained(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: whole(p.detach()).clone() for name, p in model.named_parameters() if p.requires_grad}
