@@ -119,7 +119,7 @@ def parse(
     )
     argv = sys.argv[1:] if argv is None else argv
     chosen = parser.parse_args(argv)
-    chosen.command = shlex.join(["python", "-m", "bench", question, *_without(argv, "--results")])
+    chosen.command = shlex.join(["python", "-m", "bench", question, *without(argv, "--results")])
     if chosen.huge_pages and os.environ.get("THP_MEM_ALLOC_ENABLE") != "1":
         # PyTorch reads it once, when it allocates first: start over with it.
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"THP_MEM_ALLOC_ENABLE": "1"})
@@ -139,7 +139,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _without(argv: Sequence[str], option: str) -> Iterator[str]:
+def without(argv: Sequence[str], option: str) -> Iterator[str]:
     """`argv` without an option that takes a value: where results go is not what they depend on."""
     rest = iter(argv)
     for word in rest:

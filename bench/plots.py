@@ -16,7 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from bench import records
+from bench import records, scaling_views
 
 Row = dict[str, str]
 
@@ -27,6 +27,8 @@ PANEL_CHARACTERS = 72  # of a title over one panel
 
 def draw(path: Path) -> list[Path]:
     """Pictures of one CSV, one per thread count and page size; none of memory, which needs more than a CSV has."""
+    if path.stem == "scaling":  # computed: no machine, no median
+        return scaling_views.draw(path)
     rows = [row for row in usable(path) if row.get("median_ms") or row.get("energy_left")]
     groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:

@@ -18,7 +18,7 @@ if not __package__:  # run as a file: python bench/report.py
 
 from tqdm import tqdm
 
-from bench import plots, records, report_tables
+from bench import plots, records, report_tables, scaling_views
 from bench.__main__ import summary
 from bench.plots import Row, usable
 from bench.report_tables import caption, command, markdown, milliseconds, number
@@ -33,7 +33,7 @@ errors and loads are in the CSV files. A quick run is a look, not a measurement.
 FILES = {
     "model": "model", "linear": "linear", "linear-grid": "linear", "kinds": "kinds", "density": "kinds",
     "generate": "generate", "generate-layer": "generate", "host": "host", "bases": "bases",
-    "unique_base": "unique_base", "memory": "memory", "fit": "fit",
+    "unique_base": "unique_base", "memory": "memory", "fit": "fit", "scaling": "scaling",
 }  # fmt: skip
 
 
@@ -138,11 +138,13 @@ def machine(folder: Path) -> str:
 
 def section(path: Path, pictures: Sequence[Path], root: Path) -> list[str]:
     """Of one CSV: its pictures, and for every thread count, page size and mode its tables."""
-    rows = usable(path)
     script = FILES.get(path.stem)
     about = f": {summary(script)}" if script else ""
     parts = [f"### {path.stem}{about}"]
     parts += [f"![{path.stem}]({os.path.relpath(picture, root)})" for picture in pictures]
+    if path.stem == "scaling":
+        return parts + scaling_views.sections(path, markdown)
+    rows = usable(path)
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["threads"], row["pages"], row["mode"]), []).append(row)

@@ -89,6 +89,12 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
 
 }  // namespace
 
+void fill_bases_(const at::Tensor& out, int64_t seed, int64_t stream, at::IntArrayRef offsets,
+                 std::optional<double> sparsity) {
+  static const auto op = find<decltype(fill_bases_)>("randlora::fill_bases_");
+  op.call(out, seed, stream, offsets, sparsity);
+}
+
 at::Tensor unique_base(const at::Tensor& A, const at::Tensor& lambda, const at::Tensor& gamma, double scale,
                        std::optional<at::ScalarType> dtype) {
   static const auto op = find<decltype(unique_base)>("randlora::unique_base");

@@ -18,6 +18,9 @@ struct SkipAutogradAndAutocast {
                                            c10::autograd_dispatch_keyset_with_ADInplaceOrView};
 };
 
+void fill_bases_(const at::Tensor& out, int64_t seed, int64_t stream, at::IntArrayRef offsets,
+                 std::optional<double> sparsity);
+
 at::Tensor unique_base(const at::Tensor& A, const at::Tensor& lambda, const at::Tensor& gamma, double scale,
                        std::optional<at::ScalarType> dtype);
 

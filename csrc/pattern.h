@@ -5,6 +5,7 @@
 //   planes  3   ternary bases of medium density, for the CPU (packed_update.h)
 //   bits    2   ternary bases that are made dense for every call (packed_update.h)
 //   signs   4   Hadamard bases (hadamard.h)
+//   seed    1   dense bases that nobody keeps: they are made for every call (seed.h)
 //
 // Without a tensor in it, a layer has dense bases A and B. patterns.py gives forms and tensors the same names.
 #pragma once
@@ -18,6 +19,7 @@ inline bool is_lists(at::TensorList pattern) { return pattern.size() == 5; }
 inline bool is_planes(at::TensorList pattern) { return pattern.size() == 3; }
 inline bool is_bits(at::TensorList pattern) { return pattern.size() == 2; }
 inline bool is_signs(at::TensorList pattern) { return pattern.size() == 4; }
+inline bool is_seed(at::TensorList pattern) { return pattern.size() == 1; }
 
 // Planes or bits: one or two bits per element of B.
 inline bool is_packed(at::TensorList pattern) { return is_planes(pattern) || is_bits(pattern); }
@@ -47,6 +49,12 @@ struct SignTensors {
   const at::Tensor &a, &b, &c, &width;
 
   explicit SignTensors(at::TensorList pattern) : a(pattern[0]), b(pattern[1]), c(pattern[2]), width(pattern[3]) {}
+};
+
+struct SeedTensors {
+  const at::Tensor& seed;
+
+  explicit SeedTensors(at::TensorList pattern) : seed(pattern[0]) {}
 };
 
 }  // namespace randlora

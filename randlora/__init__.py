@@ -10,6 +10,7 @@ from .config import RandLoraConfig  # noqa: E402
 from .estimation.estimate import Estimate, estimate  # noqa: E402
 from .explanation import explain  # noqa: E402
 from .layers.attention import MultiheadAttention, disable_fast_path  # noqa: E402
+from .layers.kept_bases import keep_bases  # noqa: E402
 from .layers.linear import Linear  # noqa: E402
 from .layers.randlora_layer import RandLoraLayer  # noqa: E402
 from .layers.update_cache import inference_cache  # noqa: E402
@@ -34,6 +35,7 @@ __all__ = [
     "functional",
     "get_peft_model",
     "inference_cache",
+    "keep_bases",
 ]
 
 

@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dropout", type=float, default=0.0, metavar="P", help="on the update's input (default: 0)")
     add("--strategy", choices=["auto", *STRATEGIES], default="auto", help="how layers compute (default: auto)")
     add("--no-projections", action="store_true", help="save the adapter without its bases (save_projection=False)")
+    add("--no-kept-bases", action="store_true", help="dense bases are made anew in every pass (randlora.keep_bases)")
     add("--json", action="store_true", help="print the numbers as JSON")
     return parser
 
@@ -96,7 +97,7 @@ def _estimate(arguments: argparse.Namespace) -> str:
     model = build(arguments.model, DTYPES.get(arguments.dtype))
     result = estimate(
         model, config, arguments.tokens, kinds=arguments.kind, device=arguments.device,
-        autocast=DTYPES.get(arguments.autocast),
+        autocast=DTYPES.get(arguments.autocast), keep_bases=not arguments.no_kept_bases,
     )  # fmt: skip
     return json.dumps(result, indent=2) if arguments.json else f"{arguments.model}\n{result}"
 

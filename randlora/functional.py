@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import planner
-from .bases.patterns import Pattern
+from .bases.patterns import Pattern, made_from_seed
 from .ops import calls
 from .ops import linear as linear_op
 from .ops.fake_kernels import require_one_device
 from .ops.linear_call import Fixed, Settings
-from .ops.pattern import ListTensors, is_lists, is_signs, require_form
+from .ops.pattern import ListTensors, is_lists, is_seed, is_signs, require_form
 from .ops.unique_base import UniqueBaseGrad
 from .private_torch import in_transform
 
@@ -127,7 +127,8 @@ def sparse_delta_weight(
 ) -> Tensor:
     """:func:`delta_weight` from what :meth:`randlora.RandomBases.pattern` gives, with its scale. Differentiable.
 
-    Of Hadamard bases by transforms over the columns, of ternary ones from what is not zero.
+    Of Hadamard bases by transforms over the columns, of ternary ones from what is not zero, of a seed through dense
+    bases that are made for it.
     """
     _require_tensors(randlora_lambda=randlora_lambda, randlora_gamma=randlora_gamma)
     _require_pattern(pattern)
@@ -147,6 +148,10 @@ def sparse_delta_weight(
                 x, None, None, None, None, randlora_lambda, randlora_gamma, scaling * scale, pattern=pattern,
                 strategy="materialized", out_features=out_features,
             ).T  # fmt: skip
+    if is_seed(pattern):
+        r, n = randlora_lambda.shape
+        A, B = made_from_seed(pattern, M, m, n, r, dtype)
+        return delta_weight(A, B, randlora_lambda, randlora_gamma, scaling * scale, in_features, out_features)
     build = calls.hadamard_update if is_signs(pattern) else calls.sparse_update
     rows = build(pattern, randlora_lambda, randlora_gamma, M, scaling * scale, None, dtype)
     update = rows
@@ -197,7 +202,8 @@ def linear(
         pattern: bases as :meth:`randlora.RandomBases.pattern` gives them, in place of A and B (None), of a
             store that is large enough for the layer. Its tensors are checked once and not to be written to. Lists
             have a factored strategy on the CPU only. Where packed bases are made dense for the call, `workspace` counts
-            that; with no limit the CPU does it for some 4 MiB of B at a time (all of it in 16 bits, CUDA always).
+            that; with no limit the CPU does it for some 4 MiB of B at a time (all of it in 16 bits, CUDA always). From
+            a seed all of it is made at once with no limit: results are bit for bit those with A and B of this size.
 
     Returns:
         ``[..., out]`` in the dtype that ``torch.nn.functional.linear`` gives (autocast included); products are in that

@@ -40,7 +40,7 @@ from .costs.hadamard import Hadamard
 from .costs.lists import Lists, Sparse
 from .costs.strategies import Cost, LayerCall
 from .dtypes import at_least_fp32
-from .ops.pattern import ListTensors, is_bits, is_planes, is_signs
+from .ops.pattern import ListTensors, is_bits, is_planes, is_seed, is_signs
 
 STRATEGIES = ("factored", "materialized", "merged")
 
@@ -173,11 +173,16 @@ def price_of_update(
 
 
 def form(pattern: Sequence[Tensor] | None) -> Lists | str | None:
-    """The form of the bases, as costs take it: :class:`Lists`, ``"planes"``, ``"bits"``, ``"signs"``; None if dense."""
+    """The form of the bases, as costs take it: :class:`Lists`, or ``"planes"``, ``"bits"``, ``"signs"`` or ``"seed"``.
+
+    None if dense.
+    """
     if pattern is None:
         return None
     if is_signs(pattern):
         return "signs"
+    if is_seed(pattern):
+        return "seed"
     if is_bits(pattern):
         return "bits"
     if is_planes(pattern):

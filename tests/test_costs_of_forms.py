@@ -90,6 +90,24 @@ def test_density_is_told_from_the_shapes_of_a_pattern(shape):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("size", [(768, 768), (768, 3072), (3072, 768)], ids=str)
+def test_bases_that_are_made_anew_change_no_choice(size, device):
+    """All strategies make all of B once in a pass. So results are those with bases that are kept."""
+    for tokens, dtype, dropout in itertools.product((1, 64, 700, 9000), (torch.float32, torch.bfloat16), (False, True)):
+        arguments = (*size, 24, 32, dtype, dtype, device)
+        assert planner.choose(tokens, *arguments, dropout=dropout, form="seed") == planner.choose(
+            tokens, *arguments, dropout=dropout
+        )
+        assert planner.plan(*arguments, dropout=dropout, form="seed") == planner.plan(*arguments, dropout=dropout)
+    call = LayerCall(700, *size, 24, 32, device_type=device)
+    kept, made = planner.costs_of(call, None), planner.costs_of(call, "seed")
+    for strategy, which in itertools.product(STRATEGIES, (0, 1)):
+        a, b = kept[strategy][which], made[strategy][which]
+        assert (b.multiply_adds, b.workspace - a.workspace) == (a.multiply_adds, 4 * 768 * max(size))
+        assert b.traffic - a.traffic == {"cpu": 8, "cuda": 5}[device] * 768 * max(size)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_bits_cost_what_making_them_dense_takes(device):
     """Traffic in every strategy, once for each pass that needs B; on the CPU not their dense size in temporaries."""
     d, r, tokens = 4096, 32, 512

@@ -102,7 +102,9 @@ def test_explain_counts_inference_without_backward():
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 @pytest.mark.parametrize(
-    "form", [None, "bits", "planes", "signs", Lists(10, 3.0)], ids=["dense", "bits", "planes", "signs", "lists"]
+    "form",
+    [None, "seed", "bits", "planes", "signs", Lists(10, 3.0)],
+    ids=["dense", "seed", "bits", "planes", "signs", "lists"],
 )
 def test_sizes_may_be_symbolic(form, device_type):
     """As they are under torch.compile(dynamic=True), whatever is needed; PyTorch 2.11 is the strictest."""

@@ -11,6 +11,7 @@
 #include "hadamard.h"
 #include "packed_update.h"
 #include "pattern.h"
+#include "seed.h"
 #include "sizes.h"
 #include "sparse_update.h"
 
@@ -57,6 +58,8 @@ void check_bases(const LayerArguments& a, const LayerSizes& layer) {
     check_hadamard(a.pattern, a.lambda, a.gamma, layer.M);
   else if (is_packed(a.pattern))
     check_packed(a.pattern, layer, a.x);
+  else if (is_seed(a.pattern))
+    check_seed(a.pattern, a.x.device());
   else
     check_lists_of_layer(a.pattern, a.lambda, a.gamma, layer.M);
 }

@@ -1,14 +1,18 @@
-// Layers with dense bases, and with packed ones (packed_update.h) that are made dense for the call, in groups of rows k
-// of A.
+// Layers with dense bases, and with packed ones (packed_update.h) or a seed (seed.h) that are made dense for the call,
+// in groups of rows k of A.
 #include <algorithm>
 
 #include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
 
+#include "bases.h"
 #include "layer/layer.h"
 #include "ops.h"
 #include "packed_update.h"
+#include "seed.h"
+#include "sizes.h"
 
 namespace randlora {
 namespace {
@@ -16,9 +20,12 @@ namespace {
 class DenseLayer final : public Layer {
  public:
   DenseLayer(const LayerArguments& a, Strategy strategy) : Layer(a, strategy), rows_(rows_per_group()) {
-    if (!a.pattern.empty()) return;
-    A_ = cut(*a.A, 2, 0, sizes_.m);
-    B2_ = cast(cut(cut(*a.B, 0, 0, sizes_.M), 1, 0, sizes_.n), dtype_).flatten(1);
+    if (a.pattern.empty()) {
+      A_ = cut(*a.A, 2, 0, sizes_.m);
+      B2_ = cast(cut(cut(*a.B, 0, 0, sizes_.M), 1, 0, sizes_.n), dtype_).flatten(1);
+    } else if (is_seed(a.pattern) && rows_ == sizes_.r) {
+      std::tie(A_, B2_) = made(0, sizes_.r);  // once, also where a pass goes through the groups twice
+    }
   }
 
  private:
@@ -84,9 +91,11 @@ class DenseLayer final : public Layer {
   void for_groups(const Function& function, bool need_S2 = true) const {
     for (int64_t row = 0; row < sizes_.r; row += rows_) {
       Group k{row, std::min(rows_, sizes_.r - row), {}, {}, {}};
-      if (a_.pattern.empty()) {
+      if (A_.defined()) {
         k.A = k.of(A_);
         k.B2 = cut(B2_, 1, row * sizes_.n, k.rows * sizes_.n);
+      } else if (is_seed(a_.pattern)) {
+        std::tie(k.A, k.B2) = made(row, k.rows);
       } else {
         std::tie(k.A, k.B2) = packed_expand(a_.pattern, sizes_.n, sizes_.m, sizes_.M, dtype_, row, k.rows);
         k.B2 = k.B2.t();
@@ -97,12 +106,26 @@ class DenseLayer final : public Layer {
     }
   }
 
+  // Rows k of A in [row, row + rows), and the columns of B2 that they are multiplied with, from the seed: bit for bit
+  // those of bases that are kept in the dtype of y.
+  std::tuple<at::Tensor, at::Tensor> made(int64_t row, int64_t rows) const {
+    const auto [r, n, m, M] = sizes_;
+    const int64_t seed = seed_of(a_.pattern), begin = row * n, end = begin + rows * n;
+    const int64_t i = begin / r, i_end = divide_up(end, r);  // bases with columns p = i r + k in [begin, end)
+    const at::Tensor A = at::empty({rows, 1, m}, a_.x.options().dtype(a_.dtype));
+    const at::Tensor B = at::empty({M, i_end - i, r}, A.options());
+    fill_bases_(A, seed, int64_t(Stream::A), {row, 0, 0}, std::nullopt);
+    fill_bases_(B, seed, int64_t(Stream::B), {0, i, 0}, std::nullopt);
+    return {A, cut(cast(B, dtype_).flatten(1), 1, begin - i * r, end - begin)};
+  }
+
   // Rows of a group, so that temporaries stay below the workspace.
   int64_t rows_per_group() const {
     const auto [r, n, m, M] = sizes_;
     const bool packed = !a_.pattern.empty();
-    if (a_.workspace == 0) return packed ? unpacked_rows(r, n, M, dtype_, a_.x.device()) : r;
-    // Per row k: n rows of S2 and of its fp32 gradient; factored: n columns of h and of its gradient; packed: of B2.
+    if (a_.workspace == 0) return is_packed(a_.pattern) ? unpacked_rows(r, n, M, dtype_, a_.x.device()) : r;
+    // Per row k: n rows of S2 and of its fp32 gradient; factored: n columns of h and of its gradient; of B2 where
+    // it is no tensor of the caller's.
     const int64_t element = int64_t(c10::elementSize(dtype_));
     const int64_t hidden = strategy_ == Strategy::factored ? 2 * tokens_ * element : 0;
     const int64_t bytes = n * (m * (element + std::max<int64_t>(4, element)) + hidden + (packed ? M * element : 0));

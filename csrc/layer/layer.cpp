@@ -54,7 +54,7 @@ at::Tensor mm_accumulated(const at::Tensor& a, const at::Tensor& b) {
 std::unique_ptr<Layer> make_layer(const LayerArguments& a) {
   const Strategy strategy = parse_strategy(a.strategy, tokens_of(a.x));
   if (is_signs(a.pattern)) return make_hadamard_layer(a, strategy);
-  if (a.pattern.empty() || unpacks(a, strategy)) return make_dense_layer(a, strategy);
+  if (a.pattern.empty() || is_seed(a.pattern) || unpacks(a, strategy)) return make_dense_layer(a, strategy);
   return make_ternary_layer(a, strategy);
 }
 

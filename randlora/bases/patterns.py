@@ -11,7 +11,10 @@ With sparsity z, 1/z of the elements are not zero. Which form costs the least de
   every call.
 * Signs (csrc/hadamard.h), of Hadamard bases: one bit per row and per column.
 
-All are generated from the seed in blocks of int8, never through a dense float tensor.
+Dense bases are kept as dense tensors, or, where :attr:`randlora.RandomBases.keep` is False, as their seed alone
+(csrc/seed.h): every call makes what it needs of them.
+
+All others are generated from the seed in blocks of int8, never through a dense float tensor.
 """
 
 from __future__ import annotations
@@ -24,10 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.calls import check_pattern
-from ..ops.pattern import BitTensors, ListTensors, PlaneTensors, SignTensors
+from ..ops.calls import check_pattern, fill_bases_
+from ..ops.pattern import BitTensors, ListTensors, PlaneTensors, SeedTensors, SignTensors
 from . import hadamard
-from .definition import Definition
+from .definition import STREAM_A, STREAM_B, Definition
 
 # By sparsity, on the CPU: below the first, dense products win; from the second on, lists are built from faster than
 # planes.
@@ -68,10 +71,12 @@ class Pattern(tuple[Tensor, ...]):
             )
 
 
-def form_for(kind: str, sparsity: float | None, device: torch.device) -> type[Form] | None:
-    """The form that bases of this kind are kept in on `device`; None: as dense tensors."""
+def form_for(kind: str, sparsity: float | None, device: torch.device, keep: bool = True) -> type[Form] | None:
+    """The form that bases of this kind are kept in on `device`; None: as dense tensors. `keep`: whether these are."""
     if device.type not in ("cpu", "cuda"):
         return None
+    if kind == "dense" and not keep:
+        return StoredSeed
     if kind == "hadamard":
         return StoredSigns
     return None if sparsity is None else form_of(sparsity, device)
@@ -131,7 +136,7 @@ class StoredLists:
 class _Whole:
     """A form that layers of any size take as it is."""
 
-    tensors: PlaneTensors | BitTensors | SignTensors
+    tensors: PlaneTensors | BitTensors | SignTensors | SeedTensors
     _pattern: Pattern
 
     @property
@@ -182,7 +187,31 @@ class StoredSigns(_Whole):
         self._pattern = Pattern(self.tensors, r, len(c) // r, len(a), len(b))
 
 
-Form = StoredLists | StoredPlanes | StoredBits | StoredSigns
+class StoredSeed(_Whole):
+    """Nothing but the seed of dense bases, ``0 <= seed < 2**64``."""
+
+    name = "seed"
+
+    def __init__(self, seed: int, r: int, num_bases: int, min_dim: int, max_dim: int, device: torch.device) -> None:
+        upper, lower = divmod(seed, 1 << 32)
+        self.tensors = SeedTensors(torch.empty((upper, 0, lower), dtype=torch.int8, device=device))
+        self._pattern = Pattern(self.tensors, r, num_bases, min_dim, max_dim)
+
+
+Form = StoredLists | StoredPlanes | StoredBits | StoredSigns | StoredSeed
+
+
+def made_from_seed(
+    pattern: Sequence[Tensor], M: int, m: int, n: int, r: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The leading A ``[r, 1, m]`` and B ``[M, n, r]`` of the dense bases that a pattern has the seed of."""
+    seed = SeedTensors(*pattern).seed
+    upper, _, lower = seed.shape
+    signed = ((upper << 32 | lower) + 2**63) % 2**64 - 2**63
+    A, B = (torch.empty(shape, dtype=dtype, device=seed.device) for shape in ((r, 1, m), (M, n, r)))
+    fill_bases_(A, signed, STREAM_A, (0, 0, 0))
+    fill_bases_(B, signed, STREAM_B, (0, 0, 0))
+    return A, B
 
 
 def _whole(tensors: tuple[Tensor, ...], A: Tensor, max_dim: int) -> Pattern:
@@ -209,7 +238,9 @@ def _bits(block: Tensor, planes: int = 2) -> Tensor:
 def make(bases: Definition, device: torch.device) -> Form:
     """`bases` in the form that fits them, generated on `device`."""
     M, m, n, r = bases.max_dim, bases.min_dim, bases.num_bases, bases.r
-    form: Any = form_for(bases.kind, bases.sparsity, device)
+    form: Any = form_for(bases.kind, bases.sparsity, device, keep=False)
+    if form is StoredSeed:
+        return StoredSeed(bases.seed, r, n, m, M, device)
     if form is StoredSigns:
         assert bases.group_width is not None
         return StoredSigns(*hadamard.all_signs(bases.signed_seed, m, M, n * r, device), bases.group_width, r)

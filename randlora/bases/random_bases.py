@@ -43,6 +43,7 @@ class RandomBases(Definition):
             ``sqrt(min_dim)``), so that growing never changes a value.
         group_width: w of ``hadamard`` (:mod:`randlora.bases.hadamard`): 8, 4, 2 or 1, fixed when the store is made as
             well; default: the largest that costs a layer with `min_dim` and `num_bases` no rank.
+        keep: False: dense bases are made anew in every pass of a layer; see the attribute :attr:`keep`.
 
     Values are generated at first use. ``copy.deepcopy`` returns the same object and pickles hold the definition only.
 
@@ -66,12 +67,15 @@ class RandomBases(Definition):
         *,
         sparsity: float | None = None,
         group_width: int | None = None,
+        keep: bool = True,
     ) -> None:
         super().__init__(max_dim, min_dim, r, kind, seed, num_bases, prng, sparsity, group_width)
         self.dtype = require_dtype("dtype", torch.get_default_dtype() if dtype is None else dtype)
         self.device = canonical(torch.device("cpu" if device is None else device))
         self.given: tuple[Tensor, Tensor] | None = None
-        self._keep_nothing()
+        self._keep = True
+        self._drop_copies()
+        self.keep = keep
 
     @classmethod
     def from_tensors(cls, A: Tensor, B: Tensor) -> RandomBases:
@@ -117,7 +121,8 @@ class RandomBases(Definition):
         self.kind, self.prng, self.seed, self.sparsity, self.group_width = "given", "none", 0, None, None
         self.dtype, self.device = A.dtype, A.device
         self.given = (A, B)
-        self._keep_nothing()
+        self._keep = True
+        self._drop_copies()
         return self
 
     # ---- values ----
@@ -133,9 +138,14 @@ class RandomBases(Definition):
         return self._unit_variance(self.tensors()[1])
 
     def tensors(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """The stored A and B (see :attr:`scale`), one shared copy per dtype and device. Not to be written to."""
+        """The stored A and B (see :attr:`scale`), one shared copy per dtype and device. Not to be written to.
+
+        Where :attr:`keep` is False they are made anew at every call.
+        """
         self._drop_outdated()
         key = dtype or self.dtype, canonical(device or self.device)
+        if not self._keep:
+            return self.draw(*key)
         found = self.copies.kept(*key)
         if found is None:
             found = self.copies.tensors(*key)
@@ -145,21 +155,57 @@ class RandomBases(Definition):
         """Packed bases for a layer of this smaller dimension, with their :attr:`scale`; None for dense ones.
 
         They are kept in this form only (lists, planes, bits or signs: :mod:`randlora.bases.patterns`), unless
-        :meth:`tensors` is called. Given bases are recognised where that makes them faster: the ternary ones that PEFT
-        stores dense. Raises ``ValueError`` where `min_dim` is larger than the bases': call :meth:`require` first.
+        :meth:`tensors` is called. Dense ones have one, their seed, where :attr:`keep` is False. Given bases are
+        recognised where that makes them faster: the ternary ones that PEFT stores dense. Raises ``ValueError`` where
+        `min_dim` is larger than the bases': call :meth:`require` first.
         """
-        if self.kind == "dense" and self.prng == "philox":
+        if self._keep and self.kind == "dense" and self.prng == "philox":
             return None
         self._drop_outdated()
         device = canonical(device or self.device)
         kept: tuple[Pattern, float] | None = self.copies.kept("pattern", min_dim, device)
         if kept is not None:
             return kept
-        if self.prng == "philox" and patterns.form_for(self.kind, self.sparsity, device) is None:
+        if self.prng == "philox" and patterns.form_for(self.kind, self.sparsity, device, self._keep) is None:
             return None
         if device.type == "meta" or (self.given is not None and self.given[0].is_meta):  # no values to look at
             return None
         return self.copies.pattern(min_dim, device)
+
+    @property
+    def keep(self) -> bool:
+        """Whether dense bases stay in memory between calls: True, unless it is set.
+
+        False: nothing is kept but the seed. Every pass of a layer makes the part of A and B that it needs, the same
+        bits, and frees it when it is done. This is no part of the definition: it is not saved, pickled or hashed.
+        :func:`randlora.keep_bases` sets it for a model.
+
+        Raises ``ValueError`` for bases that would not gain by it, or cannot be made from indices.
+        """
+        return self._keep
+
+    @keep.setter
+    def keep(self, keep: bool) -> None:
+        if keep not in (True, False):
+            raise TypeError(f"keep must be True or False, got {keep!r}")
+        if not keep and (reason := self.why_kept()):
+            raise ValueError(reason)
+        with self.copies.lock:
+            if keep != self._keep:
+                self._keep = bool(keep)
+                self.copies.clear()
+
+    def why_kept(self) -> str | None:
+        """Why :attr:`keep` cannot be False; None where it can."""
+        if self.given is not None or self.prng != "philox":
+            drawn = "were given as tensors" if self.given is not None else f"are drawn by prng={self.prng!r}"
+            return f"these bases {drawn}: they cannot be made again a part at a time, and so must be kept"
+        if self.kind == "dense":
+            return None
+        return (
+            f"bases of kind={self.kind!r} are kept in two bits per number or less, next to nothing beside dense ones: "
+            "there is nothing to gain by making them anew"
+        )
 
     @property
     def nbytes(self) -> int:
@@ -194,7 +240,7 @@ class RandomBases(Definition):
             other.__dict__.update(self.__dict__)
         other.dtype = self.dtype if dtype is None else require_dtype("dtype", dtype)
         other.device = self.device if device is None else canonical(device)
-        other._keep_nothing()
+        other._drop_copies()
         return other
 
     # ---- identity ----
@@ -239,7 +285,7 @@ class RandomBases(Definition):
 
     # ---- housekeeping ----
 
-    def _keep_nothing(self) -> None:
+    def _drop_copies(self) -> None:
         self.copies = Copies(self, self.given)
         self._hashes: dict[tuple[int, int, int], str] = {}
         self._version = self.version()

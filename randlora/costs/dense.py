@@ -2,10 +2,13 @@
 
 The table of multiply-adds is in :mod:`randlora.planner`. Ternary bases of medium density on the CPU ("planes") build dW
 with less arithmetic, and are made dense for the thin products of ``factored``; "bits" are made dense for every product.
-Making them dense costs the traffic of that, and they are a temporary then: on the CPU of some 4 MiB.
+Making them dense costs the traffic of that, and they are a temporary then: on the CPU of some 4 MiB. Bases of which the
+seed alone is kept are made once in every pass, the same by every strategy, so that none of them gains or loses by it.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from .._C import UNPACKED_BYTES  # csrc/packed_update.h: of B, which the CPU makes dense at a time
 from .strategies import Cost, LayerCall, Strategies
@@ -14,11 +17,15 @@ from .strategies import Cost, LayerCall, Strategies
 # (0.3 to 0.4 with AVX-512, 0.4 to 0.55 with AVX2).
 PLANES = 0.45
 
+# What making an element of B by Philox takes, in bytes that are moved meanwhile: a core makes 0.3 G (AVX2) to 0.9 G
+# (AVX-512) of them in a second and moves 5 GB; an H100 makes 580 G and moves 3 TB.
+MAKING = {"cpu": 8, "cuda": 5}
+
 
 class Dense(Strategies):
     """Two thin products with the hidden numbers ``[T, P]`` between them (factored), or products with ``dW = B2 S2``.
 
-    `form`: None for dense bases, ``"planes"`` or ``"bits"`` for ternary ones.
+    `form`: None for dense bases, ``"seed"`` for those made in every pass, ``"planes"`` or ``"bits"`` for ternary ones.
     """
 
     def __init__(self, call: LayerCall, form: str | None = None) -> None:
@@ -36,6 +43,19 @@ class Dense(Strategies):
         self.rows_at_once = call.r  # rows k of A, for which packed bases are made dense at a time
         if call.device_type == "cpu" and call.element_bytes >= 4:
             self.rows_at_once = min(call.r, max(1, UNPACKED_BYTES // (call.n * M * call.element_bytes)))
+        self.from_seed = form == "seed"
+
+    def costs(self) -> dict[str, tuple[Cost, Cost]]:
+        found = super().costs()
+        if self.from_seed:
+            for name, (forward, backward) in found.items():
+                found[name] = self._with_making(forward), self._with_making(backward)
+        return found
+
+    def _with_making(self, cost: Cost) -> Cost:
+        """A pass that makes all of B first."""
+        making = self.P * self.M * MAKING.get(self.call.device_type, 5)
+        return replace(cost, workspace=cost.workspace + self.B2_bytes, traffic=cost.traffic + making)
 
     def at_once(self, thin_bytes: int, unpacked: int) -> int:
         """Bytes of matrices with an axis P that exist at a time, beside B2 where it is `unpacked`."""

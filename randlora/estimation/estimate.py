@@ -45,6 +45,7 @@ def estimate(
     device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
     inputs: Any = None,
+    keep_bases: bool = True,
 ) -> Estimate:
     """What training `model` with `config` will take, for RandLoRA of each kind and for LoRA with as many parameters.
 
@@ -58,6 +59,7 @@ def estimate(
         autocast: dtype of ``torch.autocast``, where the model is trained under it.
         inputs: the model's arguments (a tensor, a tuple, or a dict of keyword arguments; only their shapes matter), to
             see which layers share an input. Most models of transformers do without.
+        keep_bases: False: as after :func:`randlora.keep_bases` ``(model, False)``, for the kinds that it is for.
 
     Returns:
         A dict with ``tokens``, ``device``, ``dtype`` (of most layers' products), ``layers``, ``model_parameters``,
@@ -65,11 +67,12 @@ def estimate(
         the kinds and ``"lora"`` to dicts of
 
         - ``trainable_parameters``: with ``modules_to_save`` and biases, where the config trains them.
-        - ``bases_bytes``, ``bases_form`` (``"dense"``, ``"signs"``, ``"bits"``, ``"planes"``, ``"lists"``): as the
-          device keeps them. The positions in lists are random in number: their expected value.
+        - ``bases_bytes``, ``bases_form`` (``"dense"``, ``"signs"``, ``"bits"``, ``"planes"``, ``"lists"``,
+          ``"seed"``): as the device keeps them. The positions in lists are random in number: their expected value.
         - ``saved_bytes``: kept from forward to backward beyond what the frozen model keeps, without checkpointing.
         - ``workspace_bytes``: the temporaries of the layer that takes most, which come and go.
         - ``multiply_adds``: of a step, forward and backward, beyond those of the frozen layers.
+        - ``forward_multiply_adds``: the forward pass's part of them, which checkpointing computes once more.
         - ``optimizer_bytes``: AdamW's two moments.
         - ``file_bytes``, ``file_bytes_without_projections``: of the adapter's folder.
         - ``shapes``: per shape of layer ``in_features``, ``out_features``, ``num_bases``, ``count`` (calls per step),
@@ -110,7 +113,8 @@ def estimate(
             notes.append(f"not called in the trial call, and counted as called once: {', '.join(missing[:3])}" + (
                 f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             ))  # fmt: skip
-    step = Step(tokens, _device(model, device), [replace(layer, calls=calls.get(layer.name)) for layer in layers])
+    called = [replace(layer, calls=calls.get(layer.name)) for layer in layers]
+    step = Step(tokens, _device(model, device), called, keep_bases)
 
     others = beside(model, plan)
     projections = writes_projections(model, plan)

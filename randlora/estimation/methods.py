@@ -48,11 +48,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class Step:
-    """A training step: `tokens` tokens through `layers` on `device`."""
+    """A training step: `tokens` tokens through `layers` on `device`, with dense bases that are kept, or made anew."""
 
     tokens: int
     device: torch.device
     layers: list[Layer]
+    keep_bases: bool = True
 
     def calls(self) -> Iterator[tuple[Layer, Call]]:
         """A call that nobody has seen gets an input of its own, which needs a gradient."""
@@ -134,22 +135,23 @@ def randlora(step: Step, plan: Plan, kind: str, others: Beside, projections: boo
         for part, shape in zip(PARAMETERS, ((config.r, n), (n, m)), strict=True):
             trained[f"{PREFIX}{layer.name}.{part}"] = layer.parameter_dtype, shape
 
-    workspace = multiply_adds = 0
+    workspace = forward = backward = 0
     shapes: Counter[tuple] = Counter()
     dense: set[torch.dtype] = set()
     for layer, call in step.calls():
         sizes = layer.in_features, layer.out_features
-        form = planner.form(expected_pattern(bases, need, min(sizes), step.device))
+        form = planner.form(expected_pattern(bases, need, min(sizes), step))
         chosen, costs, takes_dense = _strategies(step, layer, config, form, call.need_x)
         if takes_dense:
             dense.add(layer.dtype)
         frozen = 0 if layer.weight_dtype is None else step.tokens * sizes[0] * sizes[1]
-        multiply_adds += sum(cost.multiply_adds for cost in costs) - frozen * (1 + call.need_x)
+        forward += costs[0].multiply_adds - frozen
+        backward += costs[1].multiply_adds - frozen * call.need_x
         workspace = max(workspace, *(cost.workspace for cost in costs))
         row = *sizes, layer.num_bases, call.need_x, *chosen
         shapes[row] += 1
 
-    pattern = expected_pattern(bases, need, min_dim, step.device)
+    pattern = expected_pattern(bases, need, min_dim, step)
     elements = config.r * (min_dim + max_dim * num_bases)
     written = trained | others.written
     in_file: Shapes = {}
@@ -160,11 +162,12 @@ def randlora(step: Step, plan: Plan, kind: str, others: Beside, projections: boo
     said = json.dumps(asdict(config))
     return {
         "trainable_parameters": _numbers(trained | others.trained),
-        "bases_form": _form(bases, step.device),
+        "bases_form": _form(bases, step),
         "bases_bytes": sum(t.nbytes for t in pattern or ()) + sum(elements * dtype.itemsize for dtype in dense),
         "saved_bytes": sum(_inputs(step).values()),
         "workspace_bytes": workspace,
-        "multiply_adds": multiply_adds,
+        "multiply_adds": forward + backward,
+        "forward_multiply_adds": forward,
         "optimizer_bytes": 2 * _bytes(trained | others.trained),
         "file_bytes": _file_bytes(written | in_file, said),
         "file_bytes_without_projections": _file_bytes(written, said),
@@ -189,10 +192,10 @@ def _strategies(
 
 
 def expected_pattern(
-    bases: RandomBases, need: tuple[int, int, int], min_dim: int, device: torch.device
+    bases: RandomBases, need: tuple[int, int, int], min_dim: int, step: Step
 ) -> tuple[Tensor, ...] | None:
     """What ``bases.pattern(min_dim, device)`` would give, grown to `need`: meta tensors, of expected sizes."""
-    z, form = bases.sparsity, patterns.form_for(bases.kind, bases.sparsity, device)
+    z, form = bases.sparsity, _form_of(bases, step)
     if form is None:
         return None
     (M, m, n), r, width = need, bases.r, bases.group_width or 0
@@ -201,6 +204,8 @@ def expected_pattern(
     def empty(*shape: float, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty([round(size) for size in shape], dtype=dtype, device="meta")
 
+    if form is patterns.StoredSeed:
+        return (empty(0, 0, 0),)
     if form is patterns.StoredSigns:
         return *(empty(-(-count // 32)) for count in (m, M, n * r)), empty(width, 0, dtype=torch.int8)
     if form is not patterns.StoredLists:
@@ -216,8 +221,13 @@ def expected_pattern(
     )  # fmt: skip
 
 
-def _form(bases: RandomBases, device: torch.device) -> str:
-    form = patterns.form_for(bases.kind, bases.sparsity, device)
+def _form_of(bases: RandomBases, step: Step) -> type[patterns.Form] | None:
+    keep = step.keep_bases or bases.why_kept() is not None
+    return patterns.form_for(bases.kind, bases.sparsity, step.device, keep)
+
+
+def _form(bases: RandomBases, step: Step) -> str:
+    form = _form_of(bases, step)
     return "dense" if form is None else form.name
 
 
@@ -234,7 +244,7 @@ def lora(step: Step, plan: Plan, others: Beside) -> dict[str, Any]:
         trained[f"{PREFIX}{layer.name}.lora_B.weight"] = layer.parameter_dtype, (layer.out_features, rank)
 
     T, dropout = step.tokens, plan.config.randlora_dropout > 0
-    saved = workspace = multiply_adds = 0
+    saved = workspace = forward = backward = 0
     shared: dict[int, int] = {}
     shapes: Counter[tuple] = Counter()
     for layer, call in step.calls():
@@ -248,7 +258,8 @@ def lora(step: Step, plan: Plan, others: Beside) -> dict[str, Any]:
         elif not call.kept:
             shared[call.input] = T * wide * product.itemsize
         saved += T * rank * product.itemsize
-        multiply_adds += T * rank * (3 * (wide + high) - (0 if call.need_x else wide))
+        forward += T * rank * (wide + high)
+        backward += T * rank * (2 * (wide + high) - (0 if call.need_x else wide))
         workspace = max(workspace, T * (high + max(wide, high)) * product.itemsize)
         shapes[wide, high, call.need_x] += 1
     file_bytes = _file_bytes(trained | others.written, "")
@@ -259,7 +270,8 @@ def lora(step: Step, plan: Plan, others: Beside) -> dict[str, Any]:
         "bases_bytes": 0,
         "saved_bytes": saved + sum(shared.values()),
         "workspace_bytes": workspace,
-        "multiply_adds": multiply_adds,
+        "multiply_adds": forward + backward,
+        "forward_multiply_adds": forward,
         "optimizer_bytes": 2 * _bytes(trained | others.trained),
         "file_bytes": file_bytes,
         "file_bytes_without_projections": file_bytes,

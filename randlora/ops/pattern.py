@@ -1,8 +1,8 @@
 """The forms in which the ops take bases that are not dense tensors, by the names that csrc/pattern.h gives them.
 
 A pattern is a sequence of tensors, and their number says which form it has: lists of what is not zero
-(csrc/sparse_update.h), planes or bits of ternary bases (csrc/packed_update.h), or the signs of Hadamard bases
-(csrc/hadamard.h).
+(csrc/sparse_update.h), planes or bits of ternary bases (csrc/packed_update.h), the signs of Hadamard bases
+(csrc/hadamard.h), or the seed of dense ones, which are made for every call (csrc/seed.h).
 """
 
 from __future__ import annotations
@@ -39,7 +39,11 @@ class SignTensors(NamedTuple):
     width: Tensor  # empty, [group_width, 0]: its shape says all
 
 
-FORMS = {len(form._fields): form for form in (ListTensors, PlaneTensors, BitTensors, SignTensors)}
+class SeedTensors(NamedTuple):
+    seed: Tensor  # empty, [upper 32 bits, 0, lower 32 bits]: its shape says all
+
+
+FORMS = {len(form._fields): form for form in (ListTensors, PlaneTensors, BitTensors, SignTensors, SeedTensors)}
 
 
 def is_lists(pattern: Sequence[Tensor]) -> bool:
@@ -67,9 +71,15 @@ def is_signs(pattern: Sequence[Tensor]) -> bool:
     return len(pattern) == len(SignTensors._fields)
 
 
+def is_seed(pattern: Sequence[Tensor]) -> bool:
+    """Whether it is the seed of dense bases that nobody keeps."""
+    return len(pattern) == len(SeedTensors._fields)
+
+
 def require_form(pattern: Sequence[Tensor]) -> None:
     """Raises ``ValueError`` unless the number of tensors is that of a form, or 0: dense bases."""
     if len(pattern) != 0 and len(pattern) not in FORMS:
         raise ValueError(
-            f"pattern must be 5 lists, 4 tensors of Hadamard bases, or 3 or 2 of packed ones, got {len(pattern)}"
+            "pattern must be 5 lists, 4 tensors of Hadamard bases, 3 or 2 of packed ones, or 1 seed, got "
+            f"{len(pattern)}"
         )

@@ -91,6 +91,22 @@ def test_bases_take_what_they_are_said_to(kind, dtype):
     )  # fmt: skip
 
 
+def test_bases_that_are_not_kept():
+    """They are part of the workspace, for the layer that takes most; nothing else is another."""
+    kept, made = (
+        estimate(net(torch.float32), config(), TOKENS, inputs=IDS, keep_bases=keep)["methods"] for keep in (True, False)
+    )
+    was, now = kept.pop("dense"), made.pop("dense")
+    assert made == kept
+    assert (now["bases_bytes"], now["bases_form"]) == (0, "seed")
+    n, r = now["shapes"][0]["num_bases"], config().r
+    assert 0 < now["workspace_bytes"] - was["workspace_bytes"] <= 4 * n * r * 22
+    others = was.keys() - {"bases_bytes", "bases_form", "workspace_bytes"}
+    assert {key: was[key] for key in others} == {key: now[key] for key in others}
+    with_peft = estimate(net(torch.float32), config(prng="peft"), TOKENS, inputs=IDS, keep_bases=False)
+    assert with_peft["methods"]["dense"]["bases_form"] == "dense"
+
+
 @pytest.mark.parametrize("sparsity", [1.0, 2.0, 3.0, 9.0, 20.0, 50.0])
 def test_bases_of_any_sparsity(sparsity):
     model = nn.Sequential(nn.Linear(250, 330))
@@ -156,14 +172,20 @@ def test_operations_are_those_of_the_products_that_run(strategy, tokens):
     told = estimate(Chain(), settings, tokens, inputs=torch.zeros(tokens, 24))["methods"]["dense"]
     frozen, (model, _) = Chain().requires_grad_(False), adapted(Chain(), settings)
     x = normal(tokens, 24)
-    with torch.profiler.profile(record_shapes=True) as with_adapter:
-        model(x).sum().backward()
+    with torch.profiler.profile(record_shapes=True) as forward_with_adapter:
+        loss = model(x).sum()
+    with torch.profiler.profile(record_shapes=True) as backward_with_adapter:
+        loss.backward()
     # As in the adapted model, the first block's gradients end at its own layers.
     for name in ("q", "k", "v"):
         frozen.blocks[0][name].register_forward_hook(lambda layer, args, y: y.requires_grad_())
-    with torch.profiler.profile(record_shapes=True) as without:
-        frozen(x).sum().backward()
-    assert told["multiply_adds"] == multiply_adds(with_adapter) - multiply_adds(without)
+    with torch.profiler.profile(record_shapes=True) as forward:
+        loss = frozen(x).sum()
+    with torch.profiler.profile(record_shapes=True) as backward:
+        loss.backward()
+    in_forward = multiply_adds(forward_with_adapter) - multiply_adds(forward)
+    assert told["forward_multiply_adds"] == in_forward
+    assert told["multiply_adds"] == in_forward + multiply_adds(backward_with_adapter) - multiply_adds(backward)
     assert {row["input_gradient"] for row in told["shapes"]} == {True, False}
 
 
@@ -240,7 +262,9 @@ def test_lora_is_what_peft_makes_of_it(dtype, dropout, tmp_path):
     for name in ("q", "k", "v"):
         plain.blocks[0][name].register_forward_hook(lambda layer, args, y: y.requires_grad_())
     with FlopCounterMode(display=False) as frozen:
-        plain(x).sum().backward()
+        y = plain(x).sum()
+        frozen_forward = frozen.get_total_flops()
+        y.backward()
     model = peft.get_peft_model(
         Chain().to(dtype), peft.LoraConfig(r=told["rank"], target_modules=CHAIN, lora_dropout=dropout)
     )
@@ -248,9 +272,11 @@ def test_lora_is_what_peft_makes_of_it(dtype, dropout, tmp_path):
     with FlopCounterMode(display=False) as flops:
         with SavedBytes(model.parameters()) as saved:
             y = model(x)
+        forward = flops.get_total_flops()
         y.sum().backward()
     activations = sum(size for size, t in saved.storages.values() if size > 8)  # scaling factors are no activations
     assert told["saved_bytes"] == activations
     assert told["multiply_adds"] == (flops.get_total_flops() - frozen.get_total_flops()) / 2
+    assert told["forward_multiply_adds"] == (forward - frozen_forward) / 2
     model.save_pretrained(tmp_path)
     assert told["file_bytes"] == pytest.approx((tmp_path / "adapter_model.safetensors").stat().st_size, abs=600)

@@ -19,6 +19,7 @@ KINDS = ("dense", "hadamard", "sparse", "very_sparse", "sign")
 STRATEGIES = ("factored", "materialized", "merged")
 FORMS = {  # a kind of bases for each way that they are stored and computed with
     "dense": {"kind": "dense"},
+    "seed": {"kind": "dense", "keep": False},
     "lists": {"kind": "very_sparse", "sparsity": 10.0},
     "planes": {"kind": "sparse"},
     "bits": {"kind": "sparse", "sparsity": 1.5},

@@ -187,7 +187,7 @@ def linear(d, backward):
 def packed_update(d, backward):
     """``sparse_update``, or ``hadamard_update`` for Hadamard bases."""
     layer = Layer(d, d.of(("", "hadamard")))
-    while not layer.pattern:
+    while len(layer.pattern) < 2:  # none, or a seed
         layer = Layer(d)
     op = "hadamard_update" if len(layer.pattern) == 4 else "sparse_update"
     dtype = layer.dtype

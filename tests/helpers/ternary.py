@@ -1,4 +1,4 @@
-"""Layers drawn at random with ternary or Hadamard bases, in every form of a pattern."""
+"""Layers drawn at random with ternary or Hadamard bases, or the seed of dense ones: in every form of a pattern."""
 
 import torch
 
@@ -13,7 +13,7 @@ FORMS = {
     "bits": {"kind": "sparse", "sparsity": 1.5},
     "sign": {"kind": "sign"},
 }
-ALL_FORMS = FORMS | {"hadamard": {"kind": "hadamard"}}
+ALL_FORMS = FORMS | {"hadamard": {"kind": "hadamard"}, "seed": {"kind": "dense", "keep": False}}
 
 
 def draw(shape, form, dtype=torch.float64, device="cpu", tokens=6, num_bases=None):

@@ -118,6 +118,19 @@ def test_arguments_of_other_types(changed):
         linear(**arguments(**changed))
 
 
+@pytest.mark.parametrize("shape, device", [
+    ((7, 0), "cpu"), ((0, 7, 0), "cpu"), ((3, 1, 5), "cpu"), ((2**32, 0, 5), "cpu"), ((0, 0, 2**32), "cpu"),
+    ((0, 0, 7), "meta"),
+], ids=str)  # fmt: skip
+def test_a_tensor_that_says_no_seed(shape, device):
+    pattern = [torch.empty(shape, dtype=torch.int8, device=device)]
+    with pytest.raises(ValueError, match=r"seed must have shape \[upper 32 bits, 0, lower 32 bits\]|device of x"):
+        linear(**arguments(A=None, B=None, pattern=pattern))
+    if device == "cpu":
+        with pytest.raises(ValueError, match="seed must have shape"):
+            torch.ops.randlora.check_pattern(pattern)
+
+
 @pytest.mark.parametrize("changed", [{"workspace": -1}, {"workspace": 2**63}, {"pattern": [normal(3)]}], ids=str)
 def test_arguments_of_other_values(changed):
     with pytest.raises(ValueError, match=next(iter(changed))):

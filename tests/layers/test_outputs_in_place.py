@@ -182,7 +182,7 @@ def test_functions_of_parameters():
         assert_ordinary(lambda i=i, o=o: randlora.functional.delta_weight(A, B, lam, gamma, 0.7, i, o), (lam, gamma))
 
 
-@pytest.mark.parametrize("form", ALL_FORMS)
+@pytest.mark.parametrize("form", [form for form in ALL_FORMS if form != "seed"])
 def test_update_of_packed_bases(form):
     build = torch.ops.randlora.hadamard_update if form == "hadamard" else torch.ops.randlora.sparse_update
     for weight in (None, normal(24, 41), normal(41, 24).t()):

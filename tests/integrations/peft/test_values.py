@@ -10,6 +10,7 @@ peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 from helpers.peft_models import KINDS, adapt, bases, both, config, conv1d, layers, llama, logits, tokens  # noqa: E402
 
+import randlora  # noqa: E402
 import randlora.integrations.peft as integration  # noqa: E402
 
 SHAPES = {"wide": (24, 41), "tall": (41, 24), "square": (33, 33), "large": (144, 170), "large tall": (170, 144)}
@@ -212,3 +213,10 @@ def test_torch_func(kind):
     expected = run(theirs, x, g, False)[2:]
     for name, total in zip(("randlora_lambda.default", "randlora_gamma.default"), expected, strict=True):
         torch.testing.assert_close(results[name].sum(0), total, rtol=1e-4, atol=1e-4)
+
+
+def test_bases_that_peft_holds_are_kept():
+    """They are its buffers, and need not be those of any seed."""
+    model = adapt(model_of("wide", torch.float32), config("layer"))
+    with pytest.raises(ValueError, match="the bases of adapter 'default' stay as they are: these bases were given"):
+        randlora.keep_bases(model, False)
