@@ -143,7 +143,7 @@ def is_put_together(module: nn.Module) -> bool:
     and what is put together for a call is an ordinary parameter.
     """
     hooks = module._load_state_dict_post_hooks.values()
-    return any(getattr(hook, "__module__", "").startswith("torch.distributed.fsdp.") for hook in hooks)
+    return any(getattr(hook, "__module__", "").startswith("torch.distributed.fsdp._fully_shard.") for hook in hooks)
 
 
 # ---- the rest ----

@@ -126,8 +126,8 @@ class Mergeable(SharedState):
         """Give the base weight back, bit for bit as it was before the first :meth:`merge`.
 
         Raises:
-            ValueError: the base layer is another one than at the merge, which has its weight; or the weight as it was
-                has not been kept.
+            ValueError: the base layer is another one than at the merge, which has its weight; the weight as it was
+                has not been kept; or FSDP2 has sharded the layer since.
         """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
@@ -171,6 +171,11 @@ def check_unmerge(layer: Mergeable) -> None:
     base, kept = layer.get_base_layer(), layer._unmerged_weight
     if kept is None:
         raise ValueError(_NOT_KEPT)
+    if is_sharded(layer):
+        raise ValueError(
+            f"{', '.join(layer.merged_adapters)} was merged before fully_shard, which puts the weight together for "
+            "every call, so that what is taken out of it would be lost: unmerge before fully_shard"
+        )
     if layer._merged_into is not None and layer._merged_into[0] is not base:
         raise ValueError(
             f"{', '.join(layer.merged_adapters)} was merged into a base layer that has been replaced by another, a "

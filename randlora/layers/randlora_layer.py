@@ -16,10 +16,11 @@ from ..bases.definition import bases_for_full_rank
 from ..bases.random_bases import RandomBases
 from ..bases.shared import shared_bases
 from ..checks import require_float, require_size
+from ..distributed.fsdp import is_sharded
 from ..dtypes import at_least_fp32
 from ..names import check_adapter_name
 from ..undo import all_or_nothing
-from . import offload
+from . import offload, sharded
 from .base_layer import tensor_weight
 from .merging import Mergeable
 from .mixed_batch import MixedBatch
@@ -89,7 +90,8 @@ class RandLoraLayer(Update, Mergeable):
     ) -> None:
         """Add the adapter `adapter_name`; it becomes active and trainable if it is the layer's first.
 
-        Arguments as for :class:`randlora.Linear`. Raises before anything is changed.
+        In a layer that FSDP2 shards it becomes active only: its gradients would not be reduced. Arguments as for
+        :class:`randlora.Linear`. Raises before anything is changed.
         """
         check_adapter_name(adapter_name)
         if adapter_name in self.randlora_lambda:
@@ -114,7 +116,8 @@ class RandLoraLayer(Update, Mergeable):
             self.randlora_lambda[adapter_name], self.randlora_gamma[adapter_name] = map(nn.Parameter, (lam, gamma))
             if init_weights:
                 self.reset_randlora_parameters(adapter_name)
-            self.set_adapter(self._active_adapters or [adapter_name], self._inference_mode)
+            frozen = self._inference_mode or (not self._active_adapters and is_sharded(self))
+            self.set_adapter(self._active_adapters or [adapter_name], frozen)
 
     def _parameters_like(self) -> tuple[torch.dtype, torch.device]:
         """What parameters that go with the base layer are: on meta only if the layer has no numbers itself."""
@@ -170,6 +173,7 @@ class RandLoraLayer(Update, Mergeable):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was the only active one, the first that is left becomes active (with a warning)."""
         self._check_adapter(adapter_name)
+        sharded.check_deleted(self.trained_parts(), adapter_name)
         if adapter_name in self.merged_adapters:
             raise ValueError(f"adapter {adapter_name!r} is merged into the base weight: call unmerge() first")
         active, left = self._active_adapters, [name for name in self._active_adapters if name != adapter_name]
@@ -210,11 +214,17 @@ class RandLoraLayer(Update, Mergeable):
         names = [adapter_names] if isinstance(adapter_names, str) else list(dict.fromkeys(adapter_names))
         for name in names:
             self._check_adapter(name)
+        if not inference_mode:
+            self.check_trained(names)
         self._active_adapters, self._inference_mode = names, inference_mode
         frozen = inference_mode or self._disable_adapters
         for parameters in (self.randlora_lambda, self.randlora_gamma):
             for name, parameter in parameters.items():
                 parameter.requires_grad_(name in names and not frozen)
+
+    def check_trained(self, adapter_names: Sequence[str]) -> None:
+        """Raises ``ValueError`` for adapters that cannot be trained, as FSDP2 does not know them."""
+        sharded.check_trained(self, self.trained_parts(), adapter_names)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters on or off. Off: they are frozen, and merged ones leave the weight at the next call."""

@@ -17,7 +17,7 @@ from ..layers.merging import merged_or_not, unmerged
 from ..layers.modules_to_save import ModuleToSave
 from ..layers.randlora_layer import RandLoraLayer
 from ..undo import all_or_nothing
-from . import injection, sharded, ties, weighted_sum
+from . import injection, ties, weighted_sum
 from .adapter_plan import Plan, filled, plan_adapter
 from .parts import adapted_layers, saved_modules, train_biases
 
@@ -56,12 +56,11 @@ class Adapters(nn.Module):
                 "already"
             )
         flags = self._flags() if self.peft_config else []
-        sharded.check_plan(self.model, plan)
         if config.base_model_name_or_path is None:
             config = filled(config, base_model_name_or_path=getattr(self.model, "name_or_path", None) or None)
         injection.apply(self.model, plan, adapter_name)
         if not config.inference_mode:
-            sharded.check_trained(self.model, [adapter_name])
+            self._check_trained([adapter_name])
         self.peft_config[adapter_name] = config
         if self._active:
             self._set_active(self._active, self._inference_mode)
@@ -77,7 +76,6 @@ class Adapters(nn.Module):
         self._check(adapter_name)
         if any(adapter_name in layer.merged_adapters for layer in adapted_layers(self.model).values()):
             raise ValueError(f"adapter {adapter_name!r} is merged: call unmerge_adapter() first")
-        sharded.check_deleted(self.model, adapter_name)
         left = [name for name in self._active if name != adapter_name]
         others = [name for name in self.peft_config if name != adapter_name]
         flags, orphaned = self._flags(), self._active == [adapter_name]
@@ -154,8 +152,6 @@ class Adapters(nn.Module):
 
     def _set_active(self, names: list[str], inference_mode: bool) -> None:
         """Callers undo what a failure leaves."""
-        if not inference_mode:
-            sharded.check_trained(self.model, names)
         self._active, self._inference_mode = names, inference_mode
         for layer in adapted_layers(self.model).values():
             layer.set_adapter([name for name in names if name in layer.randlora_lambda], inference_mode)
@@ -172,7 +168,7 @@ class Adapters(nn.Module):
         """Freeze or unfreeze the parameters of these adapters, whether they are active or not."""
         names = self._names(adapter_names)
         if requires_grad:
-            sharded.check_trained(self.model, names)
+            self._check_trained(names)
         with all_or_nothing(self, deep=False):
             for layer in adapted_layers(self.model).values():
                 for name in filter(layer.randlora_lambda.__contains__, names):
@@ -181,6 +177,10 @@ class Adapters(nn.Module):
             for module in saved_modules(self.model).values():
                 for name in filter(module.modules_to_save.__contains__, names):
                     module.modules_to_save[name].requires_grad_(requires_grad)
+
+    def _check_trained(self, adapter_names: Sequence[str]) -> None:
+        for layer in adapted_layers(self.model).values():
+            layer.check_trained([name for name in adapter_names if name in layer.randlora_lambda])
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:

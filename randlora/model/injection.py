@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..distributed.fsdp import is_sharded
 from ..layers.attention import MultiheadAttention, disable_fast_path, restore_fast_path
 from ..layers.linear import Linear
 from ..layers.merging import merged_or_not
@@ -30,6 +31,7 @@ def apply(model: nn.Module, plan: Plan, adapter_name: str) -> None:
         "bases": plan.bases,
         "num_bases": config.num_bases,
     }
+    _check_sharded(model, plan)
     places = Places(model)
     module: Any
     for name, module in plan.targets.items():
@@ -59,6 +61,23 @@ def apply(model: nn.Module, plan: Plan, adapter_name: str) -> None:
     for module in model.modules():
         if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)) and adapted_layers(module):
             disable_fast_path(module)
+
+
+def _check_sharded(model: nn.Module, plan: Plan) -> None:
+    """Raises ``ValueError`` for what cannot be put into a model any more after FSDP2 has sharded it."""
+    for name in plan.saved:
+        if is_sharded(model.get_submodule(name)):
+            raise ValueError(
+                f"modules_to_save: a copy of {name!r} would not be sharded. Add the adapter before fully_shard"
+            )
+    for name in plan.targets:
+        for module in (model.get_submodule(path) for path in (name, name.rpartition(".")[0])):
+            attention = isinstance(module, nn.MultiheadAttention) and not isinstance(module, MultiheadAttention)
+            if attention and is_sharded(module):
+                raise ValueError(
+                    f"{name!r}: the weights of its attention are sharded, and would be taken apart. Add the adapter "
+                    "before fully_shard"
+                )
 
 
 def to_merge(model: nn.Module, names: Sequence[str]) -> dict[RandLoraLayer, list[str]]:

@@ -24,8 +24,18 @@ def is_bias(name: str) -> bool:
 
 
 def train_biases(model: nn.Module, modes: set[str]) -> None:
-    """Biases of the base model require gradients as these modes (``RandLoraConfig.bias``) ask for."""
+    """Biases of the base model require gradients as these modes (``RandLoraConfig.bias``) ask for.
+
+    Those of a module that an active adapter has a copy of do not: the copy is called in its place.
+    """
     own = {id(p) for layer in adapted_layers(model).values() for p in layer.get_base_layer().parameters(recurse=False)}
+    replaced = {
+        id(p)
+        for m in saved_modules(model).values()
+        if m.active_adapter is not None
+        for p in m.original_module.parameters()
+    }
     for name, parameter in model.named_parameters():
         if is_bias(name) and ".modules_to_save." not in name:
-            parameter.requires_grad_("all" in modes or ("randlora_only" in modes and id(parameter) in own))
+            wanted = "all" in modes or ("randlora_only" in modes and id(parameter) in own)
+            parameter.requires_grad_(wanted and id(parameter) not in replaced)

@@ -136,6 +136,21 @@ def test_nothing_else_changes_what_is_trained(change, frozen):
     assert not any(p.requires_grad for p in model.parameters() if id(p) not in old)
 
 
+def test_all_that_is_trained_gets_gradients():
+    """The bias of a module whose copy is saved is not called, and not trained: DDP would wait for its gradient."""
+    model = adapt(net(), modules_to_save=["head"], bias="all")
+    add(model, "b", 2)
+    for name, used in (("default", "modules_to_save.default"), ("b", None), ("default", "modules_to_save.default")):
+        model.set_adapter(name)
+        model.zero_grad()
+        model(IDS).sum().backward()
+        wanted = {key for key, p in model.named_parameters() if p.requires_grad}
+        assert wanted == {key for key, p in model.named_parameters() if p.grad is not None}
+        assert {key for key in wanted if ".head." in key} == {
+            f"model.head.{used}.{x}" for x in ("weight", "bias") if used
+        }
+
+
 def test_set_requires_grad():
     model = adapt(net(), modules_to_save=["head"])
     add(model, "b", 2)
