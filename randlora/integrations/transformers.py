@@ -24,7 +24,7 @@ __all__ = ["AdapterCheckpoints", "Trainer"]
 
 
 class AdapterCheckpoints(_Trainer):
-    """To derive from before transformers' ``Trainer`` or a subclass: ``class T(AdapterCheckpoints, SFTTrainer): ...``
+    """To derive from before transformers' ``Trainer`` or a subclass: ``class T(AdapterCheckpoints, Seq2SeqTrainer): ...``
 
     With a model of randlora, ``save_model`` and checkpoints write what ``save_pretrained`` does: the adapters and what
     they train beside them. Resuming and ``load_best_model_at_end`` read it back into the same parameters. A checkpoint
