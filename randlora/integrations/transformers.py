@@ -24,7 +24,7 @@ __all__ = ["AdapterCheckpoints", "Trainer"]
 
 
 class AdapterCheckpoints(_Trainer):
-    """To derive from before transformers' ``Trainer`` or a subclass: ``class T(AdapterCheckpoints, Seq2SeqTrainer): ...``
+    """To derive from before a Trainer of transformers: ``class T(AdapterCheckpoints, Seq2SeqTrainer): ...``
 
     With a model of randlora, ``save_model`` and checkpoints write what ``save_pretrained`` does: the adapters and what
     they train beside them. Resuming and ``load_best_model_at_end`` read it back into the same parameters. A checkpoint
@@ -43,8 +43,10 @@ class AdapterCheckpoints(_Trainer):
         folder = self.args.output_dir if output_dir is None else output_dir
         model.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
         if self.args.should_save:
-            candidates = self.processing_class, getattr(self.data_collator, "tokenizer", None)
-            for processor in [found for found in candidates if found is not None][:1]:
+            processor = self.processing_class
+            if processor is None:
+                processor = getattr(self.data_collator, "tokenizer", None)
+            if processor is not None:
                 processor.save_pretrained(folder)
             torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
 
