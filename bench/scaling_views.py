@@ -198,7 +198,7 @@ def _lines(
     for name in models(rows):
         next(axis for (model, _), axis in panels.items() if model == name).set_ylabel(label, fontsize=9)
     what = "where they fit" if fitting else "whether it fits or not"
-    heading = f"Computed, not measured: {label}, {what}; {setting(rows[0])}, LoRA with as many numbers"
+    heading = f"Computed, not measured: {label}, {what}\n{setting(rows[0])}; LoRA with as many numbers"
     return _save(figure, path, f"{heading}\n{_subtitle(said)}", handles)
 
 
@@ -235,7 +235,9 @@ def _bars(path: Path, rows: Sequence[Row], said: dict[str, Any]) -> Path:
         axis.axvline(said["memory_GiB"], color=LIMIT, lw=1, zorder=0)
         axis.set_xlabel("GiB per GPU", fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    heading = f"Computed, not measured: what takes the memory of a GPU of {shown}; line: what there is"
+    heading = (
+        f"Computed, not measured: what takes the memory of a GPU of {shown}; line: what there is\n{setting(rows[0])}"
+    )
     return _save(figure, path, f"{heading}\n{_subtitle(said)}", handles)
 
 

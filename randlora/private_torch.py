@@ -18,6 +18,7 @@ from torch._dynamo import OptimizedModule, graph_break
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
@@ -25,8 +26,10 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "NonDynamicallyQuantizableLinear",
+    "active_ddp",
     "below_autograd",
     "current_stream",
+    "expects_uneven_inputs",
     "fake_mode",
     "graph_break",
     "in_transform",
@@ -35,6 +38,7 @@ __all__ = [
     "is_watched",
     "jvp_levels",
     "parse_to",
+    "reduced_by",
     "saved_tensors_hooks",
     "storage_identity",
     "tree_map",
@@ -131,6 +135,30 @@ def is_compiled(module: nn.Module) -> bool:
     Missed: a question of ``torch.compiler`` about a module.
     """
     return module._compiled_call_impl is not None or isinstance(module, OptimizedModule)
+
+
+# ---- DistributedDataParallel ----
+
+# Without these names nothing fails: the ranks are not compared then, unless the user asks for it.
+
+
+def active_ddp() -> Any:
+    """The DistributedDataParallel whose forward is at work, or None. Missed: what torch.compile asks by it."""
+    return getattr(DistributedDataParallel, "_active_ddp_module", None)
+
+
+def expects_uneven_inputs(ddp: Any) -> bool:
+    """Whether ``ddp.join()`` lets ranks end early, so that they may not be in a call. Missed: a question of Join."""
+    return bool(getattr(getattr(ddp, "_join_config", None), "enable", False))
+
+
+def reduced_by(ddp: Any) -> list[Tensor] | None:
+    """The parameters whose gradients `ddp` averages: those that required some when it was made. None: not known.
+
+    Missed: a list of them. It takes as much memory as their gradients, while it lasts.
+    """
+    buckets = getattr(getattr(ddp, "reducer", None), "_get_zeros_like_grad_buckets", None)
+    return None if buckets is None else [parameter for bucket in buckets() for parameter in bucket.parameters()]
 
 
 # ---- torch.distributed ----

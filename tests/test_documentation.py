@@ -274,13 +274,16 @@ def test_the_rooms_are_described_by_their_own_words():
 
 
 def public_names():
-    integrations = [importlib.import_module(f"randlora.integrations.{name}") for name in ("accelerate", "peft")]
+    others = [
+        importlib.import_module(f"randlora.{name}")
+        for name in ("distributed", "integrations.accelerate", "integrations.peft")
+    ]
     if installed("transformers"):
-        integrations.append(importlib.import_module("randlora.integrations.transformers"))
+        others.append(importlib.import_module("randlora.integrations.transformers"))
     return {
         *(f"randlora.{name}" for name in randlora.__all__ if name != "functional"),
         *(f"randlora.functional.{name}" for name in randlora.functional.__all__),
-        *(f"{module.__name__}.{name}" for module in integrations for name in module.__all__),
+        *(f"{module.__name__}.{name}" for module in others for name in module.__all__),
     }
 
 

@@ -13,6 +13,7 @@ ROOT = Path(randlora.__file__).parent
 # Functions that import modules of ours all the same, and why.
 LATE = {
     "integrations/peft/__init__.py": "these need PEFT, which is optional",
+    "model/training_step.py": "randlora.distributed is for those who train on several devices",
 }
 
 

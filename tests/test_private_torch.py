@@ -424,6 +424,65 @@ def test_is_compiled(private):
     assert not private.is_compiled(plain) and private.is_compiled(own) and private.is_compiled(wrapped)
 
 
+@pytest.fixture
+def wrapped(tmp_path):
+    """A DistributedDataParallel of one process that trains one of two layers."""
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("this PyTorch has no gloo")
+    assert not torch.distributed.is_initialized(), "another test left its process group"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2)
+            self.seen = []
+
+        def forward(self, x):
+            self.seen += [look() for look in self.looks]
+            return self.second(self.first(x))
+
+    yield nn.parallel.DistributedDataParallel(Net())
+    torch.distributed.destroy_process_group()
+
+
+def test_active_ddp(private, wrapped):
+    wrapped.module.looks = [private.active_ddp]
+    wrapped(torch.ones(1, 2))
+    wrapped.module(torch.ones(1, 2))
+    assert wrapped.module.seen == [wrapped, None]
+
+
+def test_expects_uneven_inputs(private, wrapped):
+    wrapped.module.looks = [lambda: private.expects_uneven_inputs(wrapped)]
+    wrapped(torch.ones(1, 2)).sum().backward()
+    with wrapped.join():
+        wrapped(torch.ones(1, 2)).sum().backward()
+    assert wrapped.module.seen == [False, True]
+
+
+def test_reduced_by(private, wrapped):
+    wrapped.module.looks = [lambda: wrapped.module.first.requires_grad_() and private.reduced_by(wrapped)]
+    wrapped(torch.ones(1, 2))
+    found, expected = wrapped.module.seen[0], [*wrapped.module.second.parameters()]
+    assert {id(p) for p in found} == {id(p) for p in expected} and len(found) == 2
+
+
+def test_ddp_ignores_what_a_module_names(wrapped):
+    """randlora.integrations.peft names the bases, which PEFT keeps as buffers, in this attribute of its model."""
+    nets = nn.Linear(2, 2), nn.Linear(2, 2)
+    for net in nets:
+        net.register_buffer("bases", torch.ones(2))
+    nets[0]._ddp_params_and_buffers_to_ignore = ["bases"]
+    counts = []
+    for net in nets:
+        ddp = nn.parallel.DistributedDataParallel(net)
+        with torch.profiler.profile() as profile:
+            ddp(torch.ones(1, 2))
+        counts.append(sum(event.name == "gloo:broadcast" for event in profile.events()))
+    assert counts == [0, 1]
+
+
 def test_parse_to(private):
     cpu, half = torch.device("cpu"), torch.float16
     for args, kwargs, expected in (

@@ -31,6 +31,7 @@ class Adapters(nn.Module):
         self.peft_config: dict[str, RandLoraConfig] = {}
         self._active: list[str] = []
         self._enabled, self._inference_mode = True, False
+        self._switched = 0  # how often what is trained may have changed
 
     # ---- adding and removing adapters ----
 
@@ -153,6 +154,7 @@ class Adapters(nn.Module):
     def _set_active(self, names: list[str], inference_mode: bool) -> None:
         """Callers undo what a failure leaves."""
         self._active, self._inference_mode = names, inference_mode
+        self._switched += 1
         for layer in adapted_layers(self.model).values():
             layer.set_adapter([name for name in names if name in layer.randlora_lambda], inference_mode)
         for module in saved_modules(self.model).values():
@@ -170,6 +172,7 @@ class Adapters(nn.Module):
         if requires_grad:
             self._check_trained(names)
         with all_or_nothing(self, deep=False):
+            self._switched += 1
             for layer in adapted_layers(self.model).values():
                 for name in filter(layer.randlora_lambda.__contains__, names):
                     layer.randlora_lambda[name].requires_grad_(requires_grad)

@@ -51,13 +51,16 @@ class SavedAdapters(Adapters):
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> None:
         """Write the adapters as :meth:`save_pretrained` does and upload them to a repository of the Hugging Face hub.
 
-        Needs ``huggingface_hub`` (ImportError).
+        Where processes hold parts of what is saved, all of them call this, and the one that writes uploads. Needs
+        ``huggingface_hub`` (ImportError).
         """
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
+            if not os.listdir(folder):
+                return  # another process has written
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload RandLoRA adapters")
 

@@ -24,6 +24,7 @@ from .adapter_plan import Plan, plan_adapter
 from .delegation import Delegating
 from .files import SavedAdapters
 from .parts import adapted_layers, saved_modules
+from .training_step import at_training_step
 
 
 def get_peft_model(model: nn.Module, config: Any, adapter_name: str = "default") -> RandLoraModel:
@@ -126,6 +127,7 @@ class RandLoraModel(Delegating, SavedAdapters):
     # ---- calls ----
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        at_training_step(self)
         with self._batch(adapter_names), first_calls(self, self.model):
             return self.model(*args, **kwargs)
 

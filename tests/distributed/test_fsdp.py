@@ -1,11 +1,13 @@
 """Training under FSDP2: the gradients of one process, whatever is mixed, offloaded or computed again."""
 
 import copy
+import random
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
-from helpers.models import IDS, adapt, net
+from helpers.models import IDS, adapt, add, net
 
 import randlora
 from randlora.names import plain_name
@@ -18,7 +20,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (  # noq
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard  # noqa: E402
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard  # noqa: E402
 
 
 def shard(model, **settings):
@@ -193,3 +195,101 @@ def test_what_is_sent(two_ranks):
     assert gathered == [nbytes[True] + nbytes[False]] * 2
     assert reduced == [nbytes[True]]
     assert same_bases
+
+
+# ---- everything in any order ----
+
+
+class Sequence:
+    """Random operations on a sharded model and on one that is not: they compute, train and save the same."""
+
+    def __init__(self, folder, seed):
+        self.draw, self.folder = random.Random(seed), folder
+        self.single = add(adapt(net()), "second", seed=2, kind=self.draw.choice(["dense", "hadamard"]))
+        kept = self.draw.choice([None, True, False])
+        self.sharded = self.draw.choice([shard, fully_shard])(copy.deepcopy(self.single), reshard_after_forward=kept)
+        self.both = self.single, self.sharded
+
+    def some(self):
+        return self.draw.sample(["default", "second"], self.draw.choice([1, 2]))
+
+    def call(self):
+        with torch.no_grad():
+            torch.testing.assert_close(self.sharded(IDS), self.single(IDS))
+
+    def step(self):
+        flags = [{name for name, p in model.named_parameters() if p.requires_grad} for model in self.both]
+        assert flags[0] == flags[1]
+        if any(name.endswith(tuple(self.single.active_adapters)) for name in flags[0]):
+            found = [step(model) for model in self.both]
+            assert found[0].keys() == found[1].keys()
+            for model, gradients in zip(self.both, found, strict=True):
+                with torch.no_grad():
+                    for name, p in model.named_parameters():
+                        if name in gradients:
+                            p.sub_(0.01 * gradients[name])
+                            p.grad = None
+        self.call()
+
+    def activate(self):
+        names, frozen = self.some(), self.draw.random() < 0.3
+        for model in self.both:
+            model.set_adapter(names, inference_mode=frozen)
+
+    def flags(self):
+        names, flag = self.some(), self.draw.random() < 0.5
+        for model in self.both:
+            model.set_requires_grad(names, flag)
+
+    def disable(self):
+        with self.single.disable_adapter(), self.sharded.disable_adapter():
+            self.call()
+
+    def other(self):
+        """An adapter that comes and goes."""
+        active = self.single.active_adapters
+        for model in self.both:
+            model.load_adapter(f"{self.folder}/others/third", "third")
+        with pytest.raises(ValueError, match="cannot be trained"):
+            self.sharded.set_adapter("third")
+        with pytest.raises(ValueError, match="cannot be deleted"):
+            self.sharded.delete_adapter("second")
+        self.call()
+        for model in self.both:
+            model.set_adapter(["third", *active], inference_mode=True)
+        self.call()
+        for model in self.both:
+            model.set_adapter(active)
+            model.delete_adapter("third")
+
+    def save(self):
+        self.sharded.save_pretrained(f"{self.folder}/sharded")
+        if distributed.get_rank() == 0:
+            self.single.save_pretrained(f"{self.folder}/single")
+            for path in ("adapter_model.safetensors", "second/adapter_model.safetensors"):
+                here, there = (Path(self.folder, kind, path).read_bytes() for kind in ("single", "sharded"))
+                assert here == there
+
+    def parts(self):
+        for module in self.sharded.modules():
+            if isinstance(module, FSDPModule):
+                self.draw.choice([module.unshard, module.reshard])()
+
+
+def any_order(folder, seed):
+    if distributed.get_rank() == 0:
+        add(adapt(net(), seed=4), "third", seed=5).save_pretrained(f"{folder}/others")
+    distributed.barrier()
+    sequence, done = Sequence(folder, seed), []
+    operations = ["call", "step", "step", "activate", "flags", "disable", "other", "save", "parts"]
+    try:
+        for _ in range(30):
+            done.append(sequence.draw.choice(operations))
+            getattr(sequence, done[-1])()
+    except BaseException as error:
+        raise AssertionError(f"after {done}") from error
+
+
+def test_any_order(two_ranks, tmp_path):
+    for seed in range(3):
+        two_ranks(any_order, folder=str(tmp_path), seed=seed)

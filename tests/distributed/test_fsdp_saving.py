@@ -2,6 +2,8 @@
 
 import errno
 import os
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -182,6 +184,35 @@ def test_errors_are_raised_on_every_rank(two_ranks, tmp_path):
     assert fine is None
     assert missing[0] == "ValueError" and "state_dict has no model.layers.0.q_proj.randlora_lambda" in missing[2]
     assert numbers[0] == "ValueError" and "holds NaN" in numbers[2]
+
+
+def uploading():
+    calls = []
+
+    class HfApi:
+        def __init__(self, token):
+            pass
+
+        def create_repo(self, repo_id, **kwargs):
+            calls.append("create")
+            return types.SimpleNamespace(repo_id=repo_id)
+
+        def upload_folder(self, folder_path, **kwargs):
+            calls.append(sorted(contents(folder_path)))
+
+    before = sys.modules.get("huggingface_hub")
+    sys.modules["huggingface_hub"] = types.SimpleNamespace(HfApi=HfApi)
+    try:
+        shard(adapt(net())).push_to_hub("user/adapter")
+    finally:
+        sys.modules.pop("huggingface_hub")
+        if before is not None:
+            sys.modules["huggingface_hub"] = before
+    return calls
+
+
+def test_one_rank_uploads(two_ranks):
+    assert two_ranks(uploading) == [["create", ["adapter_config.json", "adapter_model.safetensors"]], []]
 
 
 # ---- torch.distributed.checkpoint ----

@@ -291,6 +291,29 @@ def test_modules_to_save_that_contain_adapted_layers():
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize("modules", [None, ["head"], ["embed", "head"]])
+@pytest.mark.parametrize("bias", ["none", "all", "randlora_only"])
+@pytest.mark.parametrize("of_first", [True, False])
+def test_what_is_trained_is_used(of_first, bias, modules):
+    """DistributedDataParallel waits for the gradients of everything that requires one."""
+    first, second = (
+        {"bias": bias, "modules_to_save": modules},
+        {"target_modules": ["q_proj", "head"][: 1 + (not modules)]},
+    )
+    model = adapt(net(), **(first if of_first else second))
+    add(model, "b", 2, **(second if of_first else first))
+    for names in ("default", "b", ["default", "b"], "default"):
+        model.set_adapter(names)
+        model.zero_grad(set_to_none=True)
+        model(IDS).sum().backward()
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert trained == {name for name, p in model.named_parameters() if p.grad is not None}
+        of_head = {name.removeprefix("model.head.") for name in trained if name.endswith("bias") and ".head." in name}
+        act = names if isinstance(names, list) else [names]
+        if modules and ("default" if of_first else "b") in act:
+            assert of_head == {f"modules_to_save.{'default' if of_first else 'b'}.bias"}
+
+
 def test_only_one_adapter_trains_biases():
     model = adapt(net(), bias="all")
     add(model, "b", 2)

@@ -22,9 +22,10 @@ from ...layers.update_cache import inference_cache
 from ...model import ties
 from ...model.injection import to_merge
 from ...model.parts import adapted_layers
+from ...model.training_step import at_training_step
 from ...names import check_savable
 from ...undo import all_or_nothing
-from .bases import Bases, is_8_bit
+from .bases import RANK_AXIS, Bases, is_8_bit
 from .layer import AcceleratedLinear, convert, initialise_anew, seen_where_it_computes
 from .targets import check_targets, matched
 from .wrappers import Trainability, activate, mixed_batch_with_wrappers, wrappers
@@ -72,6 +73,16 @@ class AcceleratedRandLoraModel(PeftRandLoraModel):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self.claim_bases()
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DistributedDataParallel would send from rank 0 in every call: the bases, which each rank makes itself.
+
+        It asks the module that it is put around: PEFT's model, which hands the question on, or this.
+        """
+        names = [f"{kind}.{adapter}" for kind in RANK_AXIS for adapter in vars(self)["_modules"].get(kind, ())]
+        others = getattr(self.model, "_ddp_params_and_buffers_to_ignore", ())
+        return [*others, *names, *(f"base_model.{name}" for name in names)]
 
     def _draw(self, config: Any, adapter_name: str, dims: tuple[int, int]) -> None:
         """The numbers that PEFT draws for this adapter if it is a model's first."""
@@ -221,6 +232,7 @@ class AcceleratedRandLoraModel(PeftRandLoraModel):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """PEFT calls this around every call of the model: here the names of a mixed batch come in."""
+        at_training_step(self)
         layers = [module for module in self.model.modules() if isinstance(module, AcceleratedLinear)]
         with mixed_batch_with_wrappers(self.model, layers, kwargs.get("adapter_names")), first_calls(self, self.model):
             yield
