@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..bases.random_bases import RandomBases
 from ..config import config_of_files
+from ..distributed import zero3
 from ..distributed.fsdp import hold_parts
 from ..distributed.gathering import copy_into, split_as
 from ..layers import offload
@@ -127,9 +128,10 @@ def _assign(path: Path, model: nn.Module, plan: Plan, shapes: dict[str, Place], 
     modules = dict(model.named_modules())
     for name in plan.saved:
         module, prefix = modules[name], PREFIX + plain_name(name)
-        state = (module.original_module if hasattr(module, "modules_to_save") else module).state_dict()
+        state = (module.original_module if hasattr(module, "modules_to_save") else module).state_dict(keep_vars=True)
         saved[name] = {
-            k: _take(path, shapes, f"{prefix}.{plain_name(k)}", tuple(v.shape), v.dtype) for k, v in state.items()
+            k: _take(path, shapes, f"{prefix}.{plain_name(k)}", tuple(zero3.shape_of(v)), v.dtype)
+            for k, v in state.items()
         }
         for copied in ("original_module", "modules_to_save"):  # PEFT 0.21 writes their biases once more
             shapes.pop(f"{prefix}.{copied}.bias", None)
@@ -153,6 +155,7 @@ def _assign_biases(
                 f"later would undo it. Load them first, or, if it is offloaded, call {offload.REAL_AGAIN}"
             )
         if name in present:
+            zero3.require_whole(present[name], f"{path} holds the bias {name}, which", "to overwrite")
             found[name] = _take(path, shapes, key, tuple(present[name].shape), present[name].dtype)
     missing = set(biases.trained(model, plan.config.bias, plan.slots, plan.saved)) - set(found)
     if missing and complete and plan.config.bias == "randlora_only":  # other adapters' layers need not be in it

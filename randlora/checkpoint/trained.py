@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..config import RandLoraConfig
 from ..distributed.gathering import whole
+from ..distributed.zero3 import shape_of
 from ..layers.offload import with_numbers
 from ..layers.randlora_layer import RandLoraLayer
 from ..model.parts import is_bias, saved_modules
@@ -88,10 +89,10 @@ def _of_state(adapter_name: str, state_dict: Mapping[str, Any], found: Mapping[s
                 f"adapter {adapter_name!r} cannot be saved: state_dict has no {source.name}, which this model has"
             )
         value = given[key]
-        if isinstance(value, Tensor) and value.shape != source.live.shape:
+        if isinstance(value, Tensor) and value.shape != shape_of(source.live):
             raise ValueError(
                 f"adapter {adapter_name!r} cannot be saved: state_dict has {source.name} of shape "
-                f"{list(value.shape)}, where this model's is {list(source.live.shape)}"
+                f"{list(value.shape)}, where this model's is {list(shape_of(source.live))}"
             )
     return given
 

@@ -81,10 +81,11 @@ def describe(model: nn.Module) -> dict[str, Any]:
         found["adapters"] = names
     for owner in model.modules():
         configs = vars(owner).get("peft_config")  # of our models and of PEFT's tuners
-        for name in filter(names.__contains__, configs if isinstance(configs, Mapping) else ()):
-            for key, value in asdict(configs[name]).items():
-                if key not in _LOCAL:
-                    found[f"{key} of adapter {name!r}"] = _plain(value)
+        if isinstance(configs, Mapping):
+            for name in filter(names.__contains__, configs):
+                for key, value in asdict(configs[name]).items():
+                    if key not in _LOCAL:
+                        found[f"{key} of adapter {name!r}"] = _plain(value)
     known: dict[int, str] = {}  # hashing given bases takes a while, and layers share them
     for path, layer in layers.items():
         for name, lam in layer.randlora_lambda.items():

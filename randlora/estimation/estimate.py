@@ -20,6 +20,7 @@ from ..bases.definition import KINDS, PEFT_KINDS
 from ..bases.random_bases import RandomBases
 from ..checks import require_dtype, require_int
 from ..config import RandLoraConfig
+from ..distributed.zero3 import shape_of
 from ..model.adapter_plan import plan_adapter
 from ..model.parts import adapted_layers
 from .methods import Step, beside, layers_of, lora, randlora, writes_projections
@@ -125,7 +126,7 @@ def estimate(
         device=str(step.device),
         dtype=str(Counter(layer.dtype for layer in layers).most_common(1)[0][0]).removeprefix("torch."),
         layers=len(layers),
-        model_parameters=sum(p.numel() for p in model.parameters()),
+        model_parameters=sum(shape_of(p).numel() for p in model.parameters()),
         kind=config.kind,
         inputs="counted" if calls else "upper bound",
         methods=methods,

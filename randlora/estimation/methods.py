@@ -20,6 +20,7 @@ from ..checkpoint.layout import PARAMETERS, PREFIX
 from ..config import RandLoraConfig
 from ..costs.lists import Lists
 from ..costs.strategies import Cost, LayerCall
+from ..distributed.zero3 import shape_of
 from ..dtypes import at_least_fp32
 from ..layers.base_layer import is_plain
 from ..model.adapter_plan import Plan, own_bases, required
@@ -88,7 +89,7 @@ def layers_of(model: nn.Module, plan: Plan, autocast: torch.dtype | None) -> lis
 
 def beside(model: nn.Module, plan: Plan) -> Beside:
     trained: Shapes = {
-        f"{PREFIX}{name}": (bias.dtype, bias.shape)
+        f"{PREFIX}{name}": (bias.dtype, shape_of(bias))
         for name, bias in biases.trained(model, plan.config.bias, plan.slots, plan.saved).items()
     }
     written = dict(trained)
@@ -96,9 +97,9 @@ def beside(model: nn.Module, plan: Plan) -> Beside:
         module = model.get_submodule(name)
         for key, value in module.named_parameters():
             if value.is_floating_point():
-                trained[f"{PREFIX}{name}.{key}"] = value.dtype, value.shape
+                trained[f"{PREFIX}{name}.{key}"] = value.dtype, shape_of(value)
         for key, value in module.state_dict(keep_vars=True).items():
-            written[f"{PREFIX}{name}.{key}"] = value.dtype, value.shape
+            written[f"{PREFIX}{name}.{key}"] = value.dtype, shape_of(value)
     return Beside(trained, written)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bases.random_bases import RandomBases
+from ..distributed.zero3 import shape_of
 from ..layers import quantized
 from ..model.adapter_plan import Plan, plan_adapter
 from ..model.model import RandLoraModel
@@ -150,7 +151,7 @@ def _without_numbers(model: nn.Module) -> nn.Module:
 
 def _fake(tensor: Tensor) -> Tensor:
     flag = tensor.requires_grad and tensor.is_leaf
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", requires_grad=flag)
+    return torch.empty(shape_of(tensor), dtype=tensor.dtype, device="cpu", requires_grad=flag)
 
 
 def _arguments(model: nn.Module, tokens: int) -> dict[str, Tensor]:

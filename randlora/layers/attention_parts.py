@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..distributed.zero3 import require_whole
 from ..private_torch import NonDynamicallyQuantizableLinear
 
 _PARAMETERS = {"in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight", "bias_k", "bias_v"}
@@ -39,6 +40,8 @@ def check_base(base_layer: nn.Module) -> None:
         raise TypeError(f"base_layer.out_proj must be torch's own, got {type(base_layer.out_proj).__name__}")
     if recomputed := sorted({*base_layer.out_proj._parameters, *base_layer.out_proj._buffers} - {"weight", "bias"}):
         raise TypeError(f"base_layer.out_proj has parts that torch's has not: {', '.join(recomputed)}")
+    for name, parameter in base_layer.named_parameters():
+        require_whole(parameter, f"{name} of a torch.nn.MultiheadAttention", "to copy")
     if any(getattr(base_layer, hooks) for hooks in _HOOKS):
         raise ValueError("base_layer has hooks, which would be lost: remove them and register them on the adapted one")
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..checks import require_dtype
+from ..distributed import zero3
 from ..private_torch import FakeTensor, unsafe_view
 from . import offload, quantized
 from .quantized_kinds import kind_of
@@ -35,7 +36,7 @@ def check(base_layer: nn.Module, in_features: int, out_features: int, transposed
     if not weight.is_floating_point():
         raise TypeError(f"base_layer is a {name} whose weight must be of a floating dtype, got {weight.dtype}")
     expected = (in_features, out_features) if transposed else (out_features, in_features)
-    shape = tuple(getattr(weight, "ds_shape", weight.shape))  # DeepSpeed keeps an empty weight between calls
+    shape = tuple(zero3.shape_of(weight))
     if shape != expected:
         raise ValueError(
             f"base_layer says in_features = {in_features} and out_features = {out_features}, so its weight must have "
@@ -172,6 +173,7 @@ def require_numbers(base_layer: nn.Module, x: Tensor) -> None:
 def require_weight(weight: Tensor, bias: Tensor | None, x: Tensor, shape: tuple[int, int]) -> None:
     """Raises ``ValueError`` unless those of an ordinary layer have numbers for `x` and the size that was adapted."""
     if weight.shape != shape:
+        zero3.require_whole(weight, "the base layer's weight", "to compute with")
         raise ValueError(
             f"the base layer's weight must have the shape that was adapted, {list(shape)}, got {list(weight.shape)}: "
             "was the layer replaced?"
@@ -201,6 +203,7 @@ def require_mergeable(base_layer: nn.Module, shape: tuple[int, int], transposed:
             raise ValueError(f"a quantised weight that is offloaded cannot be merged into: call {offload.REAL_AGAIN}")
         return
     require_dtype("the base weight's dtype", weight.dtype)
+    zero3.require_whole(weight, "the base layer's weight", "to merge into", writing=True)
     if weight.shape != shape:
         raise ValueError(
             f"the base layer, a {name}, must have a weight of shape {list(shape)} to merge into, got "
@@ -220,7 +223,8 @@ def _peculiarity(base_layer: nn.Module) -> str | None:
     with _without_accelerate(base_layer):
         if has_own_forward(base_layer) or forward_is_replaced(base_layer):
             return "a forward of its own"
-    return "hooks" if base_layer._forward_hooks or base_layer._forward_pre_hooks else None
+    hooks = *base_layer._forward_hooks.values(), *base_layer._forward_pre_hooks.values()
+    return "hooks" if any(not zero3.is_hook(hook) for hook in hooks) else None
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import planner
 from ..bases.random_bases import RandomBases
+from ..distributed.zero3 import shape_of
 from ..functional import compute_dtype, linear_of
 from ..planner import STRATEGIES
 from ..private_torch import NonDynamicallyQuantizableLinear
@@ -82,7 +83,7 @@ class Linear(nn.Linear, RandLoraLayer, CachedForward, Noticed):
         if isinstance(base_layer, nn.Linear):
             features, transposed = (base_layer.in_features, base_layer.out_features), False
         elif isinstance(base_layer, base_layers.conv1d_types()):
-            features, transposed = tuple(base_layer.weight.shape), True
+            features, transposed = tuple(shape_of(base_layer.weight)), True
         else:
             raise TypeError(
                 f"base_layer must be a torch.nn.Linear or transformers' Conv1D, got {type(base_layer).__name__}"
@@ -183,8 +184,8 @@ class Linear(nn.Linear, RandLoraLayer, CachedForward, Noticed):
         return base_layers.product(self.base_layer, x, self.in_features, self.out_features, *args, **kwargs)
 
     def _moved(self, x: Tensor) -> Tensor:
-        """The input where an offloaded base layer would take it."""
-        device = offload.execution_device(self.base_layer)
+        """The input where accelerate's hooks would take it for the base layer."""
+        device = offload.input_device(self.base_layer)
         return x if device is None or x.is_meta else x.to(device)
 
     def _update(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed import zero3
 from ..distributed.fsdp import is_sharded
 from . import base_layer as base_layers
 from . import offload, quantized
@@ -93,7 +94,7 @@ class Mergeable(SharedState):
             raise ValueError(_recomputed(base))
         base_layers.require_mergeable(base, self._weight_shape, self.fan_in_fan_out)
         for name in adapter_names:
-            self._trained(name, torch.device("cpu"))
+            self._trained_whole(name, torch.device("cpu"))
         if getattr(self, "bypassed", False) and any(
             self.randlora_lambda[n].any() and self.randlora_gamma[n].any() for n in adapter_names
         ):
@@ -190,6 +191,7 @@ def check_unmerge(layer: Mergeable) -> None:
         if not isinstance(base._parameters.get("weight"), nn.Parameter):
             raise ValueError(_recomputed(base))
         offload.require_numbers(kept, "the base layer's weight as it was", "to give back")
+        zero3.require_whole(base.weight, "the base layer's weight", "to write over", writing=True)
 
 
 def _exchange(layer: Mergeable) -> None:

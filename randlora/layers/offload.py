@@ -16,15 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed.zero3 import gathered
+
 REAL_AGAIN = "accelerate.hooks.remove_hook_from_submodules(model)"
 
 
 def hooks(module: nn.Module) -> list[Any]:
     """The hooks that bring the tensors of `module` in for a call, in the order in which they act."""
+    return [hook for hook in _all_hooks(module) if getattr(hook, "offload", False) is True]
+
+
+def _all_hooks(module: nn.Module) -> tuple[Any, ...]:
     hook = vars(module).get("_hf_hook")
-    if hook is None:
-        return []
-    return [h for h in getattr(hook, "hooks", (hook,)) if getattr(h, "offload", False) is True]
+    return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
@@ -34,6 +38,14 @@ def execution_device(module: nn.Module) -> torch.device | None:
         return None
     device = found[-1].execution_device
     return torch.device("cpu" if device is None else device)
+
+
+def input_device(module: nn.Module) -> torch.device | None:
+    """Where accelerate takes the inputs of a module, be it offloaded or one of several devices'; None if nowhere."""
+    found = [
+        hook.execution_device for hook in _all_hooks(module) if getattr(hook, "execution_device", None) is not None
+    ]
+    return torch.device(found[-1]) if found else execution_device(module)
 
 
 def device_of(module: nn.Module, tensor: Tensor) -> torch.device:
@@ -212,7 +224,8 @@ def copy_of(module: nn.Module) -> nn.Module:
     """A deep copy that holds its numbers itself, where `module` computes: what is offloaded cannot be trained."""
     offloading = {id(hook): hook for part in module.modules() for hook in hooks(part)}
     # In the copy each of these hooks still moves inputs, but has no mapping, which would be copied too.
-    twin = copy.deepcopy(module, {key: _moving_inputs(hook) for key, hook in offloading.items()})
+    with gathered(module.parameters()):
+        twin = copy.deepcopy(module, {key: _moving_inputs(hook) for key, hook in offloading.items()})
     for old, new in zip(module.modules(), twin.modules(), strict=True):
         if not hooks(old):
             continue

@@ -16,6 +16,7 @@ from ..bases.definition import bases_for_full_rank
 from ..bases.random_bases import RandomBases
 from ..bases.shared import shared_bases
 from ..checks import require_float, require_size
+from ..distributed import zero3
 from ..distributed.fsdp import is_sharded
 from ..dtypes import at_least_fp32
 from ..names import check_adapter_name
@@ -29,7 +30,7 @@ from .update import Update
 BaseTensors = Tensor | Mapping[str, Tensor] | None
 
 
-class RandLoraLayer(Update, Mergeable):
+class RandLoraLayer(Update, Mergeable, zero3.GatheredForCalls):
     """Mixin for a module that wraps ``base_layer`` and adds RandLoRA updates to it.
 
     Attributes (dicts are keyed by adapter name):
@@ -159,6 +160,8 @@ class RandLoraLayer(Update, Mergeable):
         """PEFT's initialisation: lambda zero and gamma ``1 / max(num_bases, min_dim)``, so that the update is zero."""
         self._check_adapter(adapter_name)
         gamma = self.randlora_gamma[adapter_name]
+        for part, parameters in zip(self.adapter_layer_names, self.trained_parts(), strict=True):
+            zero3.require_whole(parameters[adapter_name], f"{part}[{adapter_name!r}]", "to reset", writing=True)
         for parameters, value in ((self.randlora_lambda, 0.0), (self.randlora_gamma, 1 / max(gamma.shape))):
             with torch.no_grad():
                 parameter = parameters[adapter_name].fill_(value)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..bases.patterns import Pattern
 from ..bases.random_bases import RandomBases
+from ..distributed import zero3
 from ..dtypes import at_least_fp32
 from ..functional import delta_weight, flat_bases, sparse_delta_weight
 from . import offload
@@ -47,7 +48,7 @@ class Update(SharedState):
             arguments = self._update_arguments(adapter, self.scaling[adapter])
             update = delta_weight(*arguments, self.in_features, self.out_features)
         else:
-            lam, gamma = self._trained(adapter, self._device(adapter))
+            lam, gamma = self._trained_whole(adapter, self._device(adapter))
             dtype = at_least_fp32(lam.dtype)
             update = sparse_delta_weight(
                 *found, lam.to(dtype), gamma.to(dtype), self.scaling[adapter], self.in_features, self.out_features
@@ -75,7 +76,7 @@ class Update(SharedState):
         self, adapter: str, scaling: float, device: torch.device | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
         device = self._device(adapter) if device is None else torch.device(device)
-        lam, gamma = self._trained(adapter, device)
+        lam, gamma = self._trained_whole(adapter, device)
         dtype = at_least_fp32(lam.dtype)
         A, B, factor = self._tensors(adapter, dtype, device)
         return A, B, lam.to(device, dtype), gamma.to(device, dtype), scaling * factor
@@ -96,6 +97,13 @@ class Update(SharedState):
             offload.trained(parts["randlora_lambda"], adapter, "randlora_lambda", device),
             offload.trained(parts["randlora_gamma"], adapter, "randlora_gamma", device),
         )
+
+    def _trained_whole(self, adapter: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The same outside of calls, where DeepSpeed has not gathered them."""
+        lam, gamma = self._trained(adapter, device)
+        for what, parameter in zip(("lambda", "gamma"), (lam, gamma), strict=True):
+            zero3.require_whole(parameter, f"randlora_{what}[{adapter!r}]", "to build an update of")
+        return lam, gamma
 
 
 class _Values(Mapping[str, Tensor]):

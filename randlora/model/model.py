@@ -15,6 +15,7 @@ from torch import nn
 
 from ..checkpoint import reading
 from ..config import RandLoraConfig
+from ..distributed import zero3
 from ..layers.bypassed import first_calls
 from ..layers.mixed_batch import Mixable, mixed_batch
 from ..layers.update_cache import inference_cache
@@ -209,7 +210,7 @@ class RandLoraModel(Delegating, SavedAdapters):
         """Numbers of trainable and of all parameters; a 4-bit weight counts the numbers that it stands for."""
         trainable = total = 0
         for parameter in self.parameters():
-            count = parameter.numel()
+            count = zero3.shape_of(parameter).numel()
             if type(parameter).__name__ == "Params4bit":
                 count *= 2 * parameter.element_size()
             total += count

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..config import ALL_LINEAR, RandLoraConfig
+from ..distributed import zero3
 from ..expressions import Expression
 from ..layers.attention import PROJECTIONS, MultiheadAttention
 from ..layers.base_layer import conv1d_types
@@ -248,5 +249,5 @@ def layer_sizes(module: Any) -> tuple[int, int]:
         return max(sizes) if all(sizes) else 0, module.embed_dim
     if hasattr(module, "in_features"):
         return module.in_features, module.out_features
-    in_features, out_features = module.weight.shape  # Conv1D
+    in_features, out_features = zero3.shape_of(module.weight)  # Conv1D
     return in_features, out_features

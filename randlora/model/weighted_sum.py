@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..checks import require_float
 from ..config import RandLoraConfig
+from ..distributed import zero3
 from ..distributed.gathering import whole
 from ..layers import offload
 from ..layers.attention import MultiheadAttention
@@ -76,6 +77,8 @@ def _sum(path: str, layer: RandLoraLayer, present: list[tuple[str, float]], scal
             [whole(offload.trained(parameters, name, part, real)) for name, _ in present]
             for part, parameters in zip(layer.adapter_layer_names, layer.trained_parts(), strict=True)
         )
+    for parameter in (*lambdas, *gammas):
+        zero3.require_whole(parameter, f"an adapter's parameter at {path!r}", "to add up")
     factors = [weight * layer.scaling[name] / scaling for name, weight in present]
     if all(torch.equal(gamma, gammas[0]) for gamma in gammas):
         return _added(factors, lambdas), gammas[0]

@@ -60,7 +60,7 @@ class AcceleratedLinear(peft_randlora.Linear, Linear):
 
     def _update_arguments(self, adapter: str, scaling: float, device: torch.device | None = None) -> tuple:
         device = self._device(adapter) if device is None else torch.device(device)
-        lam, gamma = self._trained(adapter, device)
+        lam, gamma = self._trained_whole(adapter, device)
         dtype = at_least_fp32(lam.dtype)
         # In the dtype they are held in: a matrix is built once in a while, and an fp32 copy of them would stay.
         A, B = self._bases(adapter).tensors(device=device)
