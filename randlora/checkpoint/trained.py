@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..config import RandLoraConfig
 from ..distributed.gathering import whole
-from ..distributed.zero3 import shape_of
+from ..distributed.zero3 import gathered, shape_of
 from ..layers.offload import with_numbers
 from ..layers.randlora_layer import RandLoraLayer
 from ..model.parts import is_bias, saved_modules
@@ -107,9 +107,10 @@ def copies(given: Mapping[str, Tensor], kept: bool = True) -> dict[str, Tensor]:
     """Copies on the CPU, whole where several processes hold parts: all of these call this. None where not `kept`."""
     result = {}
     for key, value in given.items():
-        tensor = whole(value)
-        if kept:
-            result[key] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        with gathered([value]):
+            tensor = whole(value)
+            if kept:
+                result[key] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     return result
 
 

@@ -23,7 +23,7 @@ from ..bases.random_bases import RandomBases
 from ..config import ALL_LINEAR, RandLoraConfig
 from ..distributed.fsdp import hold_parts
 from ..distributed.gathering import Processes
-from ..distributed.zero3 import gathered
+from ..distributed.zero3 import is_parameter
 from ..layers.randlora_layer import RandLoraLayer
 from ..model.adapter_plan import required
 from ..model.parts import adapted_layers
@@ -58,9 +58,10 @@ def save(
     so cannot be made again, are always written. The same adapter always gives the same bytes. All numbers are copied
     first: what is written is what was checked, whatever other threads do to the model meanwhile.
 
-    Where several processes hold parts of what is saved (FSDP2, DeepSpeed's ZeRO-3), all of them must call this.
-    Under FSDP2 the first one whose `is_main_process` is True writes, and what is raised on one is raised on all.
-    Otherwise no process waits for another.
+    Where several processes hold parts of what is saved (FSDP2, tensor parallel: ``DTensor``), all of them must call
+    this; the first one whose `is_main_process` is True writes, and what is raised on one is raised on all. So it is
+    with ZeRO-3, where all call this without `is_main_process`, or one with a `state_dict`. Otherwise no process waits
+    for another.
 
     Args:
         for_peft: True: raise ``ValueError``, with nothing written, where PEFT could not compute the same. None: write
@@ -76,7 +77,7 @@ def save(
     hold_parts(model.modules())
     layers = {name: _layers(model, name) for name in names}
     found = {name: trained.sources(model.model, name, model.peft_config[name], layers[name]) for name in names}
-    numbers = [
+    processes = Processes.that_hold(
         tensor
         for sources in found.values()
         for tensor in (
@@ -84,16 +85,16 @@ def save(
             if state_dict is None
             else trained.in_state(state_dict, sources).values()
         )
-    ]
-    processes = Processes.that_hold(numbers)
-    with gathered(numbers):
-        if not (is_main_process or processes):
-            return
-        with processes.agreeing():
-            prepared = {name: _description(model, name, layers[name], for_peft) for name in names}
-            values = {name: trained.values(model.model, name, found[name], state_dict) for name in names}
-        writes = processes.chosen(is_main_process)
-        copied = {name: trained.copies(values[name], kept=writes) for name in names}
+        # DeepSpeed gathers a state_dict on the main process alone, and the others have none to give.
+        if is_main_process or not is_parameter(tensor)
+    )
+    if not (is_main_process or processes):
+        return
+    with processes.agreeing():
+        prepared = {name: _description(model, name, layers[name], for_peft) for name in names}
+        values = {name: trained.values(model.model, name, found[name], state_dict) for name in names}
+    writes = processes.chosen(is_main_process)
+    copied = {name: trained.copies(values[name], kept=writes) for name in names}
     with processes.agreeing():
         if writes:
             _write_all(Path(folder), prepared, copied, found)

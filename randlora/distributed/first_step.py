@@ -82,7 +82,11 @@ def _check_reduced(owner: nn.Module, ddp: Any) -> None:
             "ranks: they were not trained when DistributedDataParallel was put around the model, which knows no "
             f"others. {again}"
         )
-    if frozen and not ddp.find_unused_parameters and getattr(owner, "_enabled", True):
+    # While all adapters are disabled nobody waits: there will be no backward.
+    acting = any(
+        lam.requires_grad for layer in adapted_layers(owner).values() for lam in layer.randlora_lambda.values()
+    )
+    if frozen and acting and not ddp.find_unused_parameters:
         raise ValueError(
             f"DistributedDataParallel would wait for gradients of {frozen[0]} and {len(frozen) - 1} other parameters, "
             f"which were trained when it was put around the model and are frozen now. {again}"

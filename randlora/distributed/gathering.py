@@ -1,4 +1,6 @@
-"""Tensors of which several processes hold a part each (``DTensor``): made whole, written into, saved by one process.
+"""Tensors of which several processes hold a part each: made whole, written into, saved by one process.
+
+These are ``DTensor`` and the parameters of DeepSpeed's ZeRO-3 (:mod:`randlora.distributed.zero3`).
 
 Imports nothing of ``torch.distributed``: where it has not been imported, there are no such tensors.
 """
@@ -12,6 +14,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
+
+from . import zero3
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -46,6 +50,7 @@ def copy_into(target: Any, value: Tensor) -> None:
         value = value.to(target.device_mesh.device_type)
         value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
         value = value.to(target.device)
+    zero3.require_whole(target, "an adapter's parameter", "to write over", writing=True)
     target.copy_(value)
 
 
@@ -55,12 +60,12 @@ class Processes:
     All of them must make the same calls, which wait for the others; one alone waits for nobody.
     """
 
-    def __init__(self, meshes: Iterable[Any]) -> None:
-        self._groups = [mesh.get_group(axis) for mesh in meshes for axis in range(mesh.ndim)]
+    def __init__(self, groups: Iterable[Any]) -> None:
+        self._groups = list(dict.fromkeys(groups))
 
     @classmethod
     def that_hold(cls, tensors: Iterable[Any]) -> Processes:
-        return cls(dict.fromkeys(tensor.device_mesh for tensor in tensors if is_split(tensor)))
+        return cls(group for tensor in tensors for group in _groups(tensor))
 
     def __bool__(self) -> bool:
         return bool(self._groups)
@@ -99,6 +104,12 @@ class Processes:
             distributed.all_gather_object(found, known, group=group)
             known = {rank: theirs for part in found for rank, theirs in part.items()}
         return dict(sorted(known.items()))
+
+
+def _groups(tensor: Any) -> list[Any]:
+    if is_split(tensor):
+        return [tensor.device_mesh.get_group(axis) for axis in range(tensor.device_mesh.ndim)]
+    return [tensor.ds_process_group] if zero3.is_parameter(tensor) else []
 
 
 def _distributed() -> Any:

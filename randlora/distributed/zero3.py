@@ -21,6 +21,11 @@ def shape_of(tensor: Tensor) -> torch.Size:
     return shape
 
 
+def is_parameter(tensor: Any) -> bool:
+    """Whether `tensor` is such a parameter, be it whole at the moment or not."""
+    return hasattr(tensor, "ds_process_group")
+
+
 def is_partitioned(tensor: Any) -> bool:
     """Whether `tensor` is such a parameter, and not whole at the moment."""
     return isinstance(tensor, Tensor) and tensor.shape != shape_of(tensor)

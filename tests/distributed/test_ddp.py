@@ -193,6 +193,8 @@ def switched(names, find_unused_parameters):
     model.set_adapter(["default", "second"])
     ddp = DDP(model, find_unused_parameters=find_unused_parameters)
     messages = []
+    with model.disable_adapter():
+        ddp(IDS)
     for now in (["default", "second"], names, ["default", "second"]):
         model.set_adapter(now)
         ddp.zero_grad()

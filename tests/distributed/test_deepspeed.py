@@ -94,8 +94,8 @@ def training(stage, kind, folder):
                 torch.testing.assert_close(model(IDS), expected(IDS), rtol=1e-5, atol=1e-5)
         engine.train()
     if rank == 0 or stage == 3:
-        model.save_pretrained(f"{folder}/{rank}")
-        assert_files_of(f"{folder}/{rank}", expected)
+        model.save_pretrained(f"{folder}/gathered")
+        assert_files_of(f"{folder}/gathered", expected)
     if stage == 3:
         state = engine._zero3_consolidated_16bit_state_dict()  # as accelerate's get_state_dict
         if rank == 0:
@@ -174,8 +174,8 @@ def in_bf16(folder):
     for _ in range(STEPS):
         after = step(engine, slice(2 * rank, 2 * rank + 2))
     assert after < before
-    model.save_pretrained(f"{folder}/{rank}")
-    loaded = randlora.RandLoraModel.from_pretrained(net(torch.bfloat16), f"{folder}/{rank}")
+    model.save_pretrained(folder)
+    loaded = randlora.RandLoraModel.from_pretrained(net(torch.bfloat16), folder)
     with torch.no_grad():
         torch.testing.assert_close(loaded(IDS), engine(IDS), rtol=0.03, atol=0.06)
 
