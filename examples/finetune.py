@@ -2,6 +2,7 @@
 """Adapt a pretrained text encoder to a classification task with RandLoRA, LoRA, only a new head, or all weights.
 
 Without arguments: all-MiniLM-L6-v2 learns which module of Python's standard library a docstring comes from.
+Several processes, of torchrun or accelerate launch, share every batch: on CPUs, or on a GPU each.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import warnings
 from pathlib import Path
 
 import adapters
+import processes
 import report
 import torch
 import training
@@ -58,7 +60,7 @@ def parse(argv):
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=at_least(1), help="(default: 3)")
-    add("--batch-size", type=at_least(1), default=32, help="(default: %(default)s)")
+    add("--batch-size", type=at_least(1), default=32, help="of all processes together (default: %(default)s)")
     add("--lr", type=float, help="learning rate (default: 4e-4; LoRA: 1e-3; full: 1e-4)")
     return parser.parse_args(argv)
 
@@ -95,10 +97,15 @@ def fill_in(args):
 
 def pick_device(name):
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
-        return torch.device(name)
+        device = torch.device(name)
+        if processes.started() > 1 and device.type == "cuda":
+            if device.index is not None:
+                raise UserError(f"--device {name} would be that of all {processes.started()} processes: say cuda")
+            device = processes.own_gpu()
+        torch.empty(1, device=device)
+        return device
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
         raise UserError(f"cannot use the device '{name}': {str(error).splitlines()[0]}") from error
 
@@ -138,6 +145,7 @@ def describe(args):
 def run(args):
     fill_in(args)
     device = pick_device(args.device)
+    processes.join(device)
     task = load_task(args.seed, args.data, args.test_data, args.text_column, args.label_column)
     print(f"Task: {task.description}: {len(task.names)} classes")
     print(f"Texts: {len(task.train)} for training, {len(task.validation)} for validation, {len(task.test)} for testing")
@@ -174,12 +182,17 @@ def run(args):
         rows.pop()
         seconds = head_seconds
     else:
-        print(f"Training {describe(args)}: {adapters.count_trainable(model):,} parameters on {device}")
+        where = device if processes.count() == 1 else f"{processes.count()} processes ({device.type})"
+        print(f"Training {describe(args)}: {adapters.count_trainable(model):,} parameters on {where}")
         history = training.train(
             model, sets[0], sets[1], epochs=args.epochs, lr=args.lr, head_lr=HEAD_LR, seed=args.seed
         )
         trained, after = training.evaluate(model, sets[2], "test")
         seconds = history.seconds
+    first = processes.rank() == 0
+    processes.leave()
+    if not first:
+        return 0  # the first one writes, and checks what it has written
     count = adapters.count_trainable(model)
     about = {"model": model_name, "method": args.method, "labels": task.names, "max_length": args.max_length}
     size = adapters.save(model, folder, about)
@@ -216,13 +229,16 @@ def check(model, model_name, folder, test, trained, classes, args, device):
 def main(argv=None):
     args = parse(argv)
     try:
-        return run(args)
+        with processes.only_the_first_prints():
+            return run(args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error{processes.which_of_the_others()}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    finally:
+        processes.leave()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 
+import processes
 import torch
 import torch.nn.functional as F
 from text_data import UserError
@@ -77,14 +78,18 @@ class Batches:
         return ids.to(self.device), mask.to(self.device), self.labels[rows].to(self.device)
 
     def ordered(self):
-        """Every row once, by length; yields (rows, batch)."""
+        """Every row once, by length; yields (rows, batch). Each process gets its share of the batches."""
         order = sorted(range(len(self.ids)), key=lambda row: len(self.ids[row]))
-        for start in range(0, len(order), self.batch_size):
+        for start in processes.share(range(0, len(order), self.batch_size)):
             rows = order[start : start + self.batch_size]
             yield rows, self.batch(rows)
 
     def shuffled(self, generator):
-        """Every row once: sorted by length inside large random chunks, then the batches in random order."""
+        """Every row once: sorted by length inside large random chunks, then the batches in random order.
+
+        Yields (weight, batch). Each process gets its share of the rows of every batch; with their weights the mean over
+        processes is the mean over rows. One for which no row is left takes one that does not count.
+        """
         order = list(range(len(self.ids)))
         generator.shuffle(order)
         chunk = 16 * self.batch_size
@@ -93,22 +98,25 @@ class Batches:
         starts = list(range(0, len(order), self.batch_size))
         generator.shuffle(starts)
         for start in starts:
-            yield self.batch(order[start : start + self.batch_size])
+            rows = order[start : start + self.batch_size]
+            own = processes.share(rows)
+            yield len(own) * processes.count() / len(rows), self.batch(own or rows[:1])
 
 
 def bar(*args, **kwargs):
     # every update is a line of its own where the output goes to a file: fewer of them there
-    return tqdm(*args, leave=False, dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 20, **kwargs)
+    settings = {"leave": False, "dynamic_ncols": True, "mininterval": 0.2 if sys.stderr.isatty() else 20}
+    return tqdm(*args, disable=processes.rank() > 0, **settings, **kwargs)
 
 
 @torch.no_grad()
 def outputs(function, batches, what):
     """What `function(ids, mask)` gives for every text, in the order of the data, on the CPU."""
-    result = None
-    for rows, (ids, mask, _) in bar(batches.ordered(), total=len(batches), desc=what):
-        values = function(ids, mask).cpu()
-        if result is None:
-            result = values.new_empty(len(batches.ids), values.shape[1])
+    own = len(processes.share(range(len(batches))))
+    parts = [(rows, function(ids, mask).cpu()) for rows, (ids, mask, _) in bar(batches.ordered(), total=own, desc=what)]
+    parts = processes.gathered(parts)
+    result = parts[0][1].new_empty(len(batches.ids), parts[0][1].shape[1])
+    for rows, values in parts:
         result[rows] = values
     return result
 
@@ -198,6 +206,10 @@ def train(model, train_set, validation, *, epochs, lr, head_lr, seed):
         optimizer, lambda step: min((step + 1) / warmup, (total - step) / max(1, total - warmup))
     )
     history, generator = History(), random.Random(seed)
+    device = train_set.device
+    averaging = processes.averaging(model, device)
+    if processes.rank():
+        torch.manual_seed(seed + processes.rank())  # dropout of its own
 
     def validate(epoch):
         logits, score = evaluate(model, validation, "validation")
@@ -209,19 +221,22 @@ def train(model, train_set, validation, *, epochs, lr, head_lr, seed):
     tqdm.write(validate(0) + " (frozen encoder, best head)")
     for epoch in range(1, epochs + 1):
         model.train()
-        started, first, right, seen = time.perf_counter(), len(history.losses), 0, 0
+        started, first, right, seen = time.perf_counter(), len(history.losses), 0.0, 0.0
         progress = bar(train_set.shuffled(generator), total=len(train_set), desc=f"epoch {epoch}/{epochs}")
-        for ids, mask, labels in progress:
-            logits = model(ids, mask)
-            loss = F.cross_entropy(logits, labels)
+        for weight, (ids, mask, labels) in progress:
+            logits = averaging(ids, mask)
+            loss = F.cross_entropy(logits, labels) * weight
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(body + head, 1.0)
             optimizer.step()
             schedule.step()
-            history.losses.append(loss.item())
-            right, seen = right + (logits.argmax(1) == labels).sum().item(), seen + len(labels)
-            progress.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{right / seen:.1%}", refresh=False)
+            hits = (logits.argmax(1) == labels).sum().item()
+            numbers = loss.item(), bool(weight) * hits, bool(weight) * len(labels)
+            summed, hits, rows = processes.total(*numbers, device=device)
+            history.losses.append(summed / processes.count())
+            right, seen = right + hits, seen + rows
+            progress.set_postfix(loss=f"{history.losses[-1]:.3f}", accuracy=f"{right / seen:.1%}", refresh=False)
         seconds = time.perf_counter() - started
         history.seconds += seconds
         mean = sum(history.losses[first:]) / len(train_set)

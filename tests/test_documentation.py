@@ -62,7 +62,7 @@ def test_the_code_of_a_page_runs(page, small_models, peft_is_restored, monkeypat
         ran = pages.run(page, names)
     assert ran
     if page == "docs/models.md":
-        assert len(ran) == 8
+        assert len(ran) == 9
         assert torch.equal(names["loaded"](names["ids"]).logits, names["model"](names["ids"]).logits)
         assert capsys.readouterr().out.count("did you mean 'q_proj'") == 1
 
@@ -167,6 +167,14 @@ def check_python(words):
         assert (ROOT / words[0]).is_file(), words
 
 
+def check_launcher(words):
+    """What `torchrun` and ``accelerate launch`` start: a program of ours, or ``train.py`` for the reader's own."""
+    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    assert all((ROOT / word).is_file() for word in words[:script] if word.endswith(".yaml")), words
+    if words[script] != "train.py":
+        check_python(words[script:])
+
+
 @pytest.mark.parametrize("page", PAGES)
 @pytest.mark.parametrize("find", [pages.commands, pages.mentioned])
 def test_the_commands_of_a_page_exist(page, find, monkeypatch, capsys):
@@ -182,6 +190,8 @@ def test_the_commands_of_a_page_exist(page, find, monkeypatch, capsys):
             check_pip(words)
         elif command == "uv":
             check_pip(words[1:])
+        elif command in ("torchrun", "accelerate"):
+            check_launcher(words)
         elif command == "git":
             assert words[0] in ("clone", "log", "show", "switch"), words
         elif command in ("cd", "pre-commit"):
@@ -208,6 +218,8 @@ def test_the_names_of_a_page_exist(page):
     for span in pages.spans(page):
         match = re.match(r"(?:torch\.ops\.)?randlora(?:\.\w+)+", span)
         if match and not re.search(r"[/*]", span):
+            if match[0].startswith("randlora.integrations.transformers"):
+                pytest.importorskip("transformers")
             resolve(match[0])
 
 
@@ -262,17 +274,21 @@ def test_the_rooms_are_described_by_their_own_words():
 
 
 def public_names():
-    peft = importlib.import_module("randlora.integrations.peft")
-    distributed = importlib.import_module("randlora.distributed")
+    others = [
+        importlib.import_module(f"randlora.{name}")
+        for name in ("distributed", "integrations.accelerate", "integrations.peft")
+    ]
+    if installed("transformers"):
+        others.append(importlib.import_module("randlora.integrations.transformers"))
     return {
         *(f"randlora.{name}" for name in randlora.__all__ if name != "functional"),
         *(f"randlora.functional.{name}" for name in randlora.functional.__all__),
-        *(f"randlora.integrations.peft.{name}" for name in peft.__all__),
-        *(f"randlora.distributed.{name}" for name in distributed.__all__),
+        *(f"{module.__name__}.{name}" for module in others for name in module.__all__),
     }
 
 
 def test_every_public_name_has_a_page():
+    pytest.importorskip("transformers")
     api = [page for page in PAGES if page.startswith("docs/api/")]
     shown = [name for page in api for name in re.findall(r"^::: (\S+)$", pages.text_of(page), re.MULTILINE)]
     modules = {"randlora.functional", "randlora.planner"}  # for what their docstrings explain
@@ -296,7 +312,8 @@ def test_links_in_docstrings_lead_somewhere():
     found, nowhere = 0, []
     for path in root.rglob("*.py"):
         module = ".".join(path.relative_to(root.parent).with_suffix("").parts).removesuffix(".__init__")
-        if module.endswith("__main__") or (".peft" in module and not installed("peft")):
+        optional = [name for name in ("peft", "transformers") if f".integrations.{name}" in module]
+        if module.endswith("__main__") or not all(map(installed, optional)):
             continue
         for scope, text in docstrings(ast.parse(path.read_text()), module):
             for name in re.findall(r":(?:attr|class|data|func|meth|mod):`[~.]?([\w.]+)`", text):

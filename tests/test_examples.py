@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import random
 import re
 import shutil
@@ -122,6 +123,43 @@ def test_same_seed_same_result(model, data, tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+LAUNCHERS = {
+    "torchrun": ("torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+    "accelerate": (
+        "accelerate.commands.launch", f"--config_file={EXAMPLES / 'accelerate/ddp.yaml'}", "--main_process_port=0",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_give_the_result_of_one(model, data, tmp_path, launcher):
+    """Also with a last batch of one row, which only one of them gets."""
+    pytest.importorskip(LAUNCHERS[launcher][0].partition(".")[0])
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    without = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # each process has a mask of its own
+    (folder / "config.json").write_text(json.dumps(config | without))
+    rows = len(text_data.load_task(0, data).train)
+    size = next(size for size in range(8, rows) if rows % size == 1)
+    arguments = ["--epochs", "2", "--batch-size", str(size), "--rank", "5"]
+    assert finetune_main(str(folder), data, tmp_path / "one", *arguments) == 0
+
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], EXAMPLES / "finetune.py", "--model", folder, "--data", data]
+    command += ["--output", tmp_path / "two", "--max-length", "16", "--device", "cpu", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    for said in ("Task: ", "2 processes (cpu)", "epoch 2/2", "test accuracy", "adapter:", "plot:"):
+        assert done.stdout.count(said) == 1, f"{said!r} of the first process alone:\n{done.stdout}"
+    assert done.stdout.count("the same classes as the trained model") == 2 and (tmp_path / "two/training.png").exists()
+    one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two"))
+    assert {**one, "seconds": 0} == {**two, "seconds": 0}
+    one, two = (load_file(tmp_path / name / "adapter" / adapters.WEIGHTS) for name in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
+
+
 def test_a_failed_check_is_said_and_gives_exit_status_one(model, data, tmp_path, capsys, monkeypatch):
     def broken(model):
         torch.nn.init.normal_(model.classifier.weight)
@@ -209,6 +247,21 @@ def test_mistakes_give_one_sentence(model, data, tmp_path, capsys, monkeypatch, 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert finetune_main(model, data, tmp_path, *arguments) == 2
     assert re.search(message, one_sentence(capsys))
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("cuda:1", "error in process 3: --device cuda:1 would be that of all 4 processes: say cuda"),
+        ("cuda", "error in process 3: process 3 of this machine has no GPU of its own: there are 2"),
+    ],
+)
+def test_each_process_wants_a_gpu_of_its_own(model, data, tmp_path, capsys, monkeypatch, device, message):
+    for name, value in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "3"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert finetune_main(model, data, tmp_path, "--device", device) == 2
+    assert message in capsys.readouterr().err.splitlines()
 
 
 def test_unknown_label_in_the_test_data(model, data, tmp_path, capsys):

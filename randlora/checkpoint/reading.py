@@ -15,7 +15,7 @@ from ..bases.random_bases import RandomBases
 from ..config import config_of_files
 from ..distributed import zero3
 from ..distributed.fsdp import hold_parts
-from ..distributed.gathering import copy_into
+from ..distributed.gathering import copy_into, split_as
 from ..layers import offload
 from ..model.adapter_plan import Plan, plan_adapter
 from ..model.parts import adapted_layers, is_bias
@@ -50,7 +50,8 @@ class Loaded:
         for name, state in self.saved.items():
             module = modules[name].modules_to_save[adapter_name]
             offload.make_room_in(module)
-            module.load_state_dict(state)
+            here = module.state_dict(keep_vars=True)
+            module.load_state_dict({key: split_as(here.get(key), value) for key, value in state.items()})
         biases.set_biases(model, self.biases)
 
 

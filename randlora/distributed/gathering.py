@@ -44,14 +44,18 @@ def copy_into(target: Any, value: Tensor) -> None:
 
     To be called under ``torch.no_grad``.
     """
-    if is_dtensor(target):
-        from torch.distributed.tensor import distribute_tensor
-
-        value = value.to(target.device_mesh.device_type)
-        value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
-        value = value.to(target.device)
     zero3.require_whole(target, "an adapter's parameter", "to write over", writing=True)
-    target.copy_(value)
+    target.copy_(split_as(target, value))
+
+
+def split_as(target: Any, value: Tensor) -> Tensor:
+    """The ordinary tensor `value`, the same on all processes, in parts as `target` is; none is sent."""
+    if not is_dtensor(target):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    value = value.to(target.device_mesh.device_type)
+    return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None).to(target.device)
 
 
 class Processes:

@@ -114,8 +114,7 @@ def _share(
 def forward(layer: Linear, x: Tensor, adapters: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
     """The base layer's output with the updates of `adapters`, or of every sample's own in a mixed batch.
 
-    What `x` and the result are, tensors or DTensors, and in which layout, is the parallel plan's affair. torch.compile
-    ends its graph here.
+    What `x` and the result are, tensors or DTensors, and in which layout, is the parallel plan's affair.
 
     Raises:
         ValueError, TypeError: as :func:`share_of`; lambda or gamma that are DTensors themselves; a base layer that does
