@@ -43,6 +43,7 @@ __all__ = [
     "storage_identity",
     "tree_map",
     "unsafe_view",
+    "was_distributed",
     "without_dispatch_modes",
     "without_torch_function",
     "without_transforms",
@@ -196,6 +197,11 @@ def storage_identity(tensor: Tensor) -> int:
     address of the memory does not tell fake ones apart.
     """
     return int(tensor.untyped_storage()._cdata)
+
+
+def was_distributed(module: nn.Module) -> bool:
+    """Whether ``parallelize_module`` or ``distribute_module`` was applied to this module. Missed: a question for it."""
+    return getattr(module, "_distribute_module_applied", False)
 
 
 # NonDynamicallyQuantizableLinear: the class of nn.MultiheadAttention.out_proj, which the attention reads and never

@@ -12,6 +12,8 @@ import randlora
 ROOT = Path(randlora.__file__).parent
 # Functions that import modules of ours all the same, and why.
 LATE = {
+    "layers/linear.py": "this imports torch.distributed, which may not be there and takes long",
+    "layers/merging.py": "the same",
     "distributed/__init__.py": "what looks at whole models comes when it is asked for: their layers ask this folder",
     "integrations/peft/__init__.py": "these need PEFT, which is optional",
     "model/training_step.py": "randlora.distributed is for those who train on several devices",

@@ -525,6 +525,17 @@ def test_NonDynamicallyQuantizableLinear(private):
     assert not isinstance(nn.Linear(2, 2), private.NonDynamicallyQuantizableLinear)
 
 
+def test_was_distributed(private):
+    from torch.distributed.tensor import DeviceMesh, distribute_module
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        layer = distribute_module(nn.Linear(2, 2), DeviceMesh("cpu", [0]))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert private.was_distributed(layer) and not private.was_distributed(nn.Linear(2, 2))
+
+
 def test_tree_map(private):
     found = private.tree_map(lambda v: v + 1 if isinstance(v, int) else v, {"a": (1, [2, None]), "b": "c"})
     assert found == {"a": (2, [3, None]), "b": "c"}

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..checks import require_int
 from ..private_torch import fake_mode, without_dispatch_modes, without_torch_function, without_transforms
+from .parts import Part
 from .patterns import Form, Pattern
 
 
@@ -26,6 +27,8 @@ class Source(Protocol):
     min_dim: int
 
     def draw(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]: ...
+
+    def draw_part(self, part: Part) -> tuple[Tensor, Tensor]: ...
 
     def pack(self, device: torch.device) -> tuple[Form, float] | None: ...
 
@@ -57,6 +60,7 @@ class Copies:
         self._given = given
         self._dense: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
         self._packed: dict[torch.device, tuple[Form, float]] = {}
+        self._parts: dict[Part, tuple[Tensor, Tensor]] = {}
         self.clear()
         by_handle[self.handle] = self
 
@@ -65,6 +69,7 @@ class Copies:
         self.ready = Ready()
         self._dense.clear()
         self._packed.clear()
+        self._parts.clear()
         self._not_packed: set[torch.device] = set()  # where given tensors were looked at in vain
         if self._given is not None:
             self._dense[self._given[0].dtype, canonical(self._given[0].device)] = self._given
@@ -83,9 +88,8 @@ class Copies:
 
     @property
     def nbytes(self) -> int:
-        return sum(form.nbytes for form, _ in self.packed.values()) + sum(
-            A.nbytes + B.nbytes for A, B in self.dense.values()
-        )
+        dense = [*self.dense.values(), *dict(self._parts).values()]
+        return sum(form.nbytes for form, _ in self.packed.values()) + sum(A.nbytes + B.nbytes for A, B in dense)
 
     # ---- taking ----
 
@@ -111,6 +115,14 @@ class Copies:
         found = getattr(self.ready, name, None)
         return self.pattern(min_dim, device) if found is None else found
 
+    def part(self, part: Part) -> tuple[Tensor, Tensor] | None:
+        """A part of A and B alone; None as above."""
+        name = _make_sure_part(self.handle, *part)
+        if name is None:
+            return None
+        found = getattr(self.ready, name, None)
+        return self.part(part) if found is None else found
+
     # ---- making ----
 
     def make(self, dtype: torch.dtype, device: torch.device) -> str:
@@ -124,6 +136,19 @@ class Copies:
                     _synchronize(device)
                     self._dense[dtype, device] = drawn
                 setattr(self.ready, name, self._dense[dtype, device])
+        return name
+
+    def make_part(self, part: Part) -> str:
+        """The same for a part."""
+        name = Ready.name(*part)
+        if not hasattr(self.ready, name):
+            with self.lock, of_no_context():
+                if part not in self._parts:
+                    _refuse_capture(part.device)
+                    drawn = self._bases().draw_part(part)
+                    _synchronize(part.device)
+                    self._parts[part] = drawn
+                setattr(self.ready, name, self._parts[part])
         return name
 
     def make_pattern(self, min_dim: int, device: torch.device) -> str | None:
@@ -162,6 +187,11 @@ def _make_sure(handle: str, dtype: torch.dtype, device: torch.device) -> str | N
 @torch.compiler.assume_constant_result
 def _make_sure_pattern(handle: str, min_dim: int, device: torch.device) -> str | None:
     return None if are_wanted_fake() else by_handle[handle].make_pattern(min_dim, device)
+
+
+@torch.compiler.assume_constant_result
+def _make_sure_part(handle: str, *part: Any) -> str | None:
+    return None if are_wanted_fake() else by_handle[handle].make_part(Part(*part))
 
 
 # ---- where copies are made ----

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ..checks import require_dtype, require_int, require_size
 from ..private_torch import parse_to
-from . import fingerprint, patterns
+from . import fingerprint, parts, patterns
 from .copies import Copies, canonical, renew_in_children
 from .definition import Definition
+from .parts import Part
 from .patterns import Form, Pattern
 
 
@@ -151,6 +152,16 @@ class RandomBases(Definition):
             found = self.copies.tensors(*key)
         return self.draw(*key) if found is None else found
 
+    def part(self, part: Part) -> tuple[Tensor, Tensor]:
+        """Some rows of the stored B and columns of the stored A; kept and shared like :meth:`tensors`."""
+        self._drop_outdated()
+        if not self._keep:
+            return self.draw_part(part)
+        found = self.copies.kept(*part)
+        if found is None:
+            found = self.copies.part(part)
+        return self.draw_part(part) if found is None else found
+
     def pattern(self, min_dim: int, device: torch.device | None = None) -> tuple[Pattern, float] | None:
         """Packed bases for a layer of this smaller dimension, with their :attr:`scale`; None for dense ones.
 
@@ -272,6 +283,10 @@ class RandomBases(Definition):
             raise ValueError(f"these bases were given on the meta device: they have no numbers for {device}")
         A, B = (t.to(device=device, dtype=dtype) for t in self.given)
         return A, B
+
+    def draw_part(self, part: Part) -> tuple[Tensor, Tensor]:
+        """A new copy of a part, contiguous; of given tensors a view where that is the same."""
+        return parts.draw(self, self.given, part)
 
     def pack(self, device: torch.device) -> tuple[Form, float] | None:
         """A new copy in packed form, with its :attr:`scale`, if there is such a form; :meth:`pattern` keeps one."""

@@ -18,6 +18,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..checks import require_dtype
 from ..distributed import zero3
+from ..distributed.parallelized import cut_by_a_plan
 from ..private_torch import FakeTensor, unsafe_view
 from . import offload, quantized
 from .quantized_kinds import kind_of
@@ -210,7 +211,7 @@ def require_mergeable(base_layer: nn.Module, shape: tuple[int, int], transposed:
             f"{list(weight.shape)}"
         )
     offload.require_numbers(offload.read(base_layer, "weight"), "the base layer's weight", "to merge into")
-    peculiar = _peculiarity(base_layer)
+    peculiar = None if cut_by_a_plan(base_layer) else _peculiarity(base_layer)
     if peculiar and (reason := _other_use_of_weight(base_layer, transposed)):
         raise ValueError(
             f"the base layer, a {name} with {peculiar}, does more than multiply by its weight: {reason}. It can be "

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import planner
 from ..bases.random_bases import RandomBases
+from ..distributed.parallelized import distributed_weight
 from ..distributed.zero3 import shape_of
 from ..functional import compute_dtype, linear_of
 from ..planner import STRATEGIES
@@ -128,6 +129,18 @@ class Linear(nn.Linear, RandLoraLayer, CachedForward, Noticed):
         else:
             super().__setattr__(name, value)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """nn.Module's. Raises ``ValueError`` for parts of the base layer: a parallel plan must name that itself.
+
+        The plan's hooks would stand on this layer, and be lost with it when the adapters are taken out.
+        """
+        if name in ("weight", "bias") or "." in name:
+            raise ValueError(
+                f"{name!r} is the base layer's, which a parallel plan must name itself, as in '...q_proj.base_layer': "
+                "name it in the plan, or parallelize the model before it is adapted"
+            )
+        super().register_parameter(name, param)
+
     def forward(self, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """``x [..., in_features]`` to ``[..., out_features]`` in the dtype that the base layer gives.
 
@@ -148,6 +161,8 @@ class Linear(nn.Linear, RandLoraLayer, CachedForward, Noticed):
             self.unmerge()
         if self.mixed_batch is not None and not self.disable_adapters:
             x = self._moved(x)
+            if distributed_weight(self.base_layer) is not None:
+                return self._of_shard(x, list(self.randlora_lambda), *args, **kwargs)
             return self._add_mixed(self.mixed_batch, x, self._product(x, *args, **kwargs))
         adapters = [name for name in self._active_adapters if name not in self.merged_adapters]
         if self.disable_adapters or not adapters:
@@ -157,6 +172,8 @@ class Linear(nn.Linear, RandLoraLayer, CachedForward, Noticed):
         weight = None if args or kwargs else self._plain_weight()
         if weight is None:
             x = self._moved(x)
+            if distributed_weight(self.base_layer) is not None:
+                return self._of_shard(x, adapters, *args, **kwargs)
         dtype = compute_dtype(x)
         if kept is not None and not (args or kwargs or x.is_meta or stand_for_others(x)):
             result = self.forward_with(kept, x, dtype, adapters, weight)
@@ -179,6 +196,12 @@ class Linear(nn.Linear, RandLoraLayer, CachedForward, Noticed):
             batch, x, result, self.randlora_lambda,
             lambda rows, name: self._update(rows, dtype, name, None, None),
         )  # fmt: skip
+
+    def _of_shard(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """The same for a base layer of which every rank has a part."""
+        from ..distributed import tensor_parallel  # which imports torch.distributed
+
+        return tensor_parallel.forward(self, x, adapters, *args, **kwargs)
 
     def _product(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return base_layers.product(self.base_layer, x, self.in_features, self.out_features, *args, **kwargs)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ..distributed import zero3
 from ..distributed.fsdp import is_sharded
+from ..distributed.gathering import is_dtensor
+from ..distributed.parallelized import all_finite
 from . import base_layer as base_layers
 from . import offload, quantized
 from .shared_state import SharedState
@@ -41,7 +43,7 @@ class Mergeable(SharedState):
         merges round once.
 
         A weight that accelerate offloads is merged into where it is kept between calls, in memory: files stay as they
-        are.
+        are. Of a weight that a parallel plan has cut over ranks, every rank merges into its own part.
 
         Args:
             safe_merge: raise ``ValueError``, with nothing changed, if the merged weight is not finite.
@@ -66,9 +68,9 @@ class Mergeable(SharedState):
             return
         weight = offload.read(base, "weight")
         with torch.no_grad():
-            merged = sum((self.get_delta_weight(name).to(weight.device) for name in names), start=weight)
+            merged = sum((self._delta_for(weight, name) for name in names), start=weight)
             merged = merged.to(weight.dtype)
-            if safe_merge and not torch.isfinite(merged).all():
+            if safe_merge and not all_finite(merged):
                 raise ValueError(f"merging {', '.join(names)} gives NaN or infinity in the weight; nothing was changed")
         with merged_or_not([self]), torch.no_grad():
             if kept is None and not self.merged:
@@ -76,6 +78,15 @@ class Mergeable(SharedState):
             self._merged_into = (base,)
             self.merged_adapters.extend(names)
             _put(base, merged)
+
+    def _delta_for(self, weight: Tensor, name: str) -> Tensor:
+        """``dW`` of one adapter where `weight` is; of a weight that is cut over ranks, this rank's part."""
+        if is_dtensor(weight):
+            from ..distributed import tensor_parallel  # which imports torch.distributed
+
+            layer: Any = self
+            return tensor_parallel.delta_like(layer, name, weight)
+        return self.get_delta_weight(name).to(weight.device)
 
     def check_merge(self, adapter_names: Sequence[str]) -> None:
         """Raise what :meth:`merge` would raise whatever the numbers are; for a look at all layers before the first.

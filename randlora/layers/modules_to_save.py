@@ -24,6 +24,13 @@ class ModuleToSave(nn.Module):
         self.mixed_batch: MixedBatch | None = None
 
     def add(self, adapter_name: str) -> None:
+        """Raises ``ValueError`` for a module whose copy would go on calling the module that it is a copy of."""
+        if any("_is_hooked" in vars(part) and "forward" in vars(part) for part in self.original_module.modules()):
+            raise ValueError(
+                f"modules_to_save: transformers has put its parallel plan around the forward of this "
+                f"{type(self.original_module).__name__}, and a copy of it would call the original: leave it out of the "
+                "plan or of modules_to_save"
+            )
         fresh = copy_of(self.original_module)
         for parameter in fresh.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
