@@ -42,7 +42,7 @@ def forms(kind: str, device: torch.device) -> Names:
     """In which form bases of a kind come to the ops."""
     if kind == "very_sparse":
         return ("lists",) if device.type == "cpu" else ("bits",)
-    return {"dense": ("dense",), "hadamard": ("signs",), "sparse": ("bits", "planes"), "sign": ("bits",)}[kind]
+    return {"dense": ("dense", "seed"), "hadamard": ("signs",), "sparse": ("bits", "planes"), "sign": ("bits",)}[kind]
 
 
 def given(bases: Any, form: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any, list[Tensor]]:
@@ -53,6 +53,9 @@ def given(bases: Any, form: str, dtype: torch.dtype, device: torch.device) -> tu
         return *bases.draw(dtype, device), []
     if form == "signs":
         return None, None, list(bases.pattern(bases.min_dim, device)[0])
+    if form == "seed":
+        seed = patterns.StoredSeed(bases.seed, bases.r, bases.num_bases, bases.min_dim, bases.max_dim, device)
+        return None, None, list(seed.tensors)
     A, B = bases.draw(torch.int8, device)
     A, columns, M = A[:, 0], iter([B.flatten(1)]), B.shape[0]
     if form == "bits":

@@ -4,6 +4,7 @@ import argparse
 import ast
 import importlib.util
 import re
+import socket
 import sys
 import tempfile
 import types
@@ -46,12 +47,31 @@ def peft_is_restored():
         sys.modules["randlora.integrations.peft"].disable()
 
 
+@pytest.fixture
+def one_rank(monkeypatch):
+    """As torchrun would start a script on one process; its process group is gone afterwards."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {
+        "RANK": 0,
+        "WORLD_SIZE": 1,
+        "LOCAL_RANK": 0,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    yield
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def has_python(page):
     return any(block.language == "python" for block in pages.blocks(page))
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if has_python(page) and page != EXAMPLES])
-def test_the_code_of_a_page_runs(page, small_models, peft_is_restored, monkeypatch, tmp_path, capsys):
+def test_the_code_of_a_page_runs(page, small_models, peft_is_restored, one_rank, monkeypatch, tmp_path, capsys):
     if "integrations.peft" in pages.text_of(page):
         pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
