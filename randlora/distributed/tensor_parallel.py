@@ -2,7 +2,7 @@
 
 ``torch.distributed.tensor.parallel.parallelize_module`` and transformers' own plans make a layer's weight a DTensor and
 bring its input and output into the layouts that the plan asks for, before and after the product. The update is added in
-between, right at the product (:class:`_AtTheProduct`), so that activations are sent and summed once for both:
+between, right at the product (:class:`_InPlaceOfLinear`), so that activations are sent and summed once for both:
 
     by columns   weight Shard(0), x Replicate, its gradient Partial     y Shard(-1)
     by rows      weight Shard(1), x Shard(-1)                           y Partial
@@ -121,14 +121,21 @@ def forward(layer: Linear, x: Tensor, adapters: Sequence[str], *args: Any, **kwa
             not compute its product by ``torch.nn.functional.linear``.
     """
     base = layer.get_base_layer()
-    weight = distributed_weight(base)
-    assert weight is not None
-    share = share_of(layer, weight)
-
+    between_calls = distributed_weight(base)
+    assert between_calls is not None
     products: list[None] = []
 
-    def add(x: Tensor, product: Tensor) -> Tensor:
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         products.append(None)
+        x = input
+        # A DTensor may be another one than between calls: fully_shard puts it together along its dimension of the mesh.
+        # An ordinary weight is whole if fully_shard is alone, or a shard, with which transformers computes in no_grad.
+        if not isinstance(weight, DTensor) and weight.shape == (layer.out_features, layer.in_features):
+            whole = functools.partial(layer._update, dtype=compute_dtype(x), weight=None, bias=None)
+            update = _of_all(layer, x, adapters, lambda x, name: whole(x, adapter=name), layer.out_features)
+            return F.linear(x, weight, bias) + update
+        share = share_of(layer, weight if isinstance(weight, DTensor) else between_calls)
+        product = F.linear(x, weight, bias)
         if not isinstance(x, DTensor):
             return product + _update(layer, share, x, _layout(share, (Replicate(),) * share.mesh.ndim, 0), adapters)
         layout = _layout(share, x.placements, x.dim())
@@ -140,7 +147,7 @@ def forward(layer: Linear, x: Tensor, adapters: Sequence[str], *args: Any, **kwa
         update = update.to(product.dtype)
         return product + DTensor.from_local(update, share.mesh, layout.y, run_check=False, shape=shape, stride=stride)
 
-    with _AtTheProduct(add):
+    with _InPlaceOfLinear(linear):
         result: Tensor = base(x, *args, **kwargs)
     if len(products) != 1:
         raise TypeError(
@@ -150,24 +157,21 @@ def forward(layer: Linear, x: Tensor, adapters: Sequence[str], *args: Any, **kwa
     return result
 
 
-class _AtTheProduct(TorchFunctionMode):
-    """While this lasts, ``F.linear(x, ...)`` gives ``add(x, product)``.
+class _InPlaceOfLinear(TorchFunctionMode):
+    """While this lasts, another function is called in the place of ``F.linear``.
 
     A base layer is brought its input, and has its output reduced, by hooks of its own (``parallelize_module``) or by a
     forward that stands around its own (transformers). Here is in between for both.
     """
 
-    def __init__(self, add: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, linear: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.add = add
+        self.linear = linear
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is not F.linear:
-            return result
-        return self.add(args[0] if args else (kwargs or {})["input"], result)
+        return (self.linear if func is F.linear else func)(*args, **(kwargs or {}))
 
 
 class _Layout(NamedTuple):
@@ -205,9 +209,16 @@ def _update(layer: Linear, share: Share, x: Tensor, layout: _Layout, adapters: S
     rows.
     """
     update = functools.partial(_update_of, layer, share, layout)
+    return _of_all(layer, x, adapters, update, share.rows[1] - share.rows[0])
+
+
+def _of_all(
+    layer: Linear, x: Tensor, adapters: Sequence[str], update: Callable[[Tensor, str], Tensor], out: int
+) -> Tensor:
+    """The sum of ``update(x, name)``, ``[..., out]``, over `adapters`; in a mixed batch of every sample's own."""
     if layer.mixed_batch is None or layer.disable_adapters:
         return functools.reduce(torch.add, (update(x, name) for name in adapters))
-    nothing = x.new_zeros((*x.shape[:-1], share.rows[1] - share.rows[0]), dtype=compute_dtype(x))
+    nothing = x.new_zeros((*x.shape[:-1], out), dtype=compute_dtype(x))
     return add_updates(layer.mixed_batch, x, nothing, adapters, update)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..distributed.fsdp import is_sharded
 from ..distributed.gathering import is_dtensor
 from ..distributed.zero3 import require_whole
 from ..private_torch import NonDynamicallyQuantizableLinear
@@ -41,10 +42,10 @@ def check_base(base_layer: nn.Module) -> None:
         raise TypeError(f"base_layer.out_proj must be torch's own, got {type(base_layer.out_proj).__name__}")
     if recomputed := sorted({*base_layer.out_proj._parameters, *base_layer.out_proj._buffers} - {"weight", "bias"}):
         raise TypeError(f"base_layer.out_proj has parts that torch's has not: {', '.join(recomputed)}")
-    if any(map(is_dtensor, base_layer.parameters())):
+    if any(map(is_dtensor, base_layer.parameters())) and not is_sharded(base_layer):
         raise ValueError(
-            "base_layer has weights that are DTensors, which cannot be taken apart: adapt it first, and then shard the "
-            "model, or parallelize q_proj, k_proj, v_proj and out_proj, or their base_layer where they have one"
+            "base_layer has weights that are DTensors, which cannot be taken apart: adapt it first, then parallelize "
+            "q_proj, k_proj, v_proj and out_proj, or their base_layer where they have one"
         )
     for name, parameter in base_layer.named_parameters():
         require_whole(parameter, f"{name} of a torch.nn.MultiheadAttention", "to copy")

@@ -73,7 +73,8 @@ def sharded_too():
     plan = {"layers.*.up_proj": ColwiseParallel(), "layers.*.down_proj": RowwiseParallel()}
     alone, model = adapt(net()), parallelize_module(net(), here["tp"], plan)
     model = adapt(model)
-    for part in (*model.model.layers, model.model):
+    alone_too = model.model.layers[0].up_proj.base_layer, model.model.layers[0].q_proj.base_layer
+    for part in (*alone_too, *model.model.layers, model.model):
         fully_shard(part, mesh=here["dp"])
     ids, mine = torch.cat([IDS, IDS.flip(1)]), here.get_coordinate()[0]
     expected, got = alone(ids), model(ids.chunk(2)[mine])
