@@ -92,6 +92,34 @@ def test_fully_shard_over_the_other_dimension(four_ranks):
     four_ranks(sharded_too)
 
 
+def differing(engine, seeds):
+    """What each rank says in its first step, with one seed of the bases per rank; fully_shard or DDP over the pairs."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    here = square()
+    plan = {"layers.*.up_proj": ColwiseParallel(), "layers.*.down_proj": RowwiseParallel()}
+    model = parallelize_module(net(), here["tp"], plan)
+    model = through = adapt(model, projection_prng_key=seeds[distributed.get_rank()])
+    if engine == "ddp":
+        through = nn.parallel.DistributedDataParallel(model, process_group=here["dp"].get_group(), init_sync=False)
+    else:
+        for part in (*model.model.layers, model):
+            fully_shard(part, mesh=here["dp"])
+    with pytest.raises(ValueError) as raised:
+        through(IDS)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "ddp"])
+@pytest.mark.parametrize("seeds", [(1, 1, 1, 2), (1, 2, 1, 2), (1, 1, 2, 2)])
+def test_ranks_that_differ_are_named_on_all_of_them(four_ranks, engine, seeds):
+    """Along each dimension of the mesh, and where only some of the groups along one have a rank that differs."""
+    (message,) = set(four_ranks(differing, engine=engine, seeds=seeds))
+    first = [str(rank) for rank, seed in enumerate(seeds) if seed == 1]
+    assert f"projection_prng_key of adapter 'default' is 1 on ranks {', '.join(first)}, 2 on rank" in message
+
+
 def saved_copies():
     """A copy of a module of the plan that is trained in full."""
     from torch.distributed.tensor import Shard
