@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.common import make_base, normal
-from helpers.tensor_parallel import adapted, assert_equal, call
+from helpers.tensor_parallel import adapted, assert_equal, call, parallelize
 from torch import nn
 
 distributed = torch.distributed
@@ -75,6 +75,23 @@ def merging():
 
 def test_each_rank_merges_its_part(two_ranks):
     two_ranks(merging)
+
+
+def merged_first():
+    """The weight as it was is whole then, and each rank takes its part of it."""
+    for way in ("columns", "rows"):
+        model, alone = adapted(12, 21), adapted(12, 21)
+        original, expected = model[0].weight.detach().clone(), call(alone)[0]
+        model[0].merge()
+        parallelize(model, way, "0.base_layer")
+        torch.testing.assert_close(call(model)[0], expected)
+        model[0].unmerge()
+        assert torch.equal(model[0].weight.full_tensor(), original)
+        assert_equal(call(alone), call(model))
+
+
+def test_a_merged_layer_that_is_cut_then_is_unmerged(two_ranks):
+    two_ranks(merged_first)
 
 
 def hooks_of_others():
