@@ -71,6 +71,10 @@ class Processes:
     def that_hold(cls, tensors: Iterable[Any]) -> Processes:
         return cls(group for tensor in tensors for group in groups_of(tensor))
 
+    def joined_by(self, tensors: Iterable[Any]) -> Processes:
+        """These and those that hold parts of `tensors`."""
+        return Processes([*self._groups, *(group for tensor in tensors for group in groups_of(tensor))])
+
     def __bool__(self) -> bool:
         return bool(self._groups)
 
