@@ -59,9 +59,9 @@ def save(
     first: what is written is what was checked, whatever other threads do to the model meanwhile.
 
     Where several processes hold parts of what is saved (FSDP2, tensor parallel: ``DTensor``), they and all others that
-    hold parts of the model must call this; the first one whose `is_main_process` is True writes, and what is raised on one is raised on all. So it is
-    with ZeRO-3, where all call this without `is_main_process`, or one with a `state_dict`. Otherwise no process waits
-    for another.
+    hold parts of the model must call this; the first one whose `is_main_process` is True writes, and what is raised on
+    one is raised on all. So it is with ZeRO-3, where all call this without `is_main_process`, or one with a
+    `state_dict`. Otherwise no process waits for another.
 
     Args:
         for_peft: True: raise ``ValueError``, with nothing written, where PEFT could not compute the same. None: write
