@@ -109,8 +109,8 @@ class Processes:
                 distributed.all_gather_object(found, known, group=group)
             except RuntimeError as error:
                 raise RuntimeError(
-                    "not all processes save the adapter: each of them holds a part of it (as with FSDP2, tensor parallel "
-                    "or ZeRO-3), so that all must call save_pretrained, not the first one alone, unless one has died; "
+                    "not all processes save the adapter: each holds a part of it (as with FSDP2, tensor parallel or "
+                    "ZeRO-3), so that all must call save_pretrained, not the first one alone, unless one has died; "
                     f"the process group says: {error}"
                 ) from error
             known = {rank: theirs for part in found for rank, theirs in part.items()}
