@@ -90,6 +90,8 @@ def show(gpu: str, found: Sequence[dict[str, Any]]) -> None:
     texts = [{key: str(value) for key, value in row.items()} for row in found]
     for own in scaling_views.models(texts).values():
         print(f"\n{scaling_views.title(own)}; {gpu.upper()}, {rates.memory >> 30} GiB: computed, not measured")
+        asked = ", ".join(map(str, sorted({row["gpus"] for row in found})))
+        print(f"  memory and seconds per step of a GPU; fits: on how many of {asked} GPUs")
         head, lines = scaling_views.table(own)
         widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
         for line in (head, *lines):
@@ -117,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
         "--quick", action="store_true", help=f"{QUICK_MODELS[0]} and few numbers of GPUs; nothing is written by default"
     )
     add("--gpu", choices=FOLDERS, action="append", help="default: each of them")
-    add("--gpus", type=_counts, metavar="N,N", help="numbers of GPUs (default: 1,2,4 to 512)")
+    add("--gpus", type=_counts, metavar="N,N", help="numbers of GPUs, powers of two (default: 1,2,4 to 512)")
     add("--model", choices=MODELS, action="append", help=f"default: {', '.join(PUBLISHED)}")
     add("--tokens-per-gpu", type=int, default=8192, metavar="N", help="of a step (default: %(default)s)")
     add("--sequence", type=int, default=1024, metavar="N", help="tokens of a sequence (default: %(default)s)")
@@ -126,8 +128,13 @@ def main(argv: list[str] | None = None) -> int:
     add("--no-picture", action="store_true", help="`python -m bench plots` draws it later")
     add("--results", type=Path, metavar="FOLDER", help="default: bench/results; of a quick run: none")
     options = parser.parse_args(argv)
-    if options.tokens_per_gpu < 1 or options.sequence < 1 or options.tokens_per_gpu % options.sequence:
-        parser.error(f"--tokens-per-gpu must be a multiple of --sequence, {options.sequence}")
+    for name in ("tokens_per_gpu", "sequence", "rank"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    if options.tokens_per_gpu % options.sequence:
+        parser.error(
+            f"--tokens-per-gpu must be a multiple of --sequence, got {options.tokens_per_gpu} and {options.sequence}"
+        )
     names = options.model or (QUICK_MODELS if options.quick else PUBLISHED)
     gpus = options.gpus or (QUICK_GPUS if options.quick else GPUS)
     results = options.results or (None if options.quick else records.RESULTS)

@@ -23,7 +23,7 @@ def table(rows):
 
 
 def plot(path, history, title):
-    """Loss and validation accuracy over the epochs; epoch 0 is the frozen encoder with its trained head."""
+    """Loss and validation accuracy over the epochs; epoch 0 is the frozen encoder with its best head."""
     per_epoch = history.steps[1]
     epochs = [step / per_epoch for step in history.steps]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
@@ -39,7 +39,7 @@ def plot(path, history, title):
 
     percent = [100 * value for value in history.validation_accuracies]
     right.plot(epochs, percent, "o-", color="tab:orange", label="after each epoch")
-    right.axhline(percent[0], color="gray", linestyle="--", label="frozen encoder, trained head")
+    right.axhline(percent[0], color="gray", linestyle="--", label="frozen encoder, best head")
     for at, value in zip(epochs, percent, strict=True):
         right.annotate(f"{value:.1f}", (at, value), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=9)
     right.set(xlabel="epoch", ylabel="validation accuracy (%)", title="Accuracy")

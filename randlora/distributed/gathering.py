@@ -109,7 +109,14 @@ class Processes:
         known = {distributed.get_rank(): value}
         for group in self._groups:  # an axis of the mesh after the other, so that at the end all know of all
             found: list[Any] = [None] * distributed.get_world_size(group)
-            distributed.all_gather_object(found, known, group=group)
+            try:
+                distributed.all_gather_object(found, known, group=group)
+            except RuntimeError as error:
+                raise RuntimeError(
+                    "not all processes save the adapter: each holds a part of it (as with FSDP2, tensor parallel or "
+                    "ZeRO-3), so that all must call save_pretrained, not the first one alone, unless one has died; "
+                    f"the process group says: {error}"
+                ) from error
             known = {rank: theirs for part in found for rank, theirs in part.items()}
         return dict(sorted(known.items()))
 

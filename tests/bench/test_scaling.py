@@ -236,12 +236,20 @@ def test_a_quick_run_writes_nothing_by_itself(monkeypatch, capsys):
     assert scaling.main(["--quick", "--gpu", "h200", "--gpus", "1,8"]) == 0
     out = capsys.readouterr().out
     assert "computed, not measured" in out and "FSDP2" in out
+    assert "on how many of 1, 8 GPUs" in out
 
 
 @pytest.mark.parametrize("text", ["0", "6", "8,x", "-2"])
 def test_numbers_of_gpus_are_checked(text):
     with pytest.raises(argparse.ArgumentTypeError, match="got"):
         scaling._counts(text)
+
+
+@pytest.mark.parametrize("option", ["--rank", "--sequence", "--tokens-per-gpu"])
+def test_numbers_are_positive(option, capsys):
+    with pytest.raises(SystemExit):
+        scaling.main(["--quick", option, "0"])
+    assert f"{option} must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_tokens_are_whole_sequences(capsys):

@@ -4,6 +4,7 @@ import errno
 import os
 import sys
 import types
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # noqa: E4
 from torch.distributed.tensor import Replicate, distribute_tensor  # noqa: E402
 
 from randlora.checkpoint import replace  # noqa: E402
-from randlora.distributed.gathering import copy_into  # noqa: E402
+from randlora.distributed.gathering import Processes, copy_into  # noqa: E402
 
 
 def shard(model, **settings):
@@ -89,6 +90,19 @@ def test_files_are_those_of_one_process(two_ranks, tmp_path):
 
 def test_files_of_parts_that_are_replicated(four_ranks, tmp_path):
     assert_same_files(four_ranks(saving, folder=str(tmp_path), axes=[2, 2])[0], models=1)
+
+
+def one_of_two():
+    """With the processes of a group alone: a mesh of its own would live on in what DTensor remembers of meshes."""
+    processes = Processes([distributed.new_group(timeout=timedelta(seconds=2))])
+    if distributed.get_rank() == 0:
+        with pytest.raises(RuntimeError, match=r"all must call save_pretrained, not the first one alone.*[Tt]imed out"):
+            processes.chosen(True)
+    return True
+
+
+def test_a_save_that_waits_in_vain_says_for_what(two_ranks):
+    assert two_ranks(one_of_two) == [True, True]
 
 
 def alone(folder):
