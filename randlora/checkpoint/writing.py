@@ -58,10 +58,10 @@ def save(
     so cannot be made again, are always written. The same adapter always gives the same bytes. All numbers are copied
     first: what is written is what was checked, whatever other threads do to the model meanwhile.
 
-    Where several processes hold parts of what is saved (FSDP2, tensor parallel: ``DTensor``), all of them must call
-    this; the first one whose `is_main_process` is True writes, and what is raised on one is raised on all. So it is
-    with ZeRO-3, where all call this without `is_main_process`, or one with a `state_dict`. Otherwise no process waits
-    for another.
+    Where several processes hold parts of what is saved (FSDP2, tensor parallel: ``DTensor``), they and all others that
+    hold parts of the model must call this; the first one whose `is_main_process` is True writes, and what is raised on
+    one is raised on all. So it is with ZeRO-3, where all call this without `is_main_process`, or one with a
+    `state_dict`. Otherwise no process waits for another.
 
     Args:
         for_peft: True: raise ``ValueError``, with nothing written, where PEFT could not compute the same. None: write
@@ -90,6 +90,8 @@ def save(
     )
     if not (is_main_process or processes):
         return
+    if processes:  # those that hold other parts of the model only, along another dimension of the mesh, come, too
+        processes = processes.joined_by(model.parameters())
     with processes.agreeing():
         prepared = {name: _description(model, name, layers[name], for_peft) for name in names}
         values = {name: trained.values(model.model, name, found[name], state_dict) for name in names}

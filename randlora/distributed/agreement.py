@@ -49,24 +49,22 @@ def check_ranks(model: nn.Module, group: Any = None) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if distributed.is_available() and distributed.is_initialized() and not compare(model, group):
+    if distributed.is_available() and distributed.is_initialized() and not compare(model, _groups(group)):
         raise ValueError(f"{type(model).__name__} has no adapted layers on any rank: there is nothing to compare")
 
 
-def compare(model: nn.Module, group: Any) -> bool:
-    """As :func:`check_ranks`, in a process group; False if there is nothing to compare."""
-    groups = _groups(group)
+def compare(model: nn.Module, groups: Sequence[Any]) -> bool:
+    """As :func:`check_ranks`, through process groups that reach all ranks; False if there is nothing to compare."""
     # What fails on one rank only must not keep it from the collective that the others are in.
     failure = None
     try:
         described = describe(model.module if isinstance(model, DistributedDataParallel) else model)
     except Exception as error:
         failure, described = error, {_FAILURE: f"failed with {type(error).__name__}: {error}"}
-    rank = distributed.get_rank()
     with _device_of(model):
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-        if len({found for _, found in _gathered((rank, digest), groups)}) > 1:
-            raise ValueError(_message(dict(sorted(_gathered((rank, described), groups)))))
+        if len(set(_gathered(digest, groups).values())) > 1:
+            raise ValueError(_message(_gathered(described, groups)))
     if failure is not None:
         raise failure
     return bool(described)
@@ -174,13 +172,14 @@ def _groups(group: Any) -> list[Any]:
     return [group]
 
 
-def _gathered(value: Any, groups: Sequence[Any]) -> list[Any]:
-    values = [value]
+def _gathered(value: Any, groups: Sequence[Any]) -> dict[int, Any]:
+    """Rank -> its value, by way of one group after the other."""
+    values = {distributed.get_rank(): value}
     for group in groups:
         parts: list[Any] = [None] * distributed.get_world_size(group)
         distributed.all_gather_object(parts, values, group)
-        values = [value for part in parts for value in part]
-    return values
+        values = {rank: theirs for part in parts for rank, theirs in part.items()}
+    return dict(sorted(values.items()))
 
 
 def _device_of(model: nn.Module) -> contextlib.AbstractContextManager[Any]:

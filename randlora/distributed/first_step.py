@@ -13,6 +13,7 @@ from torch import nn
 from ..model.parts import adapted_layers
 from ..private_torch import expects_uneven_inputs, reduced_by
 from .agreement import compare
+from .gathering import groups_of, is_split
 
 # Per wrapper, which is made by all ranks at once, and per model inside it: how often its adapters had been switched
 # when it was looked at. Beside the objects, as it is no part of their copies.
@@ -32,9 +33,8 @@ def look(owner: nn.Module, ddp: nn.Module | None) -> None:
     # FSDP2 gives a class of its own to what it shards.
     seen = _classes_seen.setdefault(owner, set())
     if type(owner) not in seen:
-        mesh = _mesh(owner)
-        if mesh is not None:
-            compare(owner, mesh)
+        if groups := _holders(owner):
+            compare(owner, groups)
         seen.add(type(owner))
 
 
@@ -49,15 +49,18 @@ def _look_at_ddp(owner: nn.Module, ddp: Any) -> None:
     # DDP's own rule: a part with trained parameters is called on every rank, unless it is to look for unused ones.
     whole = owner in (ddp.module, ddp.module._modules.get("base_model"))
     if owner not in looked_at and (whole or not ddp.find_unused_parameters):
-        compare(owner, ddp.process_group)
+        compare(owner, [ddp.process_group, *_holders(owner)])
     _check_reduced(owner, ddp)
     looked_at[owner] = switched
 
 
-def _mesh(owner: nn.Module) -> Any:
-    """The devices that lambda is spread over, if it is a DTensor."""
-    parts = (lam for layer in adapted_layers(owner).values() for lam in layer.randlora_lambda.values())
-    return next((lam.device_mesh for lam in parts if hasattr(lam, "device_mesh")), None)
+def _holders(owner: nn.Module) -> list[Any]:
+    """The process groups that have parts of any parameter, by FSDP2 or tensor parallel: no rank is called alone there.
+
+    Those of frozen weights, too: with both engines lambda is spread over one dimension of the mesh, and to tell its
+    ranks alone that they differ would leave the others waiting for them.
+    """
+    return list(dict.fromkeys(group for p in owner.parameters() if is_split(p) for group in groups_of(p)))
 
 
 def _check_reduced(owner: nn.Module, ddp: Any) -> None:

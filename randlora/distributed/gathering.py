@@ -69,7 +69,11 @@ class Processes:
 
     @classmethod
     def that_hold(cls, tensors: Iterable[Any]) -> Processes:
-        return cls(group for tensor in tensors for group in _groups(tensor))
+        return cls(group for tensor in tensors for group in groups_of(tensor))
+
+    def joined_by(self, tensors: Iterable[Any]) -> Processes:
+        """These and those that hold parts of `tensors`."""
+        return Processes([*self._groups, *(group for tensor in tensors for group in groups_of(tensor))])
 
     def __bool__(self) -> bool:
         return bool(self._groups)
@@ -117,7 +121,8 @@ class Processes:
         return dict(sorted(known.items()))
 
 
-def _groups(tensor: Any) -> list[Any]:
+def groups_of(tensor: Any) -> list[Any]:
+    """The process groups, one for each dimension of a mesh, whose processes hold parts of `tensor`."""
     if is_split(tensor):
         return [tensor.device_mesh.get_group(axis) for axis in range(tensor.device_mesh.ndim)]
     return [tensor.ds_process_group] if zero3.is_parameter(tensor) else []

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..distributed import zero3
 from ..distributed.fsdp import is_sharded
-from ..distributed.gathering import is_dtensor
+from ..distributed.gathering import is_dtensor, split_as
 from ..distributed.parallelized import all_finite
 from . import base_layer as base_layers
 from . import offload, quantized
@@ -233,7 +233,8 @@ def _put(base: Any, value: Tensor) -> None:
     """Another value for an ordinary weight, wherever it is kept."""
     with torch.no_grad():
         if not offload.hooks(base):
-            base.weight.copy_(value)
+            # A parallel plan may have cut the weight after `value` was kept.
+            base.weight.copy_(value if is_dtensor(value) else split_as(base.weight, value))
             return
         # What is brought in may be the very tensor that it is brought in from, which may be others' too.
         offload.write(base, "weight", value)

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..bases.patterns import Pattern
 from ..bases.random_bases import RandomBases
 from ..distributed import zero3
+from ..distributed.gathering import is_dtensor
 from ..dtypes import at_least_fp32
 from ..functional import delta_weight, flat_bases, sparse_delta_weight
 from . import offload
@@ -99,10 +100,15 @@ class Update(SharedState):
         )
 
     def _trained_whole(self, adapter: str, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The same outside of calls, where DeepSpeed has not gathered them."""
+        """The same outside of calls, where neither DeepSpeed nor FSDP2 has gathered them."""
         lam, gamma = self._trained(adapter, device)
         for what, parameter in zip(("lambda", "gamma"), (lam, gamma), strict=True):
             zero3.require_whole(parameter, f"randlora_{what}[{adapter!r}]", "to build an update of")
+            if is_dtensor(parameter):
+                raise ValueError(
+                    f"randlora_{what}[{adapter!r}] is spread over processes, by fully_shard for example, and whole in "
+                    "calls of the model only: save the adapter and load it into a model that is not sharded"
+                )
         return lam, gamma
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..distributed.gathering import is_dtensor
 from ..layers import offload
 from ..layers.randlora_layer import RandLoraLayer
 
@@ -68,7 +69,7 @@ def part(model: nn.Module, merged: Iterable[str]) -> None:
         base, weight = layer.get_base_layer(), layer.get_base_layer().weight
         found = next((f for f in ties.values() if any(m is base and key == "weight" for _, m, key in f)), [])
         others = [other for other in found if other[1] is not base]
-        if not others or type(weight) is not nn.Parameter:
+        if not others or not (type(weight) is nn.Parameter or is_dtensor(weight)):
             continue
         found[:] = others
         if not weight.is_meta:  # what is offloaded is merged into apart from the others

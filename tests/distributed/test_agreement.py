@@ -188,6 +188,12 @@ def first_step(seed, wrap):
         for block in model.model.layers:
             fully_shard(block)
         engine = fully_shard(model)
+    elif wrap == "tensor parallel":
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+        plan = {"*.up_proj.base_layer": ColwiseParallel(), "*.down_proj.base_layer": RowwiseParallel()}
+        parallelize_module(model.model.layers, distributed.device_mesh.init_device_mesh("cpu", (2,)), plan)
+        engine = model
     else:
         engine = nn.parallel.DistributedDataParallel(model, find_unused_parameters=wrap == "unused")
     if seed:
@@ -197,7 +203,7 @@ def first_step(seed, wrap):
     return [comparisons(lambda: step(engine)) for _ in range(3)]
 
 
-@pytest.mark.parametrize("wrap", ["ddp", "unused", "fsdp"])
+@pytest.mark.parametrize("wrap", ["ddp", "unused", "fsdp", "tensor parallel"])
 def test_the_first_training_step_compares(two_ranks, wrap):
     refused(two_ranks(first_step, seed=5, wrap=wrap), "projection_prng_key of adapter 'default' is 0 on rank 0, 5 on")
     for counts in two_ranks(first_step, seed=0, wrap=wrap):

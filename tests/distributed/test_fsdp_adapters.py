@@ -271,6 +271,22 @@ def merging():
     return said
 
 
+def matrices():
+    """Of lambda and gamma that are in parts no matrix can be made, on one rank alone least of all."""
+    model = shard(adapt(net(), kind="dense"))
+    add_one = randlora.Linear(nn.Linear(8, 4), bases=randlora.RandomBases(8, 4, 2, kind="hadamard"), r=2)
+    alone = fully_shard(nn.Sequential(add_one))
+    layers = linears(model)[0], linears(alone)[0]
+    if distributed.get_rank() == 1:
+        return []
+    return [message(way, "default") for layer in layers for way in (layer.get_delta_weight, layer.get_scaled_bases)]
+
+
+def test_the_matrix_of_parts_is_refused(two_ranks):
+    said = two_ranks(matrices)[0]
+    assert len(said) == 4 and all("randlora_lambda['default'] is spread over processes" in text for text in said)
+
+
 def test_merging_is_refused(two_ranks):
     """What is merged would be lost at the next call."""
     said = two_ranks(merging)[0]

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from helpers.common import make_base, normal
-from helpers.tensor_parallel import adapted, assert_equal, call
+from helpers.models import adapt
+from helpers.tensor_parallel import adapted, assert_equal, call, mesh, parallelize
 from torch import nn
 
 distributed = torch.distributed
@@ -75,6 +76,42 @@ def merging():
 
 def test_each_rank_merges_its_part(two_ranks):
     two_ranks(merging)
+
+
+def merged_first():
+    """The weight as it was is whole then, and each rank takes its part of it."""
+    for way in ("columns", "rows"):
+        model, alone = adapted(12, 21), adapted(12, 21)
+        original, expected = model[0].weight.detach().clone(), call(alone)[0]
+        model[0].merge()
+        parallelize(model, way, "0.base_layer")
+        torch.testing.assert_close(call(model)[0], expected)
+        model[0].unmerge()
+        assert torch.equal(model[0].weight.full_tensor(), original)
+        assert_equal(call(alone), call(model))
+
+
+def test_a_merged_layer_that_is_cut_then_is_unmerged(two_ranks):
+    two_ranks(merged_first)
+
+
+def shared_weight():
+    """As of tied embeddings: what is merged into the head must not reach them."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    model = nn.Sequential(nn.Embedding(20, 12), nn.Linear(12, 20, bias=False))
+    whole = normal(20, 12)
+    model[0].weight = model[1].weight = nn.Parameter(distribute_tensor(whole, mesh(), [Shard(0)]))
+    model = adapt(model, target_modules=["1"])
+    with pytest.warns(UserWarning, match="shares its weight"):
+        model.merge_adapter()
+    update = model.model[1].get_delta_weight("default")
+    torch.testing.assert_close(model.model[0].weight.full_tensor(), whole)
+    torch.testing.assert_close(model.model[1].weight.full_tensor(), whole + update)
+
+
+def test_merging_parts_weights_that_are_shared(two_ranks):
+    two_ranks(shared_weight)
 
 
 def hooks_of_others():

@@ -92,6 +92,64 @@ def test_fully_shard_over_the_other_dimension(four_ranks):
     four_ranks(sharded_too)
 
 
+def in_both(engine="fsdp", **settings):
+    """A model that is tensor parallel within pairs of ranks, with fully_shard or DDP over the pairs."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    here = square()
+    plan = {"layers.*.up_proj": ColwiseParallel(), "layers.*.down_proj": RowwiseParallel()}
+    model = adapt(parallelize_module(net(), here["tp"], plan), **settings)
+    if engine == "ddp":
+        return nn.parallel.DistributedDataParallel(model, process_group=here["dp"].get_group(), init_sync=False)
+    for part in (*model.model.layers, model):
+        fully_shard(part, mesh=here["dp"])
+    return model
+
+
+def differing(engine, seeds):
+    """What each rank says in its first step, with one seed of the bases per rank."""
+    through = in_both(engine, projection_prng_key=seeds[distributed.get_rank()])
+    with pytest.raises(ValueError) as raised:
+        through(IDS)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "ddp"])
+@pytest.mark.parametrize("seeds", [(1, 1, 1, 2), (1, 2, 1, 2), (1, 1, 2, 2)])
+def test_ranks_that_differ_are_named_on_all_of_them(four_ranks, engine, seeds):
+    """Along each dimension of the mesh, and where only some of the groups along one have a rank that differs."""
+    (message,) = set(four_ranks(differing, engine=engine, seeds=seeds))
+    first = [str(rank) for rank, seed in enumerate(seeds) if seed == 1]
+    assert f"projection_prng_key of adapter 'default' is 1 on ranks {', '.join(first)}, 2 on rank" in message
+
+
+def saved(folder):
+    """Who writes, and what each rank says of an error on one of them."""
+    from unittest import mock
+
+    from randlora.checkpoint import writing
+
+    model, written = in_both(), mock.Mock(wraps=writing._write_all)
+    with mock.patch.object(writing, "_write_all", written):
+        model.save_pretrained(folder)
+    here = mock.Mock(wraps=writing._description)
+    if distributed.get_rank() == 3:
+        here.side_effect = OSError("of rank 3")
+    with mock.patch.object(writing, "_description", here), pytest.raises(OSError, match="of rank 3"):
+        model.save_pretrained(folder)
+    return written.call_count
+
+
+def test_one_rank_of_all_writes_and_all_hear_of_errors(four_ranks, tmp_path):
+    """lambda is spread over pairs of ranks, and the others are in the next step, too."""
+    assert four_ranks(saved, folder=str(tmp_path / "adapter")) == [1, 0, 0, 0]
+    adapt(net()).save_pretrained(tmp_path / "alone")
+    names = ("adapter_model.safetensors", "adapter_config.json")
+    for name in names:
+        assert (tmp_path / "adapter" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
 def saved_copies():
     """A copy of a module of the plan that is trained in full."""
     from torch.distributed.tensor import Shard
