@@ -71,9 +71,11 @@ def has_python(page):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if has_python(page) and page != EXAMPLES])
-def test_the_code_of_a_page_runs(page, small_models, peft_is_restored, one_rank, monkeypatch, tmp_path, capsys):
+def test_the_code_of_a_page_runs(page, request, small_models, peft_is_restored, monkeypatch, tmp_path, capsys):
     if "integrations.peft" in pages.text_of(page):
         pytest.importorskip("peft")
+    if page == "docs/distributed.md":  # other pages' scripts run alone: accelerate would remember ranks for good
+        request.getfixturevalue("one_rank")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     names = dict(small_models)

@@ -53,8 +53,7 @@ class ShardCall(NamedTuple):
     def dropped(self, rows: Tensor) -> Tensor:
         if self.seed is None:
             return rows
-        dropped: Tensor = torch.ops.randlora.dropout(rows.contiguous(), self.seed, self.dropout)
-        return dropped
+        return calls.dropout(rows.contiguous(), self.seed, self.dropout)
 
     def is_factored(self, tokens: int, backward: bool) -> bool:
         """Whether that takes fewer multiply-adds, where the caller has not chosen."""

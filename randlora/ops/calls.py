@@ -110,6 +110,7 @@ if TYPE_CHECKING:
         need_lambda: bool,
         need_gamma: bool,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
+    def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor: ...
 
 else:
     fill_bases_ = torch.ops.randlora.fill_bases_.default
@@ -122,3 +123,4 @@ else:
     hadamard_update_backward = torch.ops.randlora.hadamard_update_backward.default
     linear = torch.ops.randlora.linear.default
     linear_backward = torch.ops.randlora.linear_backward.default
+    dropout = torch.ops.randlora.dropout.default

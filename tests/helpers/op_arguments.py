@@ -46,13 +46,18 @@ class Memory:
 
 @dataclass
 class Call:
-    """An op with its arguments by name. `expected`: its results in float64, unless the arguments were made wrong."""
+    """An op with its arguments by name. `expected`: its results in float64, unless the arguments were made wrong.
+
+    `squares`: for each result, the sums of the squares of its terms. Their roots are its size, where terms of another
+    sign leave a result of a few elements smaller than any of them, by luck.
+    """
 
     op: str
     arguments: dict
     expected: object = None
     tolerance: float = 0.0
     wrong: list = field(default_factory=list)
+    squares: list | None = None
 
     def __str__(self):
         def text(v):
@@ -136,10 +141,10 @@ class Layer:
             self.dtype
         ]
 
-    def update(self, lam, gamma, scale):
-        """dW [out, in] in float64, differentiable."""
+    def update(self, lam, gamma, scale, power=1):
+        """dW [out, in] in float64, differentiable; with power 2, of squares, the sums of the squares of its terms."""
         A, B = self.bases.draw(torch.float64, torch.device("cpu"))
-        return reference_dW(A, B, lam, gamma, scale * self.scale, self.i, self.o)
+        return reference_dW(A**power, B**power, lam, gamma, (scale * self.scale) ** power, self.i, self.o)
 
 
 def exact(*tensors):
@@ -162,11 +167,17 @@ def linear(d, backward):
     )
     bias = d.laid_out(d.normal(layer.o, dtype=layer.dtype)) if weight is not None and d.chance(0.5) else None
     seed = d.seed()
-    xs, lam, gamma = exact(x, layer.lam, layer.gamma)
-    kept = xs * torch.ops.randlora.dropout(torch.ones_like(x, dtype=torch.float64), seed, p) if p else xs
-    y = torch.nn.functional.linear(kept, layer.update(lam, gamma, 0.7))
-    if weight is not None:
-        y = y + torch.nn.functional.linear(xs, weight.double(), None if bias is None else bias.double())
+    mask = torch.ops.randlora.dropout(torch.ones_like(x, dtype=torch.float64), seed, p) if p else 1.0
+
+    def results(power, *leaves):
+        y = torch.nn.functional.linear(leaves[0] * mask**power, layer.update(*leaves[1:], 0.7, power))
+        if weight is not None:
+            others = (None if t is None else t.double() ** power for t in (weight, bias))
+            y = y + torch.nn.functional.linear(leaves[0], *others)
+        return torch.autograd.grad(y, leaves, g.double() ** power) if backward else [y]
+
+    leaves = exact(x, layer.lam, layer.gamma)
+    expected, squares = results(1, *leaves), results(2, *exact(*(leaf**2 for leaf in leaves)))
     arguments = {
         "x": x, "weight": weight if weight is None or not transposed else weight.t(), "bias": bias,
         "A": layer.A, "B": layer.B, "randlora_lambda": layer.lam, "randlora_gamma": layer.gamma,
@@ -175,13 +186,12 @@ def linear(d, backward):
         "workspace": d.of((0, 0, 1, 5000)), "pattern": list(layer.pattern),
     }  # fmt: skip
     if not backward:
-        return Call("linear", arguments, [y], layer.tolerance)
-    gradients = torch.autograd.grad(y, (xs, lam, gamma), g.double())
+        return Call("linear", arguments, expected, layer.tolerance, squares=squares)
     needs = [d.chance(0.7) for _ in range(3)]
     del arguments["bias"], arguments["out_features"]
     arguments = {"grad": g, **arguments}
     arguments.update(zip(("need_x", "need_lambda", "need_gamma"), needs, strict=True))
-    return Call("linear_backward", arguments, needed(gradients, needs), layer.tolerance)
+    return Call("linear_backward", arguments, needed(expected, needs), layer.tolerance, squares=squares)
 
 
 def packed_update(d, backward):

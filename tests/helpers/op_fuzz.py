@@ -134,12 +134,14 @@ def compare(call, results):
         kept = results != 0
         torch.testing.assert_close(results[kept].double(), x[kept].double() / (1 - p), rtol=call.tolerance, atol=0)
         return
-    for got, wanted in zip(results, call.expected, strict=True):
+    for got, wanted, squares in zip(results, call.expected, call.squares or call.expected, strict=True):
         if wanted is None:
             assert got.numel() == 0, "a gradient that nobody asked for"
             continue
         assert got.shape == wanted.shape, (got.shape, wanted.shape)
         size = wanted.abs().max() + 1e-6 if wanted.numel() else 1.0
+        if call.squares and wanted.numel():
+            size = max(size, squares.max().sqrt())
         error = ((got.double() - wanted).abs().max() / size).item() if wanted.numel() else 0.0
         assert error <= call.tolerance, f"{call.op} is off by {error}"
 
