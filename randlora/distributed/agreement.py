@@ -6,20 +6,19 @@ else there, and their gradients would be averaged all the same, without any erro
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..bases.random_bases import RandomBases
 from ..model.parts import adapted_layers
 from ..names import plain_name
+from .gathering import exchanged, gpu_of
 
 _SHOWN = 3  # differences that a message names
 # Paths on this machine, which need not be the same on another.
@@ -61,10 +60,10 @@ def compare(model: nn.Module, groups: Sequence[Any]) -> bool:
         described = describe(model.module if isinstance(model, DistributedDataParallel) else model)
     except Exception as error:
         failure, described = error, {_FAILURE: f"failed with {type(error).__name__}: {error}"}
-    with _device_of(model):
-        digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-        if len(set(_gathered(digest, groups).values())) > 1:
-            raise ValueError(_message(_gathered(described, groups)))
+    gpu = gpu_of(model.parameters())
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    if len(set(exchanged(digest, groups, gpu).values())) > 1:
+        raise ValueError(_message(exchanged(described, groups, gpu)))
     if failure is not None:
         raise failure
     return bool(described)
@@ -156,9 +155,6 @@ def _named(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
 
 
-# ---- the exchange ----
-
-
 def _groups(group: Any) -> list[Any]:
     """Process groups, one after the other, by which the ranks of `group` hear of all others."""
     from torch.distributed.device_mesh import DeviceMesh
@@ -166,23 +162,7 @@ def _groups(group: Any) -> list[Any]:
     if isinstance(group, DeviceMesh):
         if group.get_coordinate() is None:
             raise ValueError(f"rank {distributed.get_rank()} is not in {group}")
-        return [group.get_group(dim) for dim in range(group.ndim)]
+        return list(group.get_all_groups())
     if distributed.get_rank(group) < 0:
         raise ValueError(f"rank {distributed.get_rank()} is not in the process group that is to be compared")
     return [group]
-
-
-def _gathered(value: Any, groups: Sequence[Any]) -> dict[int, Any]:
-    """Rank -> its value, by way of one group after the other."""
-    values = {distributed.get_rank(): value}
-    for group in groups:
-        parts: list[Any] = [None] * distributed.get_world_size(group)
-        distributed.all_gather_object(parts, values, group)
-        values = {rank: theirs for part in parts for rank, theirs in part.items()}
-    return dict(sorted(values.items()))
-
-
-def _device_of(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """NCCL takes objects by way of the current device, which a script need not have set to this rank's."""
-    device = next((parameter.device for parameter in model.parameters() if parameter.is_cuda), None)
-    return contextlib.nullcontext() if device is None else torch.cuda.device(device)

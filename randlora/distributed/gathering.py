@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import zero3
@@ -64,16 +65,18 @@ class Processes:
     All of them must make the same calls, which wait for the others; one alone waits for nobody.
     """
 
-    def __init__(self, groups: Iterable[Any]) -> None:
-        self._groups = list(dict.fromkeys(groups))
+    def __init__(self, groups: Iterable[Any], gpu: torch.device | None = None) -> None:
+        self._groups, self._gpu = list(dict.fromkeys(groups)), gpu
 
     @classmethod
     def that_hold(cls, tensors: Iterable[Any]) -> Processes:
-        return cls(group for tensor in tensors for group in groups_of(tensor))
+        tensors = list(tensors)
+        return cls((group for tensor in tensors for group in groups_of(tensor)), gpu_of(tensors))
 
     def joined_by(self, tensors: Iterable[Any]) -> Processes:
         """These and those that hold parts of `tensors`."""
-        return Processes([*self._groups, *(group for tensor in tensors for group in groups_of(tensor))])
+        others = Processes.that_hold(tensors)
+        return Processes([*self._groups, *others._groups], self._gpu or others._gpu)
 
     def __bool__(self) -> bool:
         return bool(self._groups)
@@ -105,26 +108,42 @@ class Processes:
         """Rank -> the value there."""
         if not self:
             return {}
-        distributed = _distributed()
-        known = {distributed.get_rank(): value}
-        for group in self._groups:  # an axis of the mesh after the other, so that at the end all know of all
+        try:
+            return exchanged(value, self._groups, self._gpu)
+        except RuntimeError as error:
+            raise RuntimeError(
+                "not all processes save the adapter: each holds a part of it (as with FSDP2, tensor parallel or "
+                "ZeRO-3), so that all must call save_pretrained, not the first one alone, unless one has died; "
+                f"the process group says: {error}"
+            ) from error
+
+
+def exchanged(value: Any, groups: Iterable[Any], gpu: torch.device | None) -> dict[int, Any]:
+    """Rank -> the value there, of all ranks that `groups` reach, one after the other. All of them call this.
+
+    `gpu`: this process's own, if it has one: NCCL takes objects by way of the current device, which a script need not
+    have set.
+    """
+    distributed = _distributed()
+    known = {distributed.get_rank(): value}
+    with contextlib.nullcontext() if gpu is None else torch.cuda.device(gpu):
+        for group in groups:
             found: list[Any] = [None] * distributed.get_world_size(group)
-            try:
-                distributed.all_gather_object(found, known, group=group)
-            except RuntimeError as error:
-                raise RuntimeError(
-                    "not all processes save the adapter: each holds a part of it (as with FSDP2, tensor parallel or "
-                    "ZeRO-3), so that all must call save_pretrained, not the first one alone, unless one has died; "
-                    f"the process group says: {error}"
-                ) from error
+            distributed.all_gather_object(found, known, group=group)
             known = {rank: theirs for part in found for rank, theirs in part.items()}
-        return dict(sorted(known.items()))
+    return dict(sorted(known.items()))
+
+
+def gpu_of(tensors: Iterable[Any]) -> torch.device | None:
+    """The first CUDA device among those of `tensors`."""
+    return next((tensor.device for tensor in tensors if getattr(tensor, "is_cuda", False)), None)
 
 
 def groups_of(tensor: Any) -> list[Any]:
     """The process groups, one for each dimension of a mesh, whose processes hold parts of `tensor`."""
     if is_split(tensor):
-        return [tensor.device_mesh.get_group(axis) for axis in range(tensor.device_mesh.ndim)]
+        groups: list[Any] = tensor.device_mesh.get_all_groups()
+        return groups
     return [tensor.ds_process_group] if zero3.is_parameter(tensor) else []
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.common import make_base, make_bases, normal
 from helpers.models import IDS, SETTINGS, adapt, add, net
+from helpers.ranks import shard
 from torch import nn
 
 import randlora
@@ -165,13 +166,13 @@ def test_one_process_has_nothing_to_compare():
 
 def comparisons(function):
     """How many exchanges between the ranks `function` starts to compare them."""
-    count, gathered = [0], agreement._gathered
+    count, gathered = [0], agreement.exchanged
 
     def counting(*arguments):
         count[0] += 1
         return gathered(*arguments)
 
-    with mock.patch.object(agreement, "_gathered", counting):
+    with mock.patch.object(agreement, "exchanged", counting):
         function()
     return count[0]
 
@@ -183,11 +184,7 @@ def step(model):
 def first_step(seed, wrap):
     model = adapt(net(), projection_prng_key=seed * distributed.get_rank())
     if wrap == "fsdp":
-        from torch.distributed.fsdp import fully_shard
-
-        for block in model.model.layers:
-            fully_shard(block)
-        engine = fully_shard(model)
+        engine = shard(model)
     elif wrap == "tensor parallel":
         from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 

@@ -3,7 +3,7 @@
 import torch
 from helpers.common import randomize
 from helpers.models import IDS, net
-from torch.distributed.fsdp import fully_shard
+from helpers.ranks import part_of, shard
 from torch.nn.parallel import DistributedDataParallel
 
 import randlora
@@ -33,7 +33,7 @@ def gradients(model):
 def trained_in_parallel(folder):
     """DDP: the bytes that travel are those of the gradients. FSDP2: the same gradients. Then rank 0 alone goes on."""
     rank, size = distributed.get_rank(), distributed.get_world_size()
-    mine = IDS.chunk(size)[rank]
+    mine = part_of(IDS)
     model, _ = adapted()
     model(IDS).pow(2).mean().backward()
     expected = gradients(model)
@@ -57,9 +57,7 @@ def trained_in_parallel(folder):
     assert bases.nbytes == 0
 
     sharded, bases = adapted()
-    for block in sharded.get_base_model().layers:
-        fully_shard(block)
-    fully_shard(sharded)
+    shard(sharded)
     sharded(mine).pow(2).mean().backward()
     for name, g in gradients(sharded).items():
         torch.testing.assert_close(g, expected[name], rtol=1e-11, atol=1e-13)

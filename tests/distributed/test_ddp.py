@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 from helpers.models import CLASSES, IDS, adapt, add, net
+from helpers.ranks import part_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,12 +19,6 @@ KINDS = {
     "with biases and a module": {"bias": "all", "modules_to_save": ["head"]},
 }
 TARGETS = torch.randn(4, 5, CLASSES, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
-
-
-def mine(batch):
-    """This rank's half."""
-    rank, size = distributed.get_rank(), distributed.get_world_size()
-    return batch.chunk(size)[rank]
 
 
 def loss_of(model, ids, targets):
@@ -88,7 +83,7 @@ def steps_of(settings, wrap, steps):
         ddp.register_comm_hook(buckets, counting)
         for _ in range(steps):
             ddp.zero_grad()
-            loss_of(ddp, mine(IDS), mine(TARGETS)).backward()
+            loss_of(ddp, part_of(IDS), part_of(TARGETS)).backward()
             found.append(gradients(ddp))
     # The bases are there, of each rank's making, and are nothing that DDP knows.
     assert not held & {t.data_ptr() for t in (layer.randlora_A["default"], layer.randlora_B["default"])}
@@ -123,7 +118,7 @@ def test_gradients_are_those_of_one_process_and_all_that_is_sent(two_ranks, kind
 def accumulated():
     ddp, buckets, counts = DDP(adapt(net())), [], []
     ddp.register_comm_hook(buckets, counting)
-    halves = list(zip(mine(IDS).chunk(2), mine(TARGETS).chunk(2), strict=True))
+    halves = list(zip(part_of(IDS).chunk(2), part_of(TARGETS).chunk(2), strict=True))
     for _ in range(2):
         ddp.zero_grad()
         for i, (ids, targets) in enumerate(halves):
@@ -155,7 +150,7 @@ def one_of_two(when, **wrap):
         if when == "between" and i == 1:
             add(model, "second", **with_second)
         ddp.zero_grad()
-        loss_of(ddp, mine(IDS), mine(TARGETS)).backward()
+        loss_of(ddp, part_of(IDS), part_of(TARGETS)).backward()
     found = gradients(ddp)
     model.set_adapter("second")
     message = None
@@ -165,7 +160,7 @@ def one_of_two(when, **wrap):
         message = str(error)
     again = DDP(model, **wrap)
     again.zero_grad()
-    loss_of(again, mine(IDS), mine(TARGETS)).backward()
+    loss_of(again, part_of(IDS), part_of(TARGETS)).backward()
     return found, message, gradients(again)
 
 
@@ -199,14 +194,14 @@ def switched(names, find_unused_parameters):
         model.set_adapter(now)
         ddp.zero_grad()
         try:
-            loss_of(ddp, mine(IDS), mine(TARGETS)).backward()
+            loss_of(ddp, part_of(IDS), part_of(TARGETS)).backward()
             messages.append(None)
         except ValueError as error:
             messages.append(str(error))
     with torch.no_grad(), model.disable_adapter():
         ddp(IDS)
     ddp.zero_grad()
-    loss_of(ddp, mine(IDS), mine(TARGETS)).backward()
+    loss_of(ddp, part_of(IDS), part_of(TARGETS)).backward()
     return messages, gradients(ddp)
 
 
@@ -236,7 +231,7 @@ def mixed_batch():
     for _ in range(2):
         ddp.zero_grad()
         names = NAMES[:2] if distributed.get_rank() == 0 else NAMES[2:]
-        nn.functional.mse_loss(ddp(mine(IDS), adapter_names=names), mine(TARGETS)).backward()
+        nn.functional.mse_loss(ddp(part_of(IDS), adapter_names=names), part_of(TARGETS)).backward()
     return gradients(ddp)
 
 
@@ -273,7 +268,7 @@ def checkpointed(reentrant, p):
 def step_with_masks(model, seed):
     torch.manual_seed(seed)
     model.zero_grad()
-    loss_of(model, mine(IDS), mine(TARGETS)).backward()
+    loss_of(model, part_of(IDS), part_of(TARGETS)).backward()
     return {name.replace("block.", ""): gradient for name, gradient in gradients(model).items()}
 
 
@@ -302,7 +297,7 @@ def mixed():
     ddp, buckets = DDP(model), []
     ddp.register_comm_hook(buckets, counting)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss_of(ddp, mine(IDS), mine(TARGETS).float()).backward()
+        loss_of(ddp, part_of(IDS), part_of(TARGETS).float()).backward()
     return gradients(ddp), sum(buckets)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.models import IDS, adapt, add, net
+from helpers.ranks import part_of, shard
 
 import randlora
 from randlora.names import plain_name
@@ -23,13 +24,6 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (  # noq
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard  # noqa: E402
 
 
-def shard(model, **settings):
-    """Blocks first, then the rest."""
-    for block in model.model.layers:
-        fully_shard(block, **settings)
-    return fully_shard(model, **settings)
-
-
 def step(model, ids=IDS):
     """Gradients of a loss that is a mean over samples."""
     model.zero_grad()
@@ -37,16 +31,11 @@ def step(model, ids=IDS):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def mine(ids=IDS):
-    rank, size = distributed.get_rank(), distributed.get_world_size()
-    return ids.chunk(size)[rank]
-
-
 def assert_same_gradients(sharded, single, tolerance=1e-12, quiet=True):
     """`sharded` on this rank's samples has the gradients of `single` on all of them; `quiet`: without a warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error" if quiet else "ignore")
-        found = [step(sharded, mine()) for _ in range(2)][-1]
+        found = [step(sharded, part_of(IDS)) for _ in range(2)][-1]
     expected = step(single)
     found = {plain_name(name): grad.full_tensor() for name, grad in found.items()}
     assert found.keys() == expected.keys() and len(found) >= 16
@@ -180,7 +169,7 @@ def traffic():
     )
     block.set_custom_all_gather(gathered)
     block.set_custom_reduce_scatter(reduced)
-    step(model, mine())
+    step(model, part_of(IDS))
     return gathered.nbytes, reduced.nbytes, nbytes, before == _fingerprints(model)
 
 

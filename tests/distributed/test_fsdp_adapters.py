@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.models import IDS, SETTINGS, Net, adapt, add, net
+from helpers.ranks import shard
 from torch import nn
 
 import randlora
@@ -17,12 +18,6 @@ pytest.importorskip("torch.distributed.fsdp")
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict  # noqa: E402
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
-
-
-def shard(model, **settings):
-    for block in model.model.layers:
-        fully_shard(block, **settings)
-    return fully_shard(model, **settings)
 
 
 def trained(model):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.models import IDS, adapt, add, net, randomize
+from helpers.ranks import shard
 
 import randlora
 
@@ -30,12 +31,6 @@ from torch.distributed.tensor import Replicate, distribute_tensor  # noqa: E402
 
 from randlora.checkpoint import replace  # noqa: E402
 from randlora.distributed.gathering import Processes, copy_into  # noqa: E402
-
-
-def shard(model, **settings):
-    for block in model.model.layers:
-        fully_shard(block, **settings)
-    return fully_shard(model, **settings)
 
 
 def contents(folder):

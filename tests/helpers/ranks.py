@@ -25,6 +25,20 @@ TIMEOUT = 120  # seconds that a test may take, on busy machines, too
 FAILED, DONE = "failed", "done"
 
 
+def part_of(batch):
+    """This rank's part of a batch; to be called on ranks."""
+    return batch.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
+
+
+def shard(model, **settings):
+    """`model`, a wrapper of one with ``layers``, by FSDP2: blocks first, then the rest."""
+    from torch.distributed.fsdp import fully_shard
+
+    for block in model.model.layers:
+        fully_shard(block, **settings)
+    return fully_shard(model, **settings)
+
+
 class RankError(AssertionError):
     """What went wrong on which rank, with its traceback."""
 
