@@ -25,7 +25,12 @@ def cut_by_a_plan(base_layer: nn.Module) -> bool:
     hooks, replaced = len(base_layer._forward_pre_hooks) + len(base_layer._forward_hooks), "forward" in vars(base_layer)
     if was_distributed(base_layer):
         return hooks <= 2 and not replaced
-    return not hooks and (not replaced or "_is_hooked" in vars(base_layer))  # transformers puts its forward around
+    return not hooks and (not replaced or has_plan_around(base_layer))
+
+
+def has_plan_around(module: nn.Module) -> bool:
+    """Whether transformers has put its parallel plan around the forward of this very module."""
+    return "_is_hooked" in vars(module) and "forward" in vars(module)
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -36,6 +41,6 @@ def all_finite(tensor: Tensor) -> bool:
 
     assert isinstance(tensor, DTensor)
     finite = torch.isfinite(tensor.to_local()).all().int()
-    for axis in range(tensor.device_mesh.ndim):
-        torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN, group=tensor.device_mesh.get_group(axis))
+    for group in tensor.device_mesh.get_all_groups():
+        torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN, group=group)
     return bool(finite)

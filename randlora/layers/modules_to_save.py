@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ..distributed.parallelized import has_plan_around
 from .mixed_batch import MixedBatch, run_apart
 from .offload import copy_of
 
@@ -25,7 +26,7 @@ class ModuleToSave(nn.Module):
 
     def add(self, adapter_name: str) -> None:
         """Raises ``ValueError`` for a module whose copy would go on calling the module that it is a copy of."""
-        if any("_is_hooked" in vars(part) and "forward" in vars(part) for part in self.original_module.modules()):
+        if any(map(has_plan_around, self.original_module.modules())):
             raise ValueError(
                 f"modules_to_save: transformers has put its parallel plan around the forward of this "
                 f"{type(self.original_module).__name__}, and a copy of it would call the original: leave it out of the "
