@@ -52,6 +52,11 @@ _ATTEMPTS = 100
 DAMAGE = (SafetensorError, OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError, RuntimeError)
 
 
+def folder_of(folder: str | os.PathLike, adapter_name: str) -> Path:
+    """Where an adapter's files are in the `folder` of a model: ``"default"`` in itself, others in one of their name."""
+    return Path(folder) if adapter_name == "default" else Path(folder) / adapter_name
+
+
 def settings_of(folder: Path, described: dict[str, Any] | None, given: dict[str, Any] | None) -> dict[str, Any]:
     """An adapter's settings, from what ``adapter_config.json`` says, `given`, and what the weights' metadata says.
 

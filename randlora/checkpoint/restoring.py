@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..distributed.fsdp import hold_parts
-from ..layers.modules_to_save import ModuleToSave
-from ..layers.randlora_layer import RandLoraLayer
 from ..model.adapters import Adapters
-from ..model.parts import adapted_layers, saved_modules
+from ..model.parts import layers_with, modules_with
 from ..undo import all_or_nothing
 from . import reading
-from .layout import PARAMETERS, WEIGHTS_NAME
+from .layout import PARAMETERS, WEIGHTS_NAME, folder_of
 from .reading import Loaded
 
 
 def holds_adapters(model: Adapters, folder: str | os.PathLike) -> bool:
     """Whether `folder` has a file of one of the model's adapters."""
-    return any((_folder_of(folder, name) / WEIGHTS_NAME).is_file() for name in model.peft_config)
+    return any((folder_of(folder, name) / WEIGHTS_NAME).is_file() for name in model.peft_config)
 
 
 def restore(model: Adapters, folder: str | os.PathLike) -> None:
@@ -36,12 +33,12 @@ def restore(model: Adapters, folder: str | os.PathLike) -> None:
         ValueError: a file is missing or damaged, or its layers, modules to save, rank, scaling or bases are not those
             of the model's adapter of that name. Nothing is changed then.
     """
-    found = {name: reading.read(model.model, _folder_of(folder, name)) for name in model.peft_config}
+    found = {name: reading.read(model.model, folder_of(folder, name)) for name in model.peft_config}
     for name, loaded in found.items():
         for what, there, here in _facts(model, name, loaded):
             if there != here:
                 raise ValueError(
-                    f"{_folder_of(folder, name)} is not of this model's adapter {name!r}: {what} must be {here}, got "
+                    f"{folder_of(folder, name)} is not of this model's adapter {name!r}: {what} must be {here}, got "
                     f"{there}. Adapt the model as it was when the file was written"
                 )
     hold_parts(model.modules())
@@ -51,15 +48,11 @@ def restore(model: Adapters, folder: str | os.PathLike) -> None:
             loaded.copy_into(model.model, name)
 
 
-def _folder_of(folder: str | os.PathLike, name: str) -> Path:
-    return Path(folder) if name == "default" else Path(folder) / name
-
-
 def _facts(model: Adapters, name: str, loaded: Loaded) -> Iterator[tuple[str, Any, Any]]:
     """What makes the adapter: how it is called, what the file says, and what the model has. Each needs those before."""
-    plan, config, layers = loaded.plan, model.peft_config[name], _layers(model, name)
+    plan, config, layers = loaded.plan, model.peft_config[name], layers_with(model.model, name)
     yield "layers that are not in both", sorted(set(plan.slots) ^ set(layers))[:3], []
-    yield "modules_to_save that are not in both", sorted(set(plan.saved) ^ set(_saved(model, name)))[:3], []
+    yield "modules_to_save that are not in both", sorted(set(plan.saved) ^ set(modules_with(model.model, name)))[:3], []
     for field in ("r", "randlora_alpha", "bias"):
         yield field, getattr(plan.config, field), getattr(config, field)
     for path, layer in layers.items():
@@ -71,14 +64,7 @@ def _facts(model: Adapters, name: str, loaded: Loaded) -> Iterator[tuple[str, An
 
 def _numbers(model: Adapters, name: str, loaded: Loaded) -> list[Tensor]:
     """What ``loaded.copy_into`` writes over."""
-    parameters = [getattr(layer, part)[name] for layer in _layers(model, name).values() for part in PARAMETERS]
-    copies = [module.modules_to_save[name].state_dict(keep_vars=True) for module in _saved(model, name).values()]
+    layers, modules = layers_with(model.model, name).values(), modules_with(model.model, name).values()
+    parameters = [getattr(layer, part)[name] for layer in layers for part in PARAMETERS]
+    copies = [module.modules_to_save[name].state_dict(keep_vars=True) for module in modules]
     return [*parameters, *(t for state in copies for t in state.values()), *loaded.overwritten(model.model)]
-
-
-def _layers(model: Adapters, name: str) -> dict[str, RandLoraLayer]:
-    return {path: layer for path, layer in adapted_layers(model.model).items() if name in layer.randlora_lambda}
-
-
-def _saved(model: Adapters, name: str) -> dict[str, ModuleToSave]:
-    return {path: module for path, module in saved_modules(model.model).items() if name in module.modules_to_save}

@@ -13,7 +13,7 @@ from ..distributed.gathering import whole
 from ..distributed.zero3 import gathered, shape_of
 from ..layers.offload import with_numbers
 from ..layers.randlora_layer import RandLoraLayer
-from ..model.parts import is_bias, saved_modules
+from ..model.parts import is_bias, modules_with
 from ..names import plain_name
 from . import biases
 from .layout import PARAMETERS, PREFIX, check_numbers
@@ -40,7 +40,7 @@ def sources(
             name = plain_name(f"model.{slot}.{part}.{adapter_name}")
             live = getattr(layer, part)[adapter_name]
             found[f"{PREFIX}{plain_name(slot)}.{part}"] = Source(live, name, torch.float32)
-    saved = {path: m for path, m in saved_modules(model).items() if adapter_name in m.modules_to_save}
+    saved = modules_with(model, adapter_name)
     for path, module in saved.items():
         for part, value in module.modules_to_save[adapter_name].state_dict(keep_vars=True).items():
             name = plain_name(f"model.{path}.modules_to_save.{adapter_name}.{part}")
@@ -55,17 +55,17 @@ def sources(
 
 
 def values(
-    model: nn.Module, adapter_name: str, found: Mapping[str, Source], state_dict: Mapping[str, Tensor] | None
+    model: nn.Module, adapter_name: str, found: Mapping[str, Source], state: Mapping[str, Tensor] | None
 ) -> dict[str, Tensor]:
-    """What is to be written for `found`, from `state_dict` or from `model`, not copied yet.
+    """What is to be written for `found`, from a :func:`plain_state` or from `model`, not copied yet.
 
     Raises:
         ValueError: what is missing there, has another shape, is no tensor, or has no numbers.
     """
-    if state_dict is None:
+    if state is None:
         result = with_numbers(model, {key: source.live for key, source in found.items()})
     else:
-        result = _of_state(adapter_name, state_dict, found)
+        result = _of_state(adapter_name, state, found)
     for key, value in result.items():
         what = f"adapter {adapter_name!r} cannot be saved: {found[key].name}"
         if not isinstance(value, Tensor):
@@ -75,14 +75,18 @@ def values(
     return result
 
 
-def in_state(state_dict: Mapping[str, Any], found: Mapping[str, Source]) -> dict[str, Any]:
-    """Those values of `state_dict` that stand for `found`, by the names in the file."""
-    given = {_plain_key(key): value for key, value in state_dict.items()}
-    return {key: given[source.name] for key, source in found.items() if source.name in given}
+def plain_state(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict of the model by the names that :class:`Source` has."""
+    return {_plain_key(key): value for key, value in state_dict.items()}
 
 
-def _of_state(adapter_name: str, state_dict: Mapping[str, Any], found: Mapping[str, Source]) -> dict[str, Any]:
-    given = in_state(state_dict, found)
+def in_state(state: Mapping[str, Any], found: Mapping[str, Source]) -> dict[str, Any]:
+    """Those values of a :func:`plain_state` that stand for `found`, by the names in the file."""
+    return {key: state[source.name] for key, source in found.items() if source.name in state}
+
+
+def _of_state(adapter_name: str, state: Mapping[str, Any], found: Mapping[str, Source]) -> dict[str, Any]:
+    given = in_state(state, found)
     for key, source in found.items():
         if key not in given:
             raise ValueError(

@@ -26,7 +26,7 @@ from ..distributed.gathering import Processes
 from ..distributed.zero3 import is_parameter
 from ..layers.randlora_layer import RandLoraLayer
 from ..model.adapter_plan import required
-from ..model.parts import adapted_layers
+from ..model.parts import layers_with
 from . import trained
 from .for_peft import drawn_dims, exact_targets, misread
 from .layout import (
@@ -37,6 +37,7 @@ from .layout import (
     OWN_SETTINGS,
     WEIGHTS_NAME,
     checksum,
+    folder_of,
 )
 from .replace import replace_files
 
@@ -75,15 +76,14 @@ def save(
         OSError: the folder cannot be written, or the disk is full; the old files are as they were then.
     """
     hold_parts(model.modules())
-    layers = {name: _layers(model, name) for name in names}
+    layers = {name: layers_with(model.model, name) for name in names}
     found = {name: trained.sources(model.model, name, model.peft_config[name], layers[name]) for name in names}
+    state = None if state_dict is None else trained.plain_state(state_dict)
     processes = Processes.that_hold(
         tensor
         for sources in found.values()
         for tensor in (
-            [source.live for source in sources.values()]
-            if state_dict is None
-            else trained.in_state(state_dict, sources).values()
+            [source.live for source in sources.values()] if state is None else trained.in_state(state, sources).values()
         )
         # DeepSpeed gathers a state_dict on the main process alone, and the others have none to give.
         if is_main_process or not is_parameter(tensor)
@@ -94,7 +94,7 @@ def save(
         processes = processes.joined_by(model.parameters())
     with processes.agreeing():
         prepared = {name: _description(model, name, layers[name], for_peft) for name in names}
-        values = {name: trained.values(model.model, name, found[name], state_dict) for name in names}
+        values = {name: trained.values(model.model, name, found[name], state) for name in names}
     writes = processes.chosen(is_main_process)
     copied = {name: trained.copies(values[name], kept=writes) for name in names}
     with processes.agreeing():
@@ -119,7 +119,7 @@ def _write_all(
             WEIGHTS_NAME: functools.partial(_write, tensors=complete, metadata=metadata),
             CONFIG_NAME: functools.partial(Path.write_text, data=text, encoding="utf-8"),
         }
-        replace_files(folder if name == "default" else folder / name, writers, described_by=CONFIG_NAME)
+        replace_files(folder_of(folder, name), writers, described_by=CONFIG_NAME)
 
 
 def check_options(safe_serialization: bool, save_function: Callable | None) -> None:
@@ -157,10 +157,6 @@ class _Description(NamedTuple):
     config: dict[str, Any]
     metadata: dict[str, Any]  # without the checksum
     projections: Callable[[], dict[str, Tensor]]
-
-
-def _layers(model: Adapters, name: str) -> dict[str, RandLoraLayer]:
-    return {path: layer for path, layer in adapted_layers(model.model).items() if name in layer.randlora_lambda}
 
 
 def _description(model: Adapters, name: str, layers: dict[str, RandLoraLayer], for_peft: bool | None) -> _Description:

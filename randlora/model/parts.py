@@ -18,6 +18,16 @@ def saved_modules(model: nn.Module) -> dict[str, ModuleToSave]:
     return {name: module for name, module in model.named_modules() if isinstance(module, ModuleToSave)}
 
 
+def layers_with(model: nn.Module, adapter_name: str) -> dict[str, RandLoraLayer]:
+    """The adapted layers that have this adapter."""
+    return {name: layer for name, layer in adapted_layers(model).items() if adapter_name in layer.randlora_lambda}
+
+
+def modules_with(model: nn.Module, adapter_name: str) -> dict[str, ModuleToSave]:
+    """The modules to save that have a copy for this adapter."""
+    return {name: module for name, module in saved_modules(model).items() if adapter_name in module.modules_to_save}
+
+
 def is_bias(name: str) -> bool:
     """Whether a parameter of this name is a bias of a layer or of an attention."""
     return name.rpartition(".")[2] in _BIASES
