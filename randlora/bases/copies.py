@@ -101,54 +101,49 @@ class Copies:
 
     def tensors(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """A and B; None where nothing has numbers (:func:`are_wanted_fake`)."""
-        name = _make_sure(self.handle, dtype, device)
-        if name is None:
-            return None
-        found = getattr(self.ready, name, None)
-        return self.tensors(dtype, device) if found is None else found  # None: cleared by another thread in between
+        found: tuple[Tensor, Tensor] | None = self._taken(_make_sure, dtype, device)
+        return found
 
     def pattern(self, min_dim: int, device: torch.device) -> tuple[Pattern, float] | None:
         """The part of the packed form that `min_dim` asks for, and its scale; None as above, or if there is no form."""
-        name = _make_sure_pattern(self.handle, min_dim, device)
-        if name is None:
-            return None
-        found = getattr(self.ready, name, None)
-        return self.pattern(min_dim, device) if found is None else found
+        found: tuple[Pattern, float] | None = self._taken(_make_sure_pattern, min_dim, device)
+        return found
 
     def part(self, part: Part) -> tuple[Tensor, Tensor] | None:
         """A part of A and B alone; None as above."""
-        name = _make_sure_part(self.handle, *part)
+        found: tuple[Tensor, Tensor] | None = self._taken(_make_sure_part, *part)
+        return found
+
+    def _taken(self, make_sure: Callable[..., str | None], *key: Any) -> Any:
+        name = make_sure(self.handle, *key)
         if name is None:
             return None
         found = getattr(self.ready, name, None)
-        return self.part(part) if found is None else found
+        return self._taken(make_sure, *key) if found is None else found  # None: cleared by another thread in between
 
     # ---- making ----
 
     def make(self, dtype: torch.dtype, device: torch.device) -> str:
         """Have A and B ready; returns the name that :class:`Ready` has them under."""
-        name = Ready.name(dtype, device)
-        if not hasattr(self.ready, name):
-            with self.lock, of_no_context():
-                if (dtype, device) not in self._dense:
-                    _refuse_capture(device)
-                    drawn = self._bases().draw(dtype, device)
-                    _synchronize(device)
-                    self._dense[dtype, device] = drawn
-                setattr(self.ready, name, self._dense[dtype, device])
-        return name
+        return self._drawn(self._dense, (dtype, device), device, lambda: self._bases().draw(dtype, device))
 
     def make_part(self, part: Part) -> str:
         """The same for a part."""
-        name = Ready.name(*part)
+        return self._drawn(self._parts, part, part.device, lambda: self._bases().draw_part(part))
+
+    def _drawn(
+        self, copies: dict[Any, tuple[Tensor, Tensor]], key: tuple, device: torch.device,
+        draw: Callable[[], tuple[Tensor, Tensor]],
+    ) -> str:  # fmt: skip
+        name = Ready.name(*key)
         if not hasattr(self.ready, name):
             with self.lock, of_no_context():
-                if part not in self._parts:
-                    _refuse_capture(part.device)
-                    drawn = self._bases().draw_part(part)
-                    _synchronize(part.device)
-                    self._parts[part] = drawn
-                setattr(self.ready, name, self._parts[part])
+                if key not in copies:
+                    _refuse_capture(device)
+                    drawn = draw()
+                    _synchronize(device)
+                    copies[key] = drawn
+                setattr(self.ready, name, copies[key])
         return name
 
     def make_pattern(self, min_dim: int, device: torch.device) -> str | None:
