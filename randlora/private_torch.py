@@ -171,8 +171,11 @@ def is_put_together(module: nn.Module) -> bool:
     Missed: that question. FSDPModule is the class of what fully_shard was called with, which need not be this module,
     and what is put together for a call is an ordinary parameter.
     """
-    hooks = module._load_state_dict_post_hooks.values()
-    return any(getattr(hook, "__module__", "").startswith("torch.distributed.fsdp._fully_shard.") for hook in hooks)
+    hooks = module._load_state_dict_post_hooks
+    if not hooks:  # asked in every call inside inference_cache
+        return False
+    fsdp = "torch.distributed.fsdp._fully_shard."
+    return any(getattr(hook, "__module__", "").startswith(fsdp) for hook in hooks.values())
 
 
 # ---- the rest ----

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.overrides import TorchFunctionMode
@@ -159,8 +159,7 @@ def _of_all(
 def _update_of(layer: Linear, share: Share, layout: _Layout, x: Tensor, adapter: str) -> Tensor:
     groups = [share.mesh.get_group(axis) for axis in layout.partial]
     lam, gamma = _with_summed_gradients(*_trained(layer, adapter, x.device), groups)
-    dropout = layer.randlora_dropout[adapter]
-    p = dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
+    p = layer.dropout_of(adapter)
     seed = _seed(share.mesh, layout, x.device) if p else None
     dtype, strategy = compute_dtype(x), planner.without_weight(layer.strategy)
     bases = layer._bases(adapter)

@@ -214,7 +214,6 @@ class Linear(nn.Linear, RandLoraLayer, CachedForward, Noticed):
     def _update(
         self, x: Tensor, dtype: torch.dtype, adapter: str, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        dropout = self._modules["randlora_dropout"]._modules[adapter]
         strategy = self.strategy if weight is not None else planner.without_weight(self.strategy)
         found = self._pattern(adapter, x.device)
         A = B = pattern = None
@@ -222,7 +221,7 @@ class Linear(nn.Linear, RandLoraLayer, CachedForward, Noticed):
             A, B, factor = self._tensors(adapter, dtype, x.device)
         else:
             pattern, factor = found
-        p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+        p = self.dropout_of(adapter)
         return linear_of(
             x, weight, bias, A, B, *self._trained(adapter, x.device), self.scaling[adapter] * factor, p, dtype,
             strategy, self.out_features, self.fan_in_fan_out, self.workspace, None, pattern,

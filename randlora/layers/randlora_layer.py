@@ -225,6 +225,11 @@ class RandLoraLayer(Update, Mergeable, zero3.GatheredForCalls):
             for name, parameter in parameters.items():
                 parameter.requires_grad_(name in names and not frozen)
 
+    def dropout_of(self, adapter_name: str) -> float:
+        """The probability of the dropout that takes place in a call now."""
+        dropout = self._modules["randlora_dropout"]._modules[adapter_name]
+        return dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+
     def check_trained(self, adapter_names: Sequence[str]) -> None:
         """Raises ``ValueError`` for adapters that cannot be trained, as FSDP2 does not know them."""
         sharded.check_trained(self, self.trained_parts(), adapter_names)

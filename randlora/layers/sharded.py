@@ -16,9 +16,11 @@ def check_trained(layer: nn.Module, parts: Iterable[nn.ParameterDict], adapter_n
 
     `parts`: the layer's ``randlora_lambda`` and ``randlora_gamma``.
     """
+    if not is_sharded(layer):
+        return
     parts = tuple(parts)
     for name in adapter_names:
-        if is_sharded(layer) and not _has_parts(parts, name):
+        if not _has_parts(parts, name):
             raise ValueError(
                 f"adapter {name!r} cannot be trained: it was added after fully_shard, which knows nothing of it, so "
                 "that every rank would train another one. Add adapters before fully_shard. To compute with it only, "
