@@ -14,7 +14,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -101,11 +101,16 @@ def put_beside(options: Any, name: str, rows: Sequence[Mapping[str, Any]]) -> Pa
     folder = machine_folder(options.results, environment(options.device)) / "kernels"
     folder.mkdir(exist_ok=True)
     path = folder / f"{name}.csv"
+    write(path, dict.fromkeys(key for row in rows for key in row), rows)
+    return path
+
+
+def write(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """A CSV, whole; what a row does not say stays empty."""
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row), lineterminator="\n")
+        writer = csv.DictWriter(file, list(columns), restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    return path
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -139,12 +144,8 @@ def _merge(path: Path, rows: list[dict[str, Any]], key: Sequence[str], interrupt
         for row in table
         if row["provider"] != EVERYTHING or tuple(row[k] for k in key if k != "provider") not in done
     ]
-    columns = _columns(table)
     partial = path.with_suffix(".csv.part")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
+    write(partial, _columns(table), table)
     partial.replace(path)
 
 

@@ -12,7 +12,6 @@ run only where --results says so.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import shlex
 import sys
@@ -76,10 +75,7 @@ def write(folder: Path, gpu: str, found: Sequence[dict[str, Any]], command: str)
     }  # fmt: skip
     (folder / "computed.json").write_text(json.dumps(said, indent=2) + "\n")
     path = folder / "scaling.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, found[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(found)
+    records.write(path, found[0], found)
     return path
 
 
