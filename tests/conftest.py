@@ -36,3 +36,20 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("cuda"):  # not in item.keywords, where parameters called "cuda" are, too
             item.add_marker(skip)
+
+
+def _modes():
+    """The modes of torch that this thread is in; dispatch keys stand for some, such as that of torch.func."""
+    keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), *map(repr, keys)
+
+
+@pytest.fixture(autouse=True)
+def modes_are_left_as_they_were():
+    """A mode that a test leaves on would fail the tests after it, which have nothing to do with it."""
+    before = _modes()
+    yield
+    after = _modes()
+    torch.set_grad_enabled(before[0])
+    torch.set_default_dtype(before[2])
+    assert after == before, "(gradients, inference mode, default dtype, dispatch keys included, and excluded)"

@@ -2,8 +2,6 @@
 
 import sys
 
-import torch
-
 # Undoing must not fail as well, and an exception at the end of a block is past the point where it could be undone.
 UNDOING = ("randlora/undo.py", "contextlib.py")
 
@@ -18,15 +16,15 @@ def calls_of(operation, *arguments):
 
 
 def fail_at(k, operation, *arguments):
-    """Runs `operation`, whose k-th call raises :class:`Failure`, and returns that; None if it makes fewer calls."""
+    """Runs `operation`, whose k-th call raises :class:`Failure`, and returns its text; None if it makes fewer calls."""
     try:
         _run(operation, arguments, k)
     except Failure as failure:
-        return failure
+        return str(failure)
     except RuntimeError as error:  # load_state_dict collects what was raised
         if "has failed" not in str(error):
             raise
-        return error
+        return str(error)
     return None
 
 
@@ -41,18 +39,19 @@ def _run(operation, arguments, k):
             return
         if event == "call" and frame.f_back is not None and frame.f_back.f_code.co_filename.endswith(UNDOING):
             return
-        if "__exit__" in (frame.f_code.co_name, getattr(function, "__name__", "")):
-            return  # of a mode of torch's, which would stay for all tests to come
+        callers = [f.f_code.co_name for f in (frame, frame.f_back) if f is not None]
+        if not {"__enter__", "__exit__"}.isdisjoint([*callers, getattr(function, "__name__", "")]):
+            # A mode of torch's would stay for all tests to come. inference_mode makes a guard, which is at work before
+            # it is entered: left to the frames of an exception, it restores what was before it whenever they go.
+            return
         made += 1
         if made == k:
             sys.setprofile(None)
             raise Failure(f"has failed: {event} {made}: {frame.f_code.co_name} {getattr(function, '__name__', '')}")
 
-    gradients = torch.is_grad_enabled()
     sys.setprofile(watch)
     try:
         operation(*arguments)
     finally:
         sys.setprofile(None)
-        torch.set_grad_enabled(gradients)  # the failure may have been that of switching them back
     return made
