@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..undo import all_or_nothing
 from . import offload
 from .attention_masks import merged_mask
-from .attention_parts import OF_EVERY_MODULE, Origin, check_base, copied, linear_of
+from .attention_parts import OF_EVERY_MODULE, Origin, check_base, copied, linear_of, require_unsharded
 from .fast_path import disable_fast_path, restore_fast_path
 from .linear import Linear
 from .randlora_layer import RandLoraLayer
@@ -49,7 +49,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     Raises:
         TypeError, ValueError: a base layer whose forward is not torch's own or that has hooks or parts of its own
-            (all of which would be lost), and arguments that do not fit.
+            (all of which would be lost), one that FSDP2 has sharded, and arguments that do not fit.
     """
 
     q_proj: nn.Linear
@@ -69,6 +69,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         if isinstance(base_layer, MultiheadAttention):
             raise TypeError("base_layer is adapted already: add an adapter with its add_adapter()")
         check_base(base_layer)
+        require_unsharded(base_layer, "base_layer")
         vars(self).update({key: value for key, value in vars(base_layer).items() if key not in OF_EVERY_MODULE})
         out_proj = base_layer.out_proj
         flags = {name: None if p is None else p.requires_grad for name, p in base_layer._parameters.items()}

@@ -53,6 +53,15 @@ def check_base(base_layer: nn.Module) -> None:
         raise ValueError("base_layer has hooks, which would be lost: remove them and register them on the adapted one")
 
 
+def require_unsharded(attention: nn.Module, what: str) -> None:
+    """Raises ``ValueError`` for an attention that FSDP2 has sharded: it would not know the parts."""
+    if is_sharded(attention):
+        raise ValueError(
+            f"{what}: the weights of its attention are sharded, and would be taken apart. Add the adapter before "
+            "fully_shard"
+        )
+
+
 def copied(tensor: Tensor, requires_grad: bool) -> nn.Parameter:
     """A parameter with these numbers and memory of its own."""
     return nn.Parameter(tensor.detach().clone(), requires_grad=requires_grad)

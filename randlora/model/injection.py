@@ -9,6 +9,7 @@ from torch import nn
 
 from ..distributed.fsdp import is_sharded
 from ..layers.attention import MultiheadAttention, disable_fast_path, restore_fast_path
+from ..layers.attention_parts import require_unsharded
 from ..layers.linear import Linear
 from ..layers.merging import merged_or_not
 from ..layers.modules_to_save import ModuleToSave
@@ -72,12 +73,8 @@ def _check_sharded(model: nn.Module, plan: Plan) -> None:
             )
     for name in plan.targets:
         for module in (model.get_submodule(path) for path in (name, name.rpartition(".")[0])):
-            attention = isinstance(module, nn.MultiheadAttention) and not isinstance(module, MultiheadAttention)
-            if attention and is_sharded(module):
-                raise ValueError(
-                    f"{name!r}: the weights of its attention are sharded, and would be taken apart. Add the adapter "
-                    "before fully_shard"
-                )
+            if isinstance(module, nn.MultiheadAttention) and not isinstance(module, MultiheadAttention):
+                require_unsharded(module, repr(name))
 
 
 def to_merge(model: nn.Module, names: Sequence[str]) -> dict[RandLoraLayer, list[str]]:

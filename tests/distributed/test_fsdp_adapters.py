@@ -181,11 +181,14 @@ def biases_later(folder):
         part.set_adapter("default", inference_mode=True)
         torch.testing.assert_close(part(IDS), single(IDS))
     attention = fully_shard(nn.Sequential(nn.MultiheadAttention(8, 2)))
-    return message(randlora.get_peft_model, attention, randlora.RandLoraConfig(r=2, target_modules=["0"]))
+    config = randlora.RandLoraConfig(r=2, target_modules=["0"])
+    return message(randlora.get_peft_model, attention, config), message(randlora.MultiheadAttention, attention[0])
 
 
 def test_biases_are_written_into_their_parts(two_ranks, tmp_path):
-    assert "'0': the weights of its attention are sharded" in two_ranks(biases_later, folder=str(tmp_path))[0]
+    in_a_model, alone = two_ranks(biases_later, folder=str(tmp_path))[0]
+    assert "'0': the weights of its attention are sharded" in in_a_model
+    assert "base_layer: the weights of its attention are sharded" in alone
 
 
 # ---- inference and merging ----
