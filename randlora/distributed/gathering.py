@@ -144,7 +144,8 @@ def groups_of(tensor: Any) -> list[Any]:
     if is_split(tensor):
         groups: list[Any] = tensor.device_mesh.get_all_groups()
         return groups
-    return [tensor.ds_process_group] if zero3.is_parameter(tensor) else []
+    group = getattr(tensor, "ds_process_group", None)  # of ZeRO-3
+    return [] if group is None else [group]
 
 
 def _distributed() -> Any:

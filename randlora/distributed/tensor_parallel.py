@@ -65,8 +65,10 @@ def forward(layer: Linear, x: Tensor, adapters: Sequence[str], *args: Any, **kwa
         # A DTensor may be another one than between calls: fully_shard puts it together along its dimension of the mesh.
         # An ordinary weight is whole if fully_shard is alone, or a shard, with which transformers computes in no_grad.
         if not isinstance(weight, DTensor) and weight.shape == (layer.out_features, layer.in_features):
-            whole = functools.partial(layer._update, dtype=compute_dtype(x), weight=None, bias=None)
-            update = _of_all(layer, x, adapters, lambda x, name: whole(x, adapter=name), layer.out_features)
+            dtype = compute_dtype(x)
+            update = _of_all(
+                layer, x, adapters, lambda x, name: layer._update(x, dtype, name, None, None), layer.out_features
+            )
             return F.linear(x, weight, bias) + update
         share = share_of(layer, weight if isinstance(weight, DTensor) else between_calls)
         product = F.linear(x, weight, bias)

@@ -1,7 +1,7 @@
 """Parameters that DeepSpeed's ZeRO-3 partitions: each process keeps a part, and a module's calls have them whole.
 
-Between calls such a parameter is empty and has the attribute ``ds_shape``. It is known by this shape, so that DeepSpeed
-need not be imported here.
+Between calls such a parameter is empty. It is known by the attributes that DeepSpeed gives it, ``ds_id``, ``ds_shape``
+and ``ds_process_group``, so that DeepSpeed need not be imported here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def shape_of(tensor: Tensor) -> torch.Size:
 
 def is_parameter(tensor: Any) -> bool:
     """Whether `tensor` is such a parameter, be it whole at the moment or not."""
-    return hasattr(tensor, "ds_process_group")
+    return hasattr(tensor, "ds_id")
 
 
 def is_partitioned(tensor: Any) -> bool:
@@ -45,7 +45,7 @@ def require_whole(tensor: Tensor, what: str, purpose: str, writing: bool = False
     Args:
         writing: also if it is whole only because a call has left it so: what is written into it would be lost.
     """
-    if is_partitioned(tensor) or (writing and hasattr(tensor, "ds_id") and not _is_held(tensor)):
+    if is_partitioned(tensor) or (writing and is_parameter(tensor) and not _is_held(tensor)):
         raise ValueError(
             f"{what} is kept in parts by DeepSpeed's ZeRO-3: it has no numbers {purpose} but in calls of DeepSpeed's "
             "engine and inside `with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0):`"
@@ -82,7 +82,7 @@ class GatheredForCalls:
         yield from self._external_params.items()
         for part in self.trained_parts():
             # Not part.values(): whatever is read by key while the model runs is registered for the module that runs.
-            yield from ((id(p), p) for p in part._parameters.values() if p is not None and hasattr(p, "ds_id"))
+            yield from ((id(p), p) for p in part._parameters.values() if p is not None and is_parameter(p))
 
     def trained_parts(self) -> tuple[nn.ParameterDict, ...]:
         raise NotImplementedError
