@@ -156,6 +156,13 @@ class RandLoraModel(Delegating, SavedAdapters):
     def get_base_model(self) -> nn.Module:
         return self.model
 
+    def _get_name(self) -> str:
+        """The wrapped model's name, by which transformers' Trainer knows whether to shift labels that it smooths."""
+        return str(self.model._get_name())
+
+    def __repr__(self) -> str:
+        return type(self).__name__ + super().__repr__().removeprefix(self._get_name())
+
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return forward_signature.new, (type(self).__bases__[0], type(self.model)), self.__dict__
 

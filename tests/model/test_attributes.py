@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from helpers.checkpoints import CONFIG, WEIGHTS, assert_same_numbers, load
+from helpers.checkpoints import CARD, CONFIG, WEIGHTS, assert_same_numbers, load
 from helpers.models import IDS, adapt, add, net, randomize, tiny_llama
 from torch import nn
 
@@ -132,7 +132,7 @@ def test_pickles_are_refused(tmp_path):
         with pytest.raises(ValueError, match=r"safe_serialization must be True: .*not pickles"):
             adapt(net()).save_pretrained(tmp_path, safe_serialization=False, is_main_process=is_main_process)
     adapt(net()).save_pretrained(tmp_path, safe_serialization=True)
-    assert {p.name for p in tmp_path.iterdir()} == {CONFIG, WEIGHTS}
+    assert {p.name for p in tmp_path.iterdir()} == {CONFIG, WEIGHTS, CARD}
 
 
 def test_functions_that_save(tmp_path):
