@@ -110,8 +110,7 @@ def _updated(old: str, data: Mapping[str, Any], here: str, use: str) -> str | No
     found.data["library_name"] = data["library_name"]
     if "base_model" in data:
         found.data["base_model"] = data["base_model"]
-    old_tags = found.data.tags or []
-    found.data["tags"] = sorted({*data["tags"], *([old_tags] if isinstance(old_tags, str) else old_tags)})
+    found.data["tags"] = sorted({*data["tags"], *(found.data.tags or [])})
     if not found.data.pipeline_tag and "pipeline_tag" in data:
         found.data["pipeline_tag"] = data["pipeline_tag"]
     if here in found.text:

@@ -190,6 +190,22 @@ class RandLoraModel(Delegating, SavedAdapters):
                 part.load_state_dict(state, strict=False)
         return self
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped model's.
+
+        Raises:
+            ValueError: adapters act on the embeddings or the output head, or hold copies of them: those would be lost.
+        """
+        model: Any = self.model
+        modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+        parts = adapted_layers(model) | saved_modules(model)
+        if found := [path for path, part in parts.items() if any(part is module for module in modules)]:
+            raise ValueError(
+                f"resize_token_embeddings: {' and '.join(found)} would lose what adapters have there. Resize the model "
+                "before it is adapted"
+            )
+        return model.resize_token_embeddings(*args, **kwargs)
+
     # ---- gradient checkpointing ----
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:

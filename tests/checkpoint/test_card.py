@@ -91,7 +91,7 @@ def test_what_peft_would_misread_is_not_called_pefts(tmp_path):
 
 
 def test_a_card_of_the_users_keeps_its_text(tmp_path):
-    (tmp_path / CARD).write_text("---\nlicense: mit\nlibrary_name: x\ntags: mine\n---\n# My model\n\nIt is good.\n")
+    (tmp_path / CARD).write_text("---\nlicense: mit\nlibrary_name: x\ntags:\n- mine\n---\n# My model\n\nIt is good.\n")
     model = adapt(named(tiny_llama()))
     model.save_pretrained(tmp_path)
     data, text = data_of(tmp_path), (tmp_path / CARD).read_text()

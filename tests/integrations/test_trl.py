@@ -171,7 +171,8 @@ def test_any_trainer_can_be_derived_from_it(tmp_path):
     class Reward(TrainsAdapters, trl.RewardTrainer):
         pass
 
-    config = transformers.LlamaConfig(**tiny_llama().config.to_dict() | {"num_labels": 1})
+    config = tiny_llama().config
+    config.num_labels = 1
     model = transformers.LlamaForSequenceClassification(config)
     model = randlora.get_peft_model(model, {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["score"]})
     arguments = trl.RewardConfig(output_dir=str(tmp_path), **ARGUMENTS | {"max_steps": 2})
