@@ -89,16 +89,17 @@ def _yaml(data: Mapping[str, Any]) -> str:
     """Strings and lists of strings. JSON's strings are YAML's; most need no quotes."""
     lines = []
     for key, value in sorted(data.items()):
-        lines += (
-            [f"{key}:", *(f"- {_scalar(v)}" for v in value)]
-            if isinstance(value, list)
-            else [f"{key}: {_scalar(value)}"]
-        )
+        values = [f"- {_scalar(item)}" for item in value] if isinstance(value, list) else []
+        lines += [f"{key}:", *values] if values else [f"{key}: {_scalar(value)}"]
     return "".join(f"{line}\n" for line in lines)
 
 
 def _scalar(text: str) -> str:
-    return text if re.fullmatch(r"[A-Za-z][\w./:-]*[\w/]", text) else json.dumps(text)
+    plain = re.fullmatch(r"[A-Za-z][\w./:-]*[\w/]", text) and text.lower() not in _NOT_TEXT
+    return text if plain else json.dumps(text)
+
+
+_NOT_TEXT = {"true", "false", "yes", "no", "on", "off", "null"}  # in YAML
 
 
 def _updated(old: str, data: Mapping[str, Any], here: str, use: str) -> str | None:

@@ -71,6 +71,12 @@ def test_sft(tmp_path):
     loaded = randlora.RandLoraModel.from_pretrained(tiny_llama(), tmp_path / "checkpoint-4")
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, model.eval()(IDS).logits)
+    trainer.save_model()
+    trainer.create_model_card("mine")
+    card = (tmp_path / "README.md").read_text()
+    assert (
+        "library_name: randlora" in card and "randlora.RandLoraModel.from_pretrained(base" in card and "- sft" in card
+    )
     # The first loss is that of TRL's own trainer around the same model without adapters.
     plain, _ = train(make(trl.SFTTrainer, alone(our_model()), tmp_path / "plain", max_steps=1))
     assert losses[1] == pytest.approx(plain[1], rel=1e-5)
