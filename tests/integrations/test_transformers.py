@@ -175,8 +175,7 @@ BY_LENGTH = {"group_by_length": True} if "group_by_length" in FIELDS else {"trai
         {"neftune_noise_alpha": 5.0},
         {"bf16": True},
         {"gradient_checkpointing": True},
-        {"auto_find_batch_size": True},
-        BY_LENGTH,
+        {"auto_find_batch_size": True, **BY_LENGTH},
     ],
     ids=str,
 )
