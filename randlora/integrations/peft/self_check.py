@@ -123,6 +123,10 @@ class _Pair:
         """PEFT's and randlora's. Nothing changes them."""
         return self.trained(False), self.trained(True)
 
+    def state_dict(self, on: bool, model: Any = None) -> dict[str, Tensor]:
+        with self.switched(on):
+            return peft.get_peft_model_state_dict(self.models[on] if model is None else model)
+
 
 def _config(**arguments: Any) -> Any:
     return peft.RandLoraConfig(**{**CONFIG, **arguments})
@@ -266,7 +270,7 @@ def _trained(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _state_dicts(pair: _Pair) -> None:
-    theirs, ours = map(peft.get_peft_model_state_dict, pair.models)
+    theirs, ours = (pair.state_dict(on) for on in (False, True))
     _all_close(_trained(theirs), _trained(ours), 0)
     # PEFT up to 0.21 has the bases once per layer as well.
     for kind in RANK_AXIS:
@@ -279,7 +283,7 @@ def _state_dicts(pair: _Pair) -> None:
     with pair.switched(True):
         peft.set_peft_model_state_dict(fresh, dict(theirs))  # some versions change the dict
     try:
-        _all_close(_trained(theirs), _trained(peft.get_peft_model_state_dict(fresh)), 0)
+        _all_close(_trained(theirs), _trained(pair.state_dict(True, fresh)), 0)
     except Differs as difference:
         raise Differs(f"PEFT's, loaded into randlora's model: {difference}") from None
 
@@ -298,7 +302,8 @@ def _files(writer: bool, reader: bool) -> Callable[[_Pair], None]:
                 with pair.switched(reader):
                     read = peft.PeftModel.from_pretrained(_Model(), folder)
             said = "with" if projections else "without"
-            _all_close(*(_trained(peft.get_peft_model_state_dict(model)) for model in (written, read)), 0)
+            states = pair.state_dict(writer, written), pair.state_dict(reader, read)
+            _all_close(*map(_trained, states), 0)
             with torch.no_grad():
                 x = _inputs(SHAPES["up"][0])
                 _close(f"the model from a file {said} projections", written(x), read(x))
