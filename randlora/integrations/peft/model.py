@@ -26,7 +26,8 @@ from ...model.training_step import at_training_step
 from ...names import check_savable
 from ...undo import all_or_nothing
 from .bases import RANK_AXIS, Bases, is_8_bit
-from .layer import AcceleratedLinear, convert, initialise_anew, seen_where_it_computes
+from .conversion import convert
+from .layer import AcceleratedLinear, initialise_anew, seen_where_it_computes
 from .targets import check_targets, matched
 from .wrappers import Trainability, activate, mixed_batch_with_wrappers, wrappers
 
@@ -207,6 +208,26 @@ class AcceleratedRandLoraModel(PeftRandLoraModel):
         if sum(other.bias != "none" for other in self.peft_config.values()) > 1:  # PEFT checks it elsewhere by version
             raise ValueError("only one adapter can train biases: set bias='none' for all others")
 
+    # ---- state dicts ----
+
+    # From 0.22 on PEFT's RandLoRA has hooks of its own here: they take out the copies of the bases that its layers
+    # have, and put them back. Our layers have none, so the hooks of all tuners do, which other versions ask anyway.
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return cls._above(model)._get_adapter_state_dict(model, *args, **kwargs)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return cls._above(model)._remap_adapter_state_dict_for_load(model, *args, **kwargs)
+
+    @classmethod
+    def _above(cls, model: nn.Module) -> Any:
+        """Whose hooks `model` needs: PEFT asks this class while randlora is enabled, also for models built before."""
+        layers = (module for module in model.modules() if isinstance(module, peft_randlora.RandLoraLayer))
+        has_copies = any(not isinstance(layer, AcceleratedLinear) for layer in layers)
+        return super() if has_copies else super(PeftRandLoraModel, cls)
+
     # ---- layers ----
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -275,9 +296,8 @@ def accelerate(model: nn.Module) -> nn.Module:
 
 
 def _check(name: str, module: Any) -> None:
-    known = {AcceleratedLinear, AcceleratedRandLoraModel, peft_randlora.Linear, PeftRandLoraModel}
-    # PEFT's classes for quantised layers exist only where bitsandbytes does.
-    if type(module) not in known and not type(module).__module__.startswith("peft."):
+    # PEFT's classes for quantised layers exist only where bitsandbytes does, and so do randlora's.
+    if not type(module).__module__.startswith(("peft.", f"{__package__}.")):
         raise TypeError(f"{name!r} is of a class of its own, {type(module).__qualname__}, which cannot be converted")
     if isinstance(module, AcceleratedLinear) or not isinstance(module, peft_randlora.RandLoraLayer):
         return

@@ -8,11 +8,13 @@ from helpers.common import over
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
-from helpers.peft_models import adapt, bases, config, layers, llama, logits, randomize, tokens  # noqa: E402
+from helpers.peft_models import adapt, bases, both, config, layers, llama, logits, randomize, tokens, version  # noqa: E402
 
+import randlora  # noqa: E402
 import randlora.integrations.peft as integration  # noqa: E402
 
 FIRST = config("q_proj", "v_proj", "down_proj", r=8)
+SECOND = config("q_proj", "v_proj")
 OTHERS = {
     "rank": config("q_proj", "v_proj", "down_proj", r=4),
     "kind": config("q_proj", "v_proj", "down_proj", r=8, sparse=True),
@@ -204,8 +206,14 @@ def test_safe_merge_and_nan():
     with torch.no_grad():
         layer.randlora_lambda["default"][0, 0] = torch.nan
     before = layer.base_layer.weight.clone()
-    with pytest.raises(ValueError, match="NaN"):
-        model.merge_adapter(safe_merge=True)
+    plain = adapt(llama(), FIRST, False)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    words = []
+    for broken in (plain, model):
+        with pytest.raises(ValueError, match="NaN") as raised:
+            broken.merge_adapter(safe_merge=True)
+        words.append(str(raised.value))
+    assert words[1].startswith(words[0]), "scripts may look for PEFT's words"
     assert torch.equal(layer.base_layer.weight, before)
 
 
@@ -218,3 +226,56 @@ def test_conversion_to_lora():
     for name, update in expected.items():
         A, B = (state[f"{name}.lora_{x}.weight"] for x in "AB")
         torch.testing.assert_close(B @ A, update, rtol=1e-3, atol=1e-3)
+
+
+def views(thing, name):
+    """Everything public that has an entry for an adapter `name`, by attribute."""
+    for attribute in dir(thing):
+        value = None if attribute.startswith("_") else getattr(thing, attribute, None)
+        if hasattr(value, "keys") and hasattr(value, "__contains__") and name in value:
+            yield attribute, value
+
+
+@pytest.mark.parametrize("whose", ["PEFT's", "ours"])
+def test_a_deleted_adapter_is_nowhere(whose):
+    """Also not in what was asked for before it was deleted; earlier versions of PEFT leave it in dicts of their own."""
+
+    def deleted(model, config):
+        """What has a deleted adapter still, and the model."""
+        model.add_adapter("stays", config)
+        found = [(attribute, value) for m in (model, *model.modules()) for attribute, value in views(m, "gone")]
+        layer = next(module for module in model.modules() if hasattr(module, "randlora_lambda"))
+        held = getattr(layer, "bases", None)
+        model.delete_adapter("gone")
+        return {name for name, value in found if "gone" in value}, {name for name, _ in found}, held
+
+    plain, _, _ = deleted(adapt(llama(), SECOND, False, adapter_name="gone"), copy.deepcopy(SECOND))
+    if whose == "ours":
+        second = randlora.RandLoraConfig(r=5, target_modules=["q_proj", "v_proj"])
+        model = randlora.get_peft_model(llama(), copy.deepcopy(second), adapter_name="gone")
+    else:
+        second, model = SECOND, adapt(llama(), SECOND, adapter_name="gone")
+    left, seen, held = deleted(model, copy.deepcopy(second))
+    assert {"bases", "num_bases", "r", "scaling", "randlora_lambda", "randlora_A"} <= seen
+    assert left <= (plain if whose == "PEFT's" else set())
+    assert list(held) == ["stays"] and len(held) == 1 and held["stays"] is dict(held)["stays"]
+    with pytest.raises(KeyError):
+        held["gone"]
+
+
+def test_a_merged_adapter_is_not_deleted():
+    """In PEFT's words, which it has from 0.21 on."""
+    theirs, ours = both(layers(up=(5, 9), down=(9, 4)), config("up", "down"))
+    words = []
+    for model in (theirs, ours) if version >= (0, 21) else (ours,):
+        model.add_adapter("other", config("up", "down"))
+        model.merge_adapter(["default"])
+        before = model(torch.ones(2, 5))
+        with pytest.raises(ValueError) as raised:
+            model.delete_adapter("default")
+        words.append(str(raised.value))
+        assert torch.equal(model(torch.ones(2, 5)), before)
+        model.delete_adapter("other")
+        model.unmerge_adapter()
+        model.delete_adapter("default")
+    assert set(words) == {"Cannot delete adapter(s) ['default'] while they are merged. Please unmerge them first."}
