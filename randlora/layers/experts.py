@@ -150,7 +150,7 @@ class Experts(nn.Module, zero3.GatheredForCalls):
 
     @torch.compiler.disable  # how many tokens an expert gets is known when they are there, and differs in every call
     def _routed(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        base, top_k = self.base_layer, ids.shape[-1]
+        base, shape = self.base_layer, ids.shape
         require_no_hooks(base)
         first, second = weight_names(base)
         ids = ids.reshape(-1)
@@ -158,16 +158,17 @@ class Experts(nn.Module, zero3.GatheredForCalls):
         counts = counts_of(ids, base.num_experts)
         # What other ranks compute, with expert parallelism, is sorted to the end.
         pairs = order[: sum(counts)]
-        y = self._product(first, hidden[pairs // top_k], counts)
+        y = self._product(first, hidden[pairs // shape[-1]], counts)
         y = base._apply_gate(y) if base.has_gate else base.act_fn(y)
         y = self._product(second, y, counts)
         if getattr(base, "has_post_expert_norm", False):
             y = base.post_expert_norm(y)
         y = y * weights.reshape(-1)[pairs].unsqueeze(-1)
-        y = F.pad(y, (0, 0, 0, len(ids) - len(pairs)))
+        if len(pairs) < len(ids):
+            y = F.pad(y, (0, 0, 0, len(ids) - len(pairs)))
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)
-        result: Tensor = y[back].unflatten(0, (-1, top_k)).sum(dim=1).to(hidden.dtype)
+        result: Tensor = y[back].unflatten(0, shape).sum(dim=1).to(hidden.dtype)
         return result
 
     def _product(self, name: str, x: Tensor, counts: list[int]) -> Tensor:
