@@ -78,7 +78,7 @@ def _check_weight(experts: Any, name: str) -> None:
     weight = experts._parameters.get(name)
     if is_dtensor(weight):
         raise ValueError(f"{what} is cut over ranks by a parallel plan: this is not supported for experts")
-    if type(weight) is not nn.Parameter and not zero3.is_parameter(weight):
+    if type(weight) not in (nn.Parameter, FakeTensor) and not zero3.is_parameter(weight):
         raise TypeError(f"{what} must be an ordinary torch.nn.Parameter, got {type(weight).__name__}")
     assert isinstance(weight, Tensor)
     require_dtype(f"{what[:-1]}'s dtype", weight.dtype)
