@@ -17,6 +17,7 @@ from ..checks import require_dtype
 from ..distributed import zero3
 from ..distributed.fsdp import is_sharded
 from ..distributed.gathering import is_dtensor
+from ..distributed.parallelized import has_plan_around
 from ..private_torch import FakeTensor
 from .base_layer import forward_is_replaced, name_of
 
@@ -50,8 +51,11 @@ def check_base(experts: Any, names: tuple[str, ...]) -> None:
     for name in names:
         if name not in known:
             raise ValueError(f"{name!r} is no weight of the experts, a {what}: it has {' and '.join(known)}")
-    if getattr(experts, "_is_expert_parallel", False):
-        raise ValueError(f"the experts, a {what}, are spread over ranks (expert parallel): this is not supported")
+    if getattr(experts, "_is_expert_parallel", False) or has_plan_around(experts):
+        raise ValueError(
+            f"the experts, a {what}, are spread over ranks by a parallel plan, which experts do not support: leave "
+            "them out of the plan, or shard the model with fully_shard after it is adapted"
+        )
     if is_sharded(experts):
         raise ValueError(
             f"the experts, a {what}, are sharded: fully_shard would not know their adapters. Add these before"

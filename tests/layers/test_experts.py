@@ -290,7 +290,7 @@ def refused():
         (linear, {}, TypeError, "a Linear is no module of fused experts"),
         (adapt(copy.deepcopy(base)), {}, TypeError, "adapted already"),
         (3, {}, TypeError, "got int"),
-        (parallel, {}, ValueError, "expert parallel"),
+        (parallel, {}, ValueError, "spread over ranks by a parallel plan"),
         (hooked, {}, ValueError, "have hooks"),
         (replaced, {}, ValueError, "forward of their own"),
         (low, {}, TypeError, "float8_e4m3fn"),
