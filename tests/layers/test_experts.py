@@ -110,7 +110,16 @@ def test_nobody_has_tokens():
 def test_every_implementation_of_the_merged_module_gives_this(family, dtype):
     base = experts_of(family, dtype, even=True)
     layer = adapt(base)
-    hidden, ids, weights = (t.detach() for t in inputs(TOP_K[family], dtype=dtype))
+    hidden, ids, weights = inputs(TOP_K[family], dtype=dtype)
+    layer(hidden, ids, weights).sum().backward()
+    double = copy.deepcopy(layer).double()
+    double.zero_grad()
+    double(hidden.detach().double(), ids, weights.detach().double()).sum().backward()
+    for a, b in zip(parameters_of(layer), parameters_of(double), strict=True):
+        torch.testing.assert_close(
+            a.grad.double(), b.grad, rtol=0, atol=16 * torch.finfo(dtype).eps * b.grad.abs().max().item()
+        )
+    hidden, weights = hidden.detach(), weights.detach()
     y, exact = layer(hidden, ids, weights), reference(layer, (hidden.double(), ids, weights.double()))
     assert y.dtype == dtype
     size, error = exact.abs().max(), {}
@@ -189,8 +198,19 @@ def test_checkpointing_and_compiling_change_nothing():
         y.square().sum().backward()
         got = y, arguments[0].grad, *(p.grad for p in parameters_of(layer))
         assert all(map(torch.equal, got, expected))
-    compiled = torch.compile(torch.nn.Sequential(layer)[0].forward, backend="eager")
-    assert all(map(torch.equal, results(lambda *a: compiled(*a) + 0), expected))
+
+    class Around(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = layer
+
+        def forward(self, hidden, ids, weights):
+            return self.experts(hidden * 1, ids, weights) * 1
+
+    compiled = torch.compile(Around(), backend="eager")
+    assert all(map(torch.equal, results(compiled), expected))
+    with pytest.raises(RuntimeError, match=r"torch\.compiler\.disable"):
+        torch.compile(lambda *given: layer(*given), backend="eager", fullgraph=True)(*arguments)
 
 
 def test_dropout_falls_on_the_updates_input_only():
