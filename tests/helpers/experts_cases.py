@@ -49,24 +49,24 @@ def tiny(family, dtype=torch.float64, implementation="eager", **changes):
     return model.eval()
 
 
-def own(dtype=torch.float64, **flags):
+def own(dtype=torch.float64, num_experts=E, hidden=HIDDEN, inner=11, **flags):
     """A class of the user's in transformers' form."""
     flags = {"has_gate": False, "is_transposed": False, "has_bias": False} | flags
 
     class OwnExperts(nn.Module):
         def __init__(self, config):
             super().__init__()
-            self.num_experts = E
+            self.num_experts = num_experts
             self.act_fn = nn.Tanh()
-            width, inner = 11 * (1 + flags["has_gate"]), 11
-            for name, first, last in (("up", HIDDEN, width), ("down", inner, HIDDEN)):
+            width = inner * (1 + flags["has_gate"])
+            for name, first, last in (("up", hidden, width), ("down", inner, hidden)):
                 name = "gate_up_proj" if flags["has_gate"] and name == "up" else f"{name}_proj"
                 shape = (first, last) if flags["is_transposed"] else (last, first)
-                self.register_parameter(name, nn.Parameter(torch.empty(E, *shape)))
+                self.register_parameter(name, nn.Parameter(torch.empty(num_experts, *shape)))
                 if flags["has_bias"]:
-                    self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(E, last)))
+                    self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(num_experts, last)))
             if flags.get("has_post_expert_norm"):
-                self.post_expert_norm = nn.LayerNorm(HIDDEN)
+                self.post_expert_norm = nn.LayerNorm(hidden)
 
         def forward(self, hidden_states, top_k_index, top_k_weights):
             raise AssertionError("batched_mm was asked for")
