@@ -102,6 +102,32 @@ def test_bases_of_every_kind_come_back(kind, tmp_path):
     assert all(p.requires_grad == ("randlora" in name) for name, p in loaded.named_parameters())
 
 
+def test_pefts_bases_and_bases_that_are_not_kept(tmp_path):
+    model = adapted("GptOss", prng="peft")
+    model.save_pretrained(tmp_path)
+    loaded = randlora.RandLoraModel.from_pretrained(tiny("GptOss"), tmp_path)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    model = adapted(projection_prng_key=77)
+    logits = model(IDS).logits
+    randlora.keep_bases(model, False)
+    assert torch.equal(model(IDS).logits, logits)
+    randlora.keep_bases(model, True)
+    with torch.no_grad(), randlora.inference_cache() as scope:
+        for _ in range(3):
+            close(model(IDS).logits, logits)
+        assert scope.nbytes <= 2 * 2 * 16 * 16 * 8  # of linear layers alone
+
+
+def test_what_is_trained_beside_them(tmp_path):
+    model = adapted("GptOss", target_modules=[], bias="all", modules_to_save=["router"])
+    trained = {name.rsplit(".", 1)[1] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"default", "bias", "weight"}
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "base_layer" in name)
+    model.save_pretrained(tmp_path)
+    loaded = randlora.RandLoraModel.from_pretrained(tiny("GptOss"), tmp_path)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
 def test_several_adapters_on_different_parts():
     plain = tiny("GptOss")
     model = adapted(model=copy.deepcopy(plain), target_modules=[], target_parameters=["experts.down_proj"])
@@ -168,6 +194,10 @@ def test_a_model_without_numbers(tmp_path):
     cls, config = type(model.model), model.config
     with torch.device("meta"):
         empty = cls(config).double()
+    new = randlora.get_peft_model(copy.deepcopy(empty), SETTINGS).to_empty(device="cpu")
+    for layer in layers_of(new).values():
+        assert not layer.randlora_lambda["default"].any()
+        assert (layer.randlora_gamma["default"] == 1 / max(layer.randlora_gamma["default"].shape[-2:])).all()
     later = randlora.RandLoraModel.from_pretrained(empty, tmp_path)
     assert later(IDS.to("meta")).logits.shape == (*IDS.shape, 19)
     weights = {name: value for name, value in model.state_dict().items() if "randlora" not in name}
