@@ -93,9 +93,9 @@ def conv1d_types() -> tuple[type, ...]:
     return () if module is None else (module.Conv1D,)
 
 
-def tensor_weight(base_layer: nn.Module) -> Tensor | None:
+def tensor_weight(base_layer: nn.Module, name: str = "weight") -> Tensor | None:
     """The weight, unless it is no tensor: that of PyTorch's own quantised layers is a method."""
-    weight = getattr(base_layer, "weight", None)
+    weight = getattr(base_layer, name, None)
     return weight if isinstance(weight, Tensor) else None
 
 
@@ -171,7 +171,7 @@ def require_numbers(base_layer: nn.Module, x: Tensor) -> None:
                     offload.require_numbers(parameter, f"the base layer's {name}", "to compute with")
 
 
-def require_weight(weight: Tensor, bias: Tensor | None, x: Tensor, shape: tuple[int, int]) -> None:
+def require_weight(weight: Tensor, bias: Tensor | None, x: Tensor, shape: tuple[int, ...]) -> None:
     """Raises ``ValueError`` unless those of an ordinary layer have numbers for `x` and the size that was adapted."""
     if weight.shape != shape:
         zero3.require_whole(weight, "the base layer's weight", "to compute with")
@@ -185,7 +185,7 @@ def require_weight(weight: Tensor, bias: Tensor | None, x: Tensor, shape: tuple[
             offload.require_numbers(bias, "the base layer's bias", "to compute with")
 
 
-def require_mergeable(base_layer: nn.Module, shape: tuple[int, int], transposed: bool) -> None:
+def require_mergeable(base_layer: nn.Module, shape: tuple[int, ...], transposed: bool) -> None:
     """Raises unless adding to the layer's weight adds as much to what it computes.
 
     Raises:
