@@ -16,6 +16,7 @@ from ..distributed.gathering import is_dtensor, split_as
 from ..distributed.parallelized import all_finite
 from . import base_layer as base_layers
 from . import offload, quantized
+from .ordinary import keeps_its_weight, tensor_weight
 from .shared_state import SharedState
 
 
@@ -23,7 +24,7 @@ class Mergeable(SharedState):
     """The merging half of :class:`randlora.RandLoraLayer`, whose attributes it uses.
 
     ``merged_adapters`` names what is in the weight; ``_unmerged_weight`` is the weight as it was before: a tensor, or
-    for quantised layers the parameter itself in a tuple. It is None in a merged layer whose weight was not kept.
+    for quantised layers what the layer itself had, in a tuple. It is None in a merged layer whose weight was not kept.
     ``_merged_into`` has the base layer that it is of.
     """
 
@@ -101,7 +102,7 @@ class Mergeable(SharedState):
         base = self.get_base_layer()
         if is_sharded(self):
             raise ValueError(_SHARDED)
-        if base_layers.tensor_weight(base) is not None and not isinstance(base._parameters.get("weight"), nn.Parameter):
+        if tensor_weight(base) is not None and not keeps_its_weight(base):
             raise ValueError(_recomputed(base))
         base_layers.require_mergeable(base, self._weight_shape, self.fan_in_fan_out)
         for name in adapter_names:
@@ -118,15 +119,15 @@ class Mergeable(SharedState):
 
     def _merge_quantized(self, base: Any, names: list[str], safe_merge: bool) -> None:
         kept = self._unmerged_weight
-        original = kept[0] if isinstance(kept, tuple) else base.weight
+        original = kept[0] if isinstance(kept, tuple) else quantized.held_by(base)
         with torch.no_grad():
-            updates = [self.get_delta_weight(name).to(original.device) for name in (*self.merged_adapters, *names)]
+            updates = [self.get_delta_weight(name) for name in (*self.merged_adapters, *names)]
             update = sum(updates[1:], start=updates[0])
-            parameter, stands_for, loss = quantized.merged_parameter(base, update, original)
+            weight, stands_for, loss = quantized.merged_weight(base, update, original)
             if safe_merge and not torch.isfinite(stands_for).all():
                 raise ValueError(f"merging {', '.join(names)} gives NaN or infinity in the weight; nothing was changed")
         with merged_or_not([self]):
-            before = quantized.replace_weight(base, parameter)
+            before = quantized.replace_weight(base, weight)
             if kept is None:
                 self._unmerged_weight = (before,)
             self._merged_into = (base,)
@@ -199,7 +200,7 @@ def check_unmerge(layer: Mergeable) -> None:
                 f"{', '.join(layer.merged_adapters)} was merged into a weight that has been quantised since: it cannot "
                 "be taken out of that"
             )
-        if not isinstance(base._parameters.get("weight"), nn.Parameter):
+        if not keeps_its_weight(base):
             raise ValueError(_recomputed(base))
         offload.require_numbers(kept, "the base layer's weight as it was", "to give back")
         zero3.require_whole(base.weight, "the base layer's weight", "to write over", writing=True)
@@ -209,7 +210,7 @@ def _exchange(layer: Mergeable) -> None:
     """Lets the merged weight and the kept one change places: it can be undone, and needs memory for one layer only."""
     base, kept = layer.get_base_layer(), layer._unmerged_weight
     assert kept is not None
-    merged = (base.weight,) if isinstance(kept, tuple) else _numbers(base)
+    merged = (quantized.held_by(base),) if isinstance(kept, tuple) else _numbers(base)
     try:
         layer._unmerged_weight = merged
         if isinstance(kept, tuple):
@@ -257,9 +258,8 @@ def merged_or_not(layers: Iterable[Mergeable]) -> Iterator[None]:
     except BaseException:
         for layer, kept, into, names, weight in before:
             base = layer.get_base_layer()
-            if isinstance(weight, nn.Parameter):
-                if base.weight is not weight:
-                    quantized.replace_weight(base, weight)
+            if isinstance(weight, tuple):
+                quantized.replace_weight(base, weight[0])
             elif isinstance(source := layer._unmerged_weight if weight is None else weight, Tensor):
                 _put(base, source)
             layer._unmerged_weight, layer._merged_into, layer.merged_adapters[:] = kept, into, names
@@ -269,7 +269,7 @@ def merged_or_not(layers: Iterable[Mergeable]) -> Iterator[None]:
 def _current(layer: Mergeable) -> Any:
     """What the layer's weight must be set to again: None where the layer will keep it itself."""
     if layer._is_quantized():
-        return layer.get_base_layer().weight
+        return (quantized.held_by(layer.get_base_layer()),)
     return _numbers(layer.get_base_layer()) if layer.merged else None
 
 

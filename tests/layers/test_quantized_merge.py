@@ -28,7 +28,8 @@ from helpers.quantized_layers import (
 from torch import nn
 
 import randlora
-from randlora.layers import quantized, quantized_kinds
+from randlora.layers import quantized
+from randlora.layers.quantized import ao as ao_kinds
 
 pytestmark = [needs_either, pytest.mark.filterwarnings("ignore:merging into")]
 
@@ -166,7 +167,7 @@ def test_torchao_weights_of_unknown_settings_merge_into_floats(monkeypatch):
     layer = make_layer("int8", dtype=torch.bfloat16)
     before, parameter = parts(layer.base_layer), layer.weight
     exact = quantized.dequantize(layer.base_layer).double() + reference_update(layer)
-    monkeypatch.delitem(quantized_kinds.TORCHAO_KINDS, "Int8Tensor")
+    monkeypatch.delitem(ao_kinds.TORCHAO_KINDS, "Int8Tensor")
     with pytest.warns(UserWarning, match=r"Int8Tensor cannot be quantised again .*stays in torch.bfloat16, 0.0 MiB"):
         layer.merge()
     assert type(layer.weight) is nn.Parameter

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from ...bases.random_bases import RandomBases
 from ...dtypes import at_least_fp32
 from ...layers import offload, quantized
-from ...layers.base_layer import first_argument, has_weight_method, tensor_weight
+from ...layers.base_layer import first_argument
 from ...layers.linear import Linear
 from ...layers.mixed_batch import MixedBatch
+from ...layers.ordinary import has_weight_method, tensor_weight
 from ...layers.randlora_layer import RandLoraLayer
 from .bases import RANK_AXIS, Bases, Pair, is_8_bit
 from .wrappers import Trainability

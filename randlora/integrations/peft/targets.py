@@ -11,8 +11,9 @@ from torch import nn
 
 from ...expressions import Expression
 from ...layers import offload
-from ...layers.base_layer import check, conv1d_types
-from ...model.targets import layer_sizes
+from ...layers.base_layer import check
+from ...layers.linears import is_transposed, sizes_of
+from ...layers.ordinary import conv1d_types
 
 
 def matched(config: Any, key: str) -> Any:
@@ -48,6 +49,6 @@ def check_targets(tuner: Any, config: Any) -> None:
         if isinstance(module, peft_randlora.RandLoraLayer) or not isinstance(module, (nn.Linear, *conv1d_types())):
             continue  # what is no linear layer, PEFT refuses
         try:
-            check(module, *layer_sizes(module), not isinstance(module, nn.Linear))
+            check(module, *sizes_of(module), is_transposed(module))
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name!r} cannot be adapted: {error}") from error
