@@ -130,8 +130,8 @@ def _watched(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Call]]]
 class _Stand(nn.Linear):
     """In the place of a layer that fake tensors cannot pass."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return super().forward(x)
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(input)
 
 
 def _without_numbers(model: nn.Module) -> nn.Module:

@@ -30,10 +30,10 @@ def sizes_of(module: Any) -> tuple[int, int] | None:
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     for names in _NAMES:
-        sizes = tuple(getattr(module, name, None) for name in names)
-        if all(isinstance(size, Integral) and not isinstance(size, bool) and size >= 0 for size in sizes):
+        sizes: list[Any] = [getattr(module, name, None) for name in names]
+        if all(isinstance(size, Integral) and not isinstance(size, bool) and int(size) >= 0 for size in sizes):
             return int(sizes[0]), int(sizes[1])
-    if isinstance(module, (*conv1d_types(), *_eetq_types())):
+    if any(isinstance(module, cls) for cls in (*conv1d_types(), *_eetq_types())):
         in_features, out_features = zero3.shape_of(module.weight)
         return in_features, out_features
     return None

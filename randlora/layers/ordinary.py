@@ -18,7 +18,8 @@ def conv1d_types() -> tuple[type, ...]:
 
 def has_own_forward(base_layer: nn.Module) -> bool:
     """Whether its class has another forward than ``nn.Linear`` and ``Conv1D``."""
-    forwards = (cls.forward for cls in (nn.Linear, *conv1d_types()) if isinstance(base_layer, cls))
+    classes: tuple[Any, ...] = (nn.Linear, *conv1d_types())
+    forwards = (cls.forward for cls in classes if isinstance(base_layer, cls))
     return type(base_layer).forward not in forwards
 
 

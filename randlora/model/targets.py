@@ -251,6 +251,6 @@ def layer_sizes(module: Any) -> tuple[int, int]:
     if is_attention(module):
         sizes = module.embed_dim, module.kdim, module.vdim
         return max(sizes) if all(sizes) else 0, module.embed_dim
-    sizes = sizes_of(module)
-    assert sizes is not None
-    return sizes
+    found = sizes_of(module)
+    assert found is not None
+    return found

@@ -67,7 +67,7 @@ def part(model: nn.Module, merged: Iterable[str]) -> None:
         if not isinstance(layer, RandLoraLayer) or not merged & set(layer.randlora_lambda):
             continue
         base = layer.get_base_layer()
-        weight = base._parameters.get("weight")
+        weight: Any = base._parameters.get("weight")
         found = next((f for f in ties.values() if any(m is base and key == "weight" for _, m, key in f)), [])
         others = [other for other in found if other[1] is not base]
         if not others or not (type(weight) is nn.Parameter or is_dtensor(weight)):

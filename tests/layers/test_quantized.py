@@ -152,9 +152,7 @@ def test_ordinary_layers_are_refused():
     base = nn.Linear(3, 4)
     assert not quantized.is_quantized(base) and not quantized.is_quantized(nn.ReLU())
     for function in (quantized.dequantize, lambda b: quantized.requantize(b, b.weight)):
-        with pytest.raises(
-            TypeError, match="must be quantised by one of the libraries that are known here, got Linear with a weight"
-        ):
+        with pytest.raises(TypeError, match=r"must be quantised by one of the libraries .* got Linear with a weight"):
             function(base)
     with pytest.raises(ValueError, match=r"weight must have shape \[out, in\] = \[24, 41\], got \[41, 24\]"):
         quantized.requantize(make_base(HERE[-1]), normal(41, 24))

@@ -143,7 +143,7 @@ def require_kind(base_layer: nn.Module, held: Held = None) -> Kind:
     kind = kind_of(base_layer, held)
     if kind is None:
         raise TypeError(
-            "base_layer must be quantised by one of the libraries that are known here, got "
+            "base_layer must be quantised by one of the libraries that are known, got "
             f"{type(base_layer).__name__} with a weight of type {type(getattr(base_layer, 'weight', None)).__name__}"
         )
     return kind

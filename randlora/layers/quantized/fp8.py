@@ -17,7 +17,7 @@ def is_fp8(dtype: torch.dtype) -> bool:
 
 
 class Cast(Kind):
-    """An ordinary layer that is kept in 8-bit floats, and cast by hooks or in its forward (diffusers' layerwise casting).
+    """An ordinary layer, kept in 8-bit floats and cast by hooks or in its forward: diffusers' layerwise casting.
 
     What else these do is not known.
     """
@@ -25,7 +25,7 @@ class Cast(Kind):
     is_sure = False
 
     def recognises(self, base_layer: Any, held: Any) -> bool:
-        weight = getattr(base_layer, "weight", None) if held is None else held
+        weight: Any = getattr(base_layer, "weight", None) if held is None else held
         if type(weight) not in (Tensor, nn.Parameter) or not is_fp8(weight.dtype) or has_own_forward(base_layer):
             return False
         return bool(base_layer._forward_pre_hooks) or forward_is_replaced(base_layer)
@@ -50,7 +50,7 @@ class FP8Linear(Kind):
 
     def recognises(self, base_layer: Any, held: Any) -> bool:
         module = sys.modules.get("transformers.integrations.finegrained_fp8")
-        if module is None or not isinstance(base_layer, module.FP8Linear):
+        if module is None or type(base_layer).forward is not module.FP8Linear.forward:
             return False
         weight = base_layer.weight if held is None else held["weight"]
         return is_fp8(weight.dtype)
@@ -74,20 +74,19 @@ class FP8Linear(Kind):
             scale = torch.exp2(torch.log2(scale).ceil())
         scale = scale.reshape(old.shape).to(old.dtype)
         codes = _rounded(weight / _spread(scale.float(), block_size, weight.shape), dtype)
-        return {
-            name: nn.Parameter(part, requires_grad=False) for name, part in zip(self.parts, (codes, scale), strict=True)
-        }
+        parts = {"weight": codes, "weight_scale_inv": scale}
+        return {name: nn.Parameter(part, requires_grad=False) for name, part in parts.items()}
 
 
 def _spread(scale: Tensor, block_size: Any, shape: torch.Size) -> Tensor:
     """A scale per block as one per number."""
     if block_size is None:
         return scale
-    rows, columns = (scale.repeat_interleave(block_size[0], 0), block_size[1])
-    return rows.repeat_interleave(columns, 1)[: shape[0], : shape[1]]
+    rows = scale.repeat_interleave(block_size[0], 0)[: shape[0]]
+    return rows.repeat_interleave(block_size[1], 1)[:, : shape[1]]
 
 
 def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """`weight` in `dtype`. torch makes numbers that are too large NaN or infinity: they become the largest there are."""
+    """`weight` in `dtype`; what is too large, of which torch makes NaN or infinity, becomes the largest number."""
     largest = torch.finfo(dtype).max
     return torch.where(weight.isfinite(), weight.clamp(-largest, largest), weight).to(dtype)

@@ -38,7 +38,7 @@ class Kind:
         raise NotImplementedError
 
     def requantize(self, base_layer: Any, held: Held, weight: Tensor) -> Held:
-        """`weight`, fp32, with the settings of `held`, on its device. Raises ``ValueError`` where that is impossible."""
+        """`weight`, fp32, quantised with the settings of `held`. Raises ``ValueError`` where these are not known."""
         raise NotImplementedError
 
     def shape(self, base_layer: Any, held: Held) -> tuple[int, ...]:
@@ -61,7 +61,7 @@ def device_of(held: Held) -> Any:
 
 
 def moved(fn: Callable[[Tensor], Any], held: Held) -> Held:
-    """`fn` of ``nn.Module._apply`` applied to a weight that is in no module: to its parameters, as if it were in one."""
+    """`fn` of ``nn.Module._apply`` applied to the parameters of a weight that is in no module."""
     if isinstance(held, dict):
         return {name: moved(fn, part) if isinstance(part, nn.Parameter) else part for name, part in held.items()}
     result = fn(held)
