@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from ..outputs import apart, together
-from .ao import StraightThrough, TorchAO
+from .ao import TorchAO
 from .bnb import Bnb4bit, Bnb8bit
 from .fp8 import Cast, FP8Linear
 from .hqq import Hqq
 from .kind import Held, Kind, device_of
 from .kind import moved as moved
 from .quanto import Quanto
+from .straight_through import StraightThrough
 
 KINDS: tuple[Kind, ...] = (Bnb4bit(), Bnb8bit(), Hqq(), FP8Linear(), Cast(), Quanto(), TorchAO())
 
@@ -80,24 +81,26 @@ def replace_weight(base_layer: Any, held: Held) -> Held:
     What bitsandbytes keeps beside a weight goes with it, in both directions, and graphs that were recorded before still
     differentiate through the weight they were recorded with.
     """
-    kind, old = kind_of(base_layer), held_by(base_layer)
-    if kind is None:
-        base_layer.weight = held
-    else:
+    kind = kind_of(base_layer)
+    if kind is not None:
+        old = kind.held(base_layer)
         kind.put(base_layer, held)
+    else:  # one that was cast or merged into an ordinary weight
+        old = {name: getattr(base_layer, name) for name in held} if isinstance(held, dict) else base_layer.weight
+        Kind().put(base_layer, held)
     return old
 
 
 def product(base_layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """``base_layer(x, ...)`` for any base layer, with the gradient for `x` that its weight stands for.
 
-    torchao's linears with quantised activations pass no gradient on at all, and those without keep a float copy of the
-    weight for backward. Here the gradient is that of the dequantised weight (straight through the rounding of the
-    activations), which is dequantised again in backward.
+    torchao's linears with quantised activations pass no gradient on at all, those without keep a float copy of the
+    weight for backward, and HQQ's take whatever weight the layer has by then. Here the gradient is that of the
+    dequantised weight (straight through the rounding of activations), which is dequantised again in backward.
     """
     if torch.is_grad_enabled() and x.requires_grad and (kind := kind_of(base_layer)) and not kind.has_gradient:
         result, rest = apart(base_layer(x.detach(), *args, **kwargs))
-        return together(StraightThrough.apply(result, x, base_layer.weight), rest)
+        return together(StraightThrough.apply(result, x, kind, base_layer, kind.held(base_layer)), rest)
     return base_layer(x, *args, **kwargs)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...private_torch import unsafe_view
 from .kind import Kind, is_of_library
 
 
@@ -85,7 +84,7 @@ def _mapping(old: Any) -> Any:
 
 
 class TorchAO(Kind):
-    has_gradient = False  # or none at all, with quantised activations
+    has_gradient = False
 
     def recognises(self, base_layer: Any, held: Any) -> bool:
         return is_of_library(held if held is not None else getattr(base_layer, "weight", None), "torchao")
@@ -120,25 +119,3 @@ class TorchAO(Kind):
             stacklevel=3,
         )
         return nn.Parameter(weight, requires_grad=False)
-
-
-class StraightThrough(torch.autograd.Function):
-    """``apply(y, x, weight)`` is `y`, with the gradient ``g @ dequantised weight`` for x, and g for y (its bias)."""
-
-    @staticmethod
-    def forward(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        return unsafe_view(y, y.shape)  # not a view, which in-place operations could not touch
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        _, x, weight = inputs
-        ctx.save_for_backward(weight)
-        ctx.dtype = x.dtype
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (weight,) = ctx.saved_tensors
-        d_x = None
-        if ctx.needs_input_grad[1]:
-            d_x = (grad @ TorchAO().dequantize(None, weight).to(grad.dtype)).to(ctx.dtype)
-        return grad if ctx.needs_input_grad[0] else None, d_x, None

@@ -12,6 +12,7 @@ from .kind import Kind
 
 
 class Hqq(Kind):
+    has_gradient = False
     parts = ("W_q", "meta")
 
     def recognises(self, base_layer: Any, held: Any) -> bool:

@@ -18,7 +18,8 @@ Held = Any
 class Kind:
     """How a library's layers hold their weights. Without state: the layer and the weight are arguments."""
 
-    #: Whether the layer's own product gives its input the gradient, without a float copy of the weight being kept.
+    #: Whether the layer's own product gives its input the gradient: that of the weight at the time of the call, without
+    #: a float copy of it being kept.
     has_gradient = True
     #: Whether what is done with the weight is known for every layer of the kind, or must be tried before merging.
     is_sure = True
