@@ -40,7 +40,7 @@ def test_forward_and_gradients(name, shape, kind):
     bias = 0 if bias is None else bias.detach().double()
     x, g = normal(2, 3, shape[0], dtype=dtype_of(name)), normal(2, 3, shape[1], seed=7)
     leaf = x.clone().requires_grad_()
-    y = layer(leaf)
+    y = layer.train()(leaf)  # AutoAWQ's layers are made in eval mode
     lam, gamma = (p["default"].detach().double().requires_grad_() for p in layer.trained_parts())
     bases = layer.bases["default"].to(torch.float64)
     factor = layer.scaling["default"]

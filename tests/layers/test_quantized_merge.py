@@ -237,3 +237,27 @@ def test_weights_of_other_dtypes_are_refused():
     layer.base_layer.weight = nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(TypeError, match=r"the base weight's dtype must be one of .* got torch.float8_e4m3fn"):
         layer.merge()
+
+
+@pytest.mark.parametrize("what", ["scale", "mask"])
+def test_casts_that_do_more_are_not_merged_into(what):
+    base = make_base("cast-e4m3fn")
+    if what == "scale":
+        base.register_forward_hook(lambda module, args, y: 3 * y)
+    else:
+        base.register_forward_pre_hook(lambda module, args: (args[0] * (torch.arange(41) % 2),))
+    layer = randomize(randlora.Linear(base, r=5, randlora_alpha=0.25, bases=make_bases(41, 24, 5)))
+    before, expected = parts(base), layer(normal(3, 41))
+    with pytest.raises(ValueError, match="with hooks, does more than multiply by its weight: adding to"):
+        layer.merge()
+    assert_same_weight(base, before)
+    assert not layer.merged and torch.equal(layer(normal(3, 41)), expected)
+
+
+def test_numbers_that_are_too_large_for_8_bits():
+    """torch makes NaN of them."""
+    layer = make_layer("cast-e4m3fn")
+    with torch.no_grad():
+        layer.randlora_lambda["default"].mul_(1e6)
+    layer.merge(safe_merge=True)
+    assert layer.weight.float().abs().max() == torch.finfo(torch.float8_e4m3fn).max
