@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import operator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +29,7 @@ class CachedForward(SharedState):
         dtype: torch.dtype,
         adapters: list[str],
         weight: Tensor | None,
-    ) -> Any:
+    ) -> Tensor | None:
         """The output by a matrix that `kept` holds; None where the call is to compute as usual.
 
         `weight`: the base layer's, None where it computes its product itself.

@@ -138,7 +138,7 @@ class Linear(nn.Linear, RandLoraLayer, CachedForward, Noticed):
             )
         super().register_parameter(name, param)
 
-    def forward(self, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """``x [..., in_features]`` to ``[..., out_features]`` in the dtype that the base layer gives.
 
         Further arguments are for a base layer of a class of the user's own, which gets them as they are. If it returns
@@ -166,7 +166,8 @@ class Linear(nn.Linear, RandLoraLayer, CachedForward, Noticed):
         adapters = [name for name in self._active_adapters if name not in self.merged_adapters]
         if self.disable_adapters or not adapters:
             base_layers.require_numbers(self.base_layer, x)
-            return quantized.product(self.base_layer, x, *args, **kwargs)
+            product: Tensor = quantized.product(self.base_layer, x, *args, **kwargs)
+            return product
         weight = None if args or kwargs else self._plain_weight()
         if weight is None:
             x = self._moved(x)
@@ -196,7 +197,7 @@ class Linear(nn.Linear, RandLoraLayer, CachedForward, Noticed):
             lambda rows, name: self._update(rows, dtype, name, None, None),
         )  # fmt: skip
 
-    def _of_shard(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Any:
+    def _of_shard(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """The same for a base layer of which every rank has a part."""
         from ..distributed import tensor_parallel  # which imports torch.distributed
 

@@ -5,7 +5,7 @@ An update is added to the tensor, and the rest is handed on as it is.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -16,5 +16,6 @@ def apart(returned: Any) -> tuple[Any, Rest]:
     return (returned[0], returned[1:]) if type(returned) is tuple and returned else (returned, None)
 
 
-def together(result: Tensor, rest: Rest) -> Any:
-    return result if rest is None else (result, *rest)
+def together(result: Tensor, rest: Rest) -> Tensor:
+    """The type is what ``nn.Linear`` gives, and what nearly all layers do."""
+    return result if rest is None else cast(Tensor, (result, *rest))

@@ -45,7 +45,7 @@ class AcceleratedLinear(peft_randlora.Linear, Linear):
     get_delta_weight = RandLoraLayer.get_delta_weight
     unmerge = RandLoraLayer.unmerge
 
-    def forward(self, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """``x [..., in_features]`` to ``[..., out_features]``; in x's dtype, as PEFT gives it."""
         if x is None:
             x = first_argument(self.base_layer, kwargs)
