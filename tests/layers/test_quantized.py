@@ -177,3 +177,33 @@ def test_parameters_printing_and_state(kind, capsys):
         assert torch.equal(copy.deepcopy(layer)(x), layer(x))
     if kind in ("8bit", "nf4", "nf4-flat", "fp4", "fp4-flat"):  # torchao's linears do not pickle
         assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
+
+
+@over_kinds
+@over("bases", ["dense", "hadamard"])
+def test_in_a_model_beside_ordinary_layers(kind, bases, tmp_path):
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(9, 41), nn.Tanh(), make_base(kind), nn.Tanh(), nn.Linear(24, 5))
+
+    config = {"target_modules": "all-linear", "r": 4, "randlora_alpha": 1, "kind": bases, "save_projection": False}
+    model, x = randlora.get_peft_model(net(), config), normal(3, 9)
+    for i in (0, 2, 4):
+        randomize(model.model[i], seed=i)
+    expected = model(x)
+    expected.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    model.save_pretrained(tmp_path)
+    loaded = randlora.RandLoraModel.from_pretrained(net(), tmp_path)
+    assert torch.equal(loaded(x), expected) or kind == "8bit"  # which quantises its input in eval mode
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size < 2**16
+    assert randlora.estimate(net(), config, tokens=3, inputs=x)
+    before = parts(model.model[2].base_layer)
+    with pytest.warns(UserWarning, match="merging into .* rounds them again"):
+        model.merge_adapter()
+    assert relative_error(model(x), expected.detach().double()) < 1
+    model.unmerge_adapter()
+    assert_same_weight(model.model[2].base_layer, before)
+    plain = model.unload()
+    assert not any(isinstance(module, randlora.Linear) for module in plain.modules())
+    assert torch.equal(plain.train()(x), net()(x))
