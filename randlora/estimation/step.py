@@ -15,7 +15,9 @@ from ..checkpoint import biases
 from ..checkpoint.layout import PREFIX
 from ..distributed.zero3 import shape_of
 from ..dtypes import at_least_fp32
-from ..layers.base_layer import is_plain
+from ..layers.linears import dtype_and_device
+from ..layers.ordinary import is_plain
+from ..layers.randlora_layer import RandLoraLayer
 from ..model.adapter_plan import Plan
 from .trial_call import Call
 
@@ -87,14 +89,16 @@ def layers_of(model: nn.Module, plan: Plan, autocast: torch.dtype | None) -> lis
         fused = parent if name in plan.num_experts else None
         attention = isinstance(parent, nn.MultiheadAttention)  # it is taken apart into plain layers
         if fused is not None:
-            weight, plain = fused.get_parameter(name.rpartition(".")[2]), True
+            told: torch.dtype | None = fused.get_parameter(name.rpartition(".")[2]).dtype
+            plain = True
         else:
-            weight = parent.out_proj.weight if attention else modules[name].weight
-            plain = attention or is_plain(modules[name])
-        own = weight.dtype if weight.dtype.is_floating_point else usual
+            module = parent.out_proj if attention else modules[name]
+            plain = attention or is_plain(module)
+            told, _ = dtype_and_device(module.get_base_layer() if isinstance(module, RandLoraLayer) else module)
+        own = usual if told is None else told
         dtype = own if autocast is None or own == torch.float64 else autocast
-        weight_dtype = weight.dtype if plain else None
-        found.append(Layer(name, *sizes, plan.num_bases(name), at_least_fp32(weight.dtype), dtype, own, weight_dtype))
+        parameters = at_least_fp32(torch.float32 if told is None else told)
+        found.append(Layer(name, *sizes, plan.num_bases(name), parameters, dtype, own, own if plain else None))
         if fused is not None:
             found[-1] = replace(found[-1], experts=plan.num_experts[name], top_k=_top_k(fused))
     return found

@@ -19,7 +19,8 @@ from ..distributed.fsdp import is_sharded
 from ..distributed.gathering import is_dtensor
 from ..distributed.parallelized import has_plan_around
 from ..private_torch import FakeTensor
-from .base_layer import forward_is_replaced, name_of
+from .base_layer import name_of
+from .ordinary import forward_is_replaced
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed")
 FORM = (

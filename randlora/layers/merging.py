@@ -16,6 +16,7 @@ from ..distributed.gathering import is_dtensor, split_as
 from ..distributed.parallelized import all_finite
 from . import base_layer as base_layers
 from . import offload, quantized
+from .ordinary import keeps_its_weight, tensor_weight
 from .shared_state import SharedState
 
 
@@ -23,7 +24,7 @@ class Mergeable(SharedState):
     """The merging half of :class:`randlora.RandLoraLayer`, whose attributes it uses.
 
     ``merged_adapters`` names what is in the weight; ``_unmerged_weight`` is the weight as it was before: a tensor, or
-    for quantised layers the parameter itself in a tuple. It is None in a merged layer whose weight was not kept.
+    for quantised layers what the layer itself had, in a tuple. It is None in a merged layer whose weight was not kept.
     ``_merged_into`` has the base layer that it is of.
     """
 
@@ -105,8 +106,7 @@ class Mergeable(SharedState):
         base = self.get_base_layer()
         if is_sharded(self):
             raise ValueError(_SHARDED)
-        found = base_layers.tensor_weight(base, self.weight_name)
-        if found is not None and not isinstance(base._parameters.get(self.weight_name), nn.Parameter):
+        if tensor_weight(base, self.weight_name) is not None and not keeps_its_weight(base, self.weight_name):
             raise ValueError(_recomputed(base, self.weight_name))
         self._require_mergeable(base)
         for name in adapter_names:
@@ -127,15 +127,15 @@ class Mergeable(SharedState):
 
     def _merge_quantized(self, base: Any, names: list[str], safe_merge: bool) -> None:
         kept = self._unmerged_weight
-        original = kept[0] if isinstance(kept, tuple) else base.weight
+        original = kept[0] if isinstance(kept, tuple) else quantized.held_by(base)
         with torch.no_grad():
-            updates = [self.get_delta_weight(name).to(original.device) for name in (*self.merged_adapters, *names)]
+            updates = [self.get_delta_weight(name) for name in (*self.merged_adapters, *names)]
             update = sum(updates[1:], start=updates[0])
-            parameter, stands_for, loss = quantized.merged_parameter(base, update, original)
+            weight, stands_for, loss = quantized.merged_weight(base, update, original)
             if safe_merge and not torch.isfinite(stands_for).all():
                 raise _not_finite(names)
         with merged_or_not([self]):
-            before = quantized.replace_weight(base, parameter)
+            before = quantized.replace_weight(base, weight)
             if kept is None:
                 self._unmerged_weight = (before,)
             self._merged_into = (base,)
@@ -208,18 +208,17 @@ def check_unmerge(layer: Mergeable) -> None:
                 f"{', '.join(layer.merged_adapters)} was merged into a weight that has been quantised since: it cannot "
                 "be taken out of that"
             )
-        weight = base._parameters.get(layer.weight_name)
-        if not isinstance(weight, nn.Parameter):
+        if not keeps_its_weight(base, layer.weight_name):
             raise ValueError(_recomputed(base, layer.weight_name))
         offload.require_numbers(kept, "the base layer's weight as it was", "to give back")
-        zero3.require_whole(weight, "the base layer's weight", "to write over", writing=True)
+        zero3.require_whole(getattr(base, layer.weight_name), "the base layer's weight", "to write over", writing=True)
 
 
 def _exchange(layer: Mergeable) -> None:
     """Lets the merged weight and the kept one change places: it can be undone, and needs memory for one layer only."""
     base, kept = layer.get_base_layer(), layer._unmerged_weight
     assert kept is not None
-    merged = (base.weight,) if isinstance(kept, tuple) else _numbers(layer)
+    merged = (quantized.held_by(base),) if isinstance(kept, tuple) else _numbers(layer)
     try:
         layer._unmerged_weight = merged
         if isinstance(kept, tuple):
@@ -243,7 +242,7 @@ def _numbers(layer: Mergeable) -> Tensor:
 def _put(layer: Mergeable, value: Tensor) -> None:
     """Another value for an ordinary weight, wherever it is kept."""
     base, name = layer.get_base_layer(), layer.weight_name
-    weight = base._parameters[name]
+    weight = getattr(base, name)
     with torch.no_grad():
         if not offload.hooks(base):
             # A parallel plan may have cut the weight after `value` was kept.
@@ -270,9 +269,8 @@ def merged_or_not(layers: Iterable[Mergeable]) -> Iterator[None]:
     except BaseException:
         for layer, kept, into, names, weight in before:
             base = layer.get_base_layer()
-            if isinstance(weight, nn.Parameter):
-                if base.weight is not weight:
-                    quantized.replace_weight(base, weight)
+            if isinstance(weight, tuple):
+                quantized.replace_weight(base, weight[0])
             elif isinstance(source := layer._unmerged_weight if weight is None else weight, Tensor):
                 _put(layer, source)
             layer._unmerged_weight, layer._merged_into, layer.merged_adapters[:] = kept, into, names
@@ -282,7 +280,7 @@ def merged_or_not(layers: Iterable[Mergeable]) -> Iterator[None]:
 def _current(layer: Mergeable) -> Any:
     """What the layer's weight must be set to again: None where the layer will keep it itself."""
     if layer._is_quantized():
-        return layer.get_base_layer().weight
+        return (quantized.held_by(layer.get_base_layer()),)
     return _numbers(layer) if layer.merged else None
 
 

@@ -22,7 +22,7 @@ from ..dtypes import at_least_fp32
 from ..names import check_adapter_name
 from ..undo import all_or_nothing
 from . import offload, sharded
-from .base_layer import tensor_weight
+from .linears import dtype_and_device
 from .merging import Mergeable
 from .mixed_batch import MixedBatch
 from .update import Update
@@ -129,14 +129,12 @@ class RandLoraLayer(Update, Mergeable, zero3.GatheredForCalls):
         return at_least_fp32(dtype), device
 
     def compute_dtype_and_device(self) -> tuple[torch.dtype, torch.device]:
-        """What the layer computes in outside of autocast, and where; fp32 where the weight does not tell."""
-        base = self.get_base_layer()
-        weight = tensor_weight(base, self.weight_name)
-        if weight is None:  # of a layer that was quantised after it was adapted
+        """What the layer computes in outside of autocast, and where; fp32 where the base layer does not tell."""
+        dtype, device = dtype_and_device(self.get_base_layer(), self.weight_name)
+        if device is None:  # PyTorch's own quantised layers have no tensors
             first = next(iter(self.randlora_lambda.values()), None)
-            return torch.float32, torch.device("cpu") if first is None else first.device
-        dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
-        return dtype, offload.device_of(base, weight)
+            device = torch.device("cpu") if first is None else first.device
+        return torch.float32 if dtype is None else dtype, device
 
     def _choose_bases(
         self, adapter_name: str, A: BaseTensors, B: BaseTensors, bases: RandomBases | None, r: int

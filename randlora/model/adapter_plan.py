@@ -22,6 +22,7 @@ from ..layers.attention_parts import check_base
 from ..layers.base_layer import check
 from ..layers.experts import Experts
 from ..layers.experts_form import sizes as experts_sizes
+from ..layers.linears import is_transposed
 from ..layers.randlora_layer import RandLoraLayer
 from ..names import plain_name
 from .parts import adapted_layers
@@ -159,7 +160,7 @@ def _check_target(model: nn.Module, name: str) -> None:
         raise ValueError(f"layer {name!r} has merged adapters: call unmerge_adapter() first")
     if not isinstance(module, (RandLoraLayer, nn.MultiheadAttention, MultiheadAttention)):
         try:
-            check(module, *layer_sizes(module), not isinstance(module, nn.Linear))
+            check(module, *layer_sizes(module), is_transposed(module))
         except (TypeError, ValueError) as error:
             raise type(error)(f"target_modules matches {name!r}, which cannot be adapted: {error}") from error
     attention = next((m for m in (module, parent) if isinstance(m, nn.MultiheadAttention)), None)

@@ -11,12 +11,11 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..config import ALL_LINEAR, RandLoraConfig
-from ..distributed import zero3
 from ..expressions import Expression
 from ..layers.attention import PROJECTIONS, MultiheadAttention
-from ..layers.base_layer import conv1d_types
 from ..layers.experts import Experts
 from ..layers.experts_form import is_fused_experts, weight_names
+from ..layers.linears import is_linear, is_sure_to_be_linear, sizes_of
 from ..layers.randlora_layer import RandLoraLayer
 from ..names import is_wrapper, plain_name
 from .target_parameters import find_parameters
@@ -93,7 +92,7 @@ def find_targets(model: nn.Module, config: RandLoraConfig) -> dict[str, nn.Modul
         # The parts of an attention are adapted with it.
         inner = tuple(f"{name}." for name, module in modules.items() if is_attention(module))
         found = {n[0]: modules[n[0]] for n in (names[key] for key, left in allowed.items() if left)}
-        linear = {name: m for name, m in found.items() if is_supported(m) and not name.startswith(inner)}
+        linear = {name: m for name, m in found.items() if _is_meant_by_all(m) and not name.startswith(inner)}
         for name, module in linear.items():
             _check_has_size(name, module)
         linear = {name: m for name, m in linear.items() if m is not head and all(layer_sizes(m))}
@@ -160,7 +159,8 @@ def _check_supported(found: dict[str, nn.Module], wanted: list[str] | str) -> No
             fused = is_fused_experts(module) or isinstance(module, Experts)
             raise ValueError(
                 f"target_modules={wanted!r} matches {name!r}, a {type(module).__name__}, which cannot be adapted: "
-                "torch.nn.Linear, transformers' Conv1D, torch.nn.MultiheadAttention and quantised linear layers can"
+                "torch.nn.Linear, transformers' Conv1D, torch.nn.MultiheadAttention and other layers with in_features "
+                "and out_features can"
                 + (f"; inside it: {', '.join(inside)}" if inside else "; exclude_modules leaves it out")
                 + (f"; target_parameters adapts its {' and '.join(weight_names(module))}" if fused else "")
             )
@@ -176,7 +176,11 @@ def is_attention(module: nn.Module) -> bool:
 
 
 def is_supported(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, RandLoraLayer, *conv1d_types())) or is_attention(module)
+    return isinstance(module, RandLoraLayer) or is_attention(module) or is_linear(module)
+
+
+def _is_meant_by_all(module: nn.Module) -> bool:
+    return isinstance(module, RandLoraLayer) or is_attention(module) or is_sure_to_be_linear(module)
 
 
 def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -281,7 +285,6 @@ def layer_sizes(module: Any) -> tuple[int, int]:
     if is_attention(module):
         sizes = module.embed_dim, module.kdim, module.vdim
         return max(sizes) if all(sizes) else 0, module.embed_dim
-    if hasattr(module, "in_features"):
-        return module.in_features, module.out_features
-    in_features, out_features = zero3.shape_of(module.weight)  # Conv1D
-    return in_features, out_features
+    found = sizes_of(module)
+    assert found is not None
+    return found

@@ -67,7 +67,7 @@ def part(model: nn.Module, merged: Iterable[str]) -> None:
         if not isinstance(layer, RandLoraLayer) or not merged & set(layer.randlora_lambda):
             continue
         base, at = layer.get_base_layer(), layer.weight_name
-        weight = getattr(base, at)
+        weight: Any = base._parameters.get(at)
         found = next((f for f in ties.values() if any(m is base and key == at for _, m, key in f)), [])
         others = [other for other in found if other[1] is not base]
         if not others or not (type(weight) is nn.Parameter or is_dtensor(weight)):
