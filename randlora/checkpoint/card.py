@@ -54,15 +54,15 @@ def text_for(
     types = {name: kind for name, kind in types.items() if kind is not None}
     by_peft = all(kind == PEFT_TYPE for kind in types.values()) and bool(types)
     base = _base_name(model, types)
-    data = _data(model.model, base if _is_repository(base) else None, by_peft, tags)
-    here, use = (_use(model.model, base, list(types), by_peft, place) for place in (None, repo_id))
     try:
+        data = _data(model.model, base if _is_repository(base) else None, by_peft, tags)
+        here, use = (_use(model.model, base, list(types), by_peft, place) for place in (None, repo_id))
         with contextlib.ExitStack() as stack:
             file = OpenFile.if_there(folder / CARD_NAME, stack)
             old = None if file is None else file.read(_LONGEST).decode()
         new = f"---\n{_yaml(data)}---\n\n{_TEXT}\n{use}"
         return new if old is None else None if old == new else _updated(old, data, here, use)
-    except Exception as error:  # whatever YAML makes of a text of the user's
+    except Exception as error:  # whatever YAML makes of a text of the user's: no adapter is lost for it
         warnings.warn(f"{folder / CARD_NAME} is left as it is: {error}", stacklevel=2)
         return None
 
@@ -74,7 +74,7 @@ Trained with randlora: full-rank parameter-efficient fine-tuning ([arXiv 2502.00
 
 
 def _data(model: nn.Module, base: str | None, by_peft: bool, more: Iterable[str]) -> dict[str, Any]:
-    tags = {"randlora", *more, *(getattr(model, "model_tags", None) or [])}
+    tags = {"randlora", *([more] if isinstance(more, str) else more), *(getattr(model, "model_tags", None) or [])}
     if _is_of_transformers(model):
         tags.add("transformers")
     if base is not None:
@@ -86,7 +86,7 @@ def _data(model: nn.Module, base: str | None, by_peft: bool, more: Iterable[str]
 
 
 def _yaml(data: Mapping[str, Any]) -> str:
-    """Strings and lists of strings. JSON's strings are YAML's; most need no quotes."""
+    """Strings and lists of strings, most of which need no quotes."""
     lines = []
     for key, value in sorted(data.items()):
         values = [f"- {_scalar(item)}" for item in value] if isinstance(value, list) else []
@@ -96,7 +96,12 @@ def _yaml(data: Mapping[str, Any]) -> str:
 
 def _scalar(text: str) -> str:
     plain = re.fullmatch(r"[A-Za-z][\w./:-]*[\w/]", text) and text.lower() not in _NOT_TEXT
-    return text if plain else json.dumps(text)
+    return text if plain else _quoted(text)
+
+
+def _quoted(text: str) -> str:
+    """A string as YAML and Python both read it: JSON's, but with one escape for a character."""
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in json.dumps(text, ensure_ascii=False))
 
 
 _NOT_TEXT = {"true", "false", "yes", "no", "on", "off", "null"}  # in YAML
@@ -129,20 +134,20 @@ def _use(model: nn.Module, base: str | None, names: Iterable[str], by_peft: bool
         imports.append(f"from transformers import {cls}")
         labels = getattr(model.config, "num_labels", 2) if "Classification" in cls else 2
         more = "" if labels == 2 else f", num_labels={labels}"
-        made = f"base = {cls}.from_pretrained({json.dumps(base or '...')}{more})"
-    place, there = json.dumps(repo_id or "."), "" if repo_id else "  # this folder"
+        made = f"base = {cls}.from_pretrained({_quoted(base or '...')}{more})"
+    place, there = _quoted(repo_id or "."), "" if repo_id else "  # this folder"
     others = [name for name in names if name != "default"]
-    paths = {name: place if name == "default" else json.dumps(f"{repo_id or '.'}/{name}") for name in names}
+    paths = {name: place if name == "default" else _quoted(f"{repo_id or '.'}/{name}") for name in names}
     lines = []
     if repo_id and others:  # in folders of the repository
         imports.append("from huggingface_hub import snapshot_download")
         lines, there = [f"folder = snapshot_download({place})"], ""
-        paths = {name: "folder" if name == "default" else f"folder + {json.dumps('/' + name)}" for name in names}
+        paths = {name: "folder" if name == "default" else f"folder + {_quoted('/' + name)}" for name in names}
     first = "default" if "default" in paths else next(iter(paths), "default")
     path = paths.pop(first, place)
-    given = "" if first == "default" else f", {json.dumps(first)}"
+    given = "" if first == "default" else f", {_quoted(first)}"
     lines += [made, f"model = randlora.RandLoraModel.from_pretrained(base, {path}{given}){there}"]
-    lines += [f"model.load_adapter({path}, {json.dumps(name)})" for name, path in paths.items()]
+    lines += [f"model.load_adapter({path}, {_quoted(name)})" for name, path in paths.items()]
     code = "\n".join([*imports, "", *lines])
     text = f"## How to load it\n\n```python\n{code}\n```\n"
     if by_peft and first == "default":

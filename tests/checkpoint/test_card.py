@@ -91,6 +91,30 @@ def test_what_peft_would_misread_is_not_called_pefts(tmp_path):
     assert "base = ...  # the Net that was adapted" in code_of(tmp_path / "net")
 
 
+def test_text_that_json_yaml_and_python_write_differently(tmp_path):
+    """JSON has two escapes for one character beyond the first 65536, which are two characters elsewhere."""
+    odd, base = ["\U0001f917 tag", "a\x7f\u2028b", "x: 1\n---\ny: 2"], '/models/\U0001f600 "x"\n```\n\u200d'
+    model = named(tiny_llama(), base)
+    model.add_model_tags(odd)
+    name = "\U0001f600"
+    adapt(model, name).save_pretrained(tmp_path)
+    assert set(odd) < set(data_of(tmp_path)["tags"])
+    text = (tmp_path / CARD).read_text(encoding="utf-8")
+    loads = [line.partition("  #")[0] for line in text.split("\n") if "from_pretrained(" in line]
+    given = [eval(line.partition("from_pretrained")[2], {"base": None}) for line in loads]
+    assert given == [base, (None, f"./{name}", name)]
+
+
+def test_what_is_no_tag_costs_no_adapter(tmp_path):
+    model = adapt(net())
+    model.create_or_update_model_card(tmp_path, tags="alone")
+    assert data_of(tmp_path)["tags"] == ["alone", "randlora"]
+    model.model.model_tags = [1, "two"]
+    with pytest.warns(UserWarning, match="README.md is left as it is"):
+        model.save_pretrained(tmp_path / "adapter")
+    assert_same_numbers(load(tmp_path / "adapter"), model)
+
+
 def test_a_card_of_the_users_keeps_its_text(tmp_path):
     (tmp_path / CARD).write_text("---\nlicense: mit\nlibrary_name: x\ntags:\n- mine\n---\n# My model\n\nIt is good.\n")
     model = adapt(named(tiny_llama()))
