@@ -128,7 +128,8 @@ class Mergeable(SharedState):
     def _merge_quantized(self, base: Any, names: list[str], safe_merge: bool) -> None:
         kept = self._unmerged_weight
         original = kept[0] if isinstance(kept, tuple) else quantized.held_by(base)
-        with torch.no_grad():
+        # Otherwise what is made here would be a tensor that backward refuses, or that no parameter can be made of.
+        with torch.inference_mode(False), torch.no_grad():
             updates = [self.get_delta_weight(name) for name in (*self.merged_adapters, *names)]
             update = sum(updates[1:], start=updates[0])
             weight, stands_for, loss = quantized.merged_weight(base, update, original)

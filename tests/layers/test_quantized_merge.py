@@ -261,3 +261,18 @@ def test_numbers_that_are_too_large_for_8_bits():
         layer.randlora_lambda["default"].mul_(1e6)
     layer.merge(safe_merge=True)
     assert layer.weight.float().abs().max() == torch.finfo(torch.float8_e4m3fn).max
+
+
+@over_kinds
+def test_merging_in_inference_mode(kind):
+    """The weight is an ordinary tensor all the same, which backward may save."""
+    layer, twin = make_layer(kind), make_layer(kind)
+    before = parts(layer.base_layer)
+    twin.merge()
+    with torch.inference_mode():
+        layer.merge()
+    assert_same_weight(layer.base_layer, parts(twin.base_layer))
+    assert not any(parameter.is_inference() for parameter in layer.parameters())
+    with torch.inference_mode():
+        layer.unmerge()
+    assert_same_weight(layer.base_layer, before)
