@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +28,7 @@ TESTED = ((0, 16), (0, 21))  # the first minor version of PEFT that has RandLoRA
 
 _logger = logging.getLogger(__name__)
 _replaced: list[tuple[Any, Any, Any]] = []  # (object, attribute or key, what PEFT has there)
+_changing = threading.RLock()  # held while PEFT's names are changed, also for a comparison
 
 
 def enable(prng: str = "peft") -> Enabled:
@@ -50,7 +52,8 @@ def enable(prng: str = "peft") -> Enabled:
     """
     if prng not in ("peft", "peft-fp16"):
         raise ValueError(f"prng must be 'peft' or 'peft-fp16', got {prng!r}")
-    return _enable(prng) if _agrees() else Enabled(None)
+    with _changing:
+        return _enable(prng) if _agrees() else Enabled(None)
 
 
 def _enable(prng: str) -> Enabled:
@@ -70,8 +73,9 @@ def _enable(prng: str) -> Enabled:
 
 def disable() -> None:
     """Give PEFT its own classes back."""
-    while _replaced:
-        _exchange(*_replaced.pop())
+    with _changing:
+        while _replaced:
+            _exchange(*_replaced.pop())
 
 
 def accelerate(model: nn.Module) -> nn.Module:
@@ -191,7 +195,8 @@ def compare() -> dict[str, str | None]:
         from . import self_check
     except Exception as error:  # of whatever a version that nobody has seen lacks or raises
         return {"what randlora takes from PEFT": f"{type(error).__name__}: {error}"}
-    return self_check.compare()
+    with _changing:
+        return self_check.compare()
 
 
 def _agrees() -> bool:
@@ -199,18 +204,23 @@ def _agrees() -> bool:
     version = version_of_peft()
     if is_tested(version):
         return True
-    if version not in _agreed:
-        differences = [f"{what} ({how})" for what, how in compare().items() if how is not None]
-        _agreed[version] = not differences
-        first, last = (".".join(map(str, pair)) for pair in TESTED)
-        known = f"randlora.integrations.peft is tested with PEFT {first} to {last}, found is {version}"
-        if differences:
-            shown = "; ".join(differences[:2]) + ("; ..." if len(differences) > 2 else "")
-            warnings.warn(
-                f"{known}, and the two differ in {len(differences)} of the things that were compared: {shown}. PEFT's "
-                "own RandLoRA is left as it is. `python -m randlora check-peft` shows all that was compared",
-                stacklevel=3,
-            )
-        else:
-            _logger.info("%s. All that was compared agrees: randlora is on", known)
+    with _changing:
+        if version not in _agreed:
+            _find_out(version)
     return _agreed[version]
+
+
+def _find_out(version: str) -> None:
+    differences = [f"{what} ({how})" for what, how in compare().items() if how is not None]
+    _agreed[version] = not differences
+    first, last = (".".join(map(str, pair)) for pair in TESTED)
+    known = f"randlora.integrations.peft is tested with PEFT {first} to {last}, found is {version}"
+    if differences:
+        shown = "; ".join(differences[:2]) + ("; ..." if len(differences) > 2 else "")
+        warnings.warn(
+            f"{known}, and the two differ in {len(differences)} of the things that were compared: {shown}. PEFT's "
+            "own RandLoRA is left as it is. `python -m randlora check-peft` shows all that was compared",
+            stacklevel=4,
+        )
+    else:
+        _logger.info("%s. All that was compared agrees: randlora is on", known)

@@ -5,6 +5,7 @@ import logging
 import random
 import re
 import sys
+import threading
 import warnings
 
 import pytest
@@ -45,7 +46,9 @@ def on(recwarn, caplog):
             assert integration.accelerate(model) is model and state_of_peft() == before
     assert (type(model.base_model.model.a) is not peft_randlora.Linear) == enabled
     said = [record.getMessage() for record in caplog.records if record.name.startswith("randlora")]
-    return enabled, said, [str(w.message) for w in recwarn if "randlora" in str(w.message)]
+    warned = [w for w in recwarn if "randlora" in str(w.message)]
+    assert all(w.filename == __file__ for w in warned)
+    return enabled, said, [str(w.message) for w in warned]
 
 
 VERSIONS = {"0.16.0": 1, "0.21.9.dev0": 1, "0.15.2": 0, "0.22.0": 0, "0.22rc1": 0, "1.0": 0, "unknown": 0}
@@ -77,6 +80,26 @@ def test_versions_that_lack_what_randlora_takes_are_left_alone(monkeypatch, recw
     enabled, said, warned = on(recwarn, caplog)
     assert not enabled and said == [] and len(warned) == 1
     assert "what randlora takes from PEFT (ModuleNotFoundError" in warned[0]
+
+
+def test_enabling_in_two_threads(monkeypatch):
+    """The second one must not take for PEFT's own what the first has put there."""
+    monkeypatch.setattr(peft, "__version__", "0.22.0")
+    before, start, calls = state_of_peft(), threading.Barrier(2), []
+    monkeypatch.setattr(self_check, "QUESTIONS", {"a model": lambda pair: calls.append(pair.models)})
+
+    def enable():
+        start.wait()
+        integration.enable()
+
+    threads = [threading.Thread(target=enable) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1 and state_of_peft() != before
+    integration.disable()
+    assert state_of_peft() == before
 
 
 def test_enabling_half_is_undone(monkeypatch):
