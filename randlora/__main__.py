@@ -1,4 +1,4 @@
-"""The command line, ``python -m randlora``: what an adapter will cost, before it is made."""
+"""The command line, ``python -m randlora``: what an adapter will cost, and whether the installed PEFT agrees."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from . import RandLoraConfig, __version__
 from .bases.definition import KINDS
 from .estimation.estimate import estimate
+from .integrations import peft as integration
 from .planner import STRATEGIES
 
 if TYPE_CHECKING:
@@ -34,11 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        print(_estimate(arguments))
+        return COMMANDS[arguments.command](arguments)
     except (Failed, TypeError, ValueError) as error:
-        print(f"python -m randlora estimate: {error}", file=sys.stderr)
+        print(f"python -m randlora {arguments.command}: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,10 +78,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--no-projections", action="store_true", help="save the adapter without its bases (save_projection=False)")
     add("--no-kept-bases", action="store_true", help="dense bases are made anew in every pass (randlora.keep_bases)")
     add("--json", action="store_true", help="print the numbers as JSON")
+    commands.add_parser(
+        "check-peft",
+        help="whether the installed PEFT and randlora agree",
+        description="Adapts a tiny model with the RandLoRA of the installed PEFT, and with randlora enabled in it, and "
+        "compares the two: bases, outputs, gradients, merging, state dicts, and files that one writes and the other "
+        "reads. Takes about a second on the CPU. randlora.integrations.peft.enable() does the same by itself for a "
+        "version of PEFT that it is not tested with.",
+        epilog="exit status: 0 if all agrees, 1 if something differs, 2 without PEFT",
+    )
     return parser
 
 
-def _estimate(arguments: argparse.Namespace) -> str:
+def _estimate(arguments: argparse.Namespace) -> int:
     targets = arguments.target_modules
     if targets is not None and targets != "all-linear":
         targets = [name.strip() for name in targets.split(",") if name.strip()]
@@ -99,7 +108,27 @@ def _estimate(arguments: argparse.Namespace) -> str:
         model, config, arguments.tokens, kinds=arguments.kind, device=arguments.device,
         autocast=DTYPES.get(arguments.autocast), keep_bases=not arguments.no_kept_bases,
     )  # fmt: skip
-    return json.dumps(result, indent=2) if arguments.json else f"{arguments.model}\n{result}"
+    print(json.dumps(result, indent=2) if arguments.json else f"{arguments.model}\n{result}")
+    return 0
+
+
+def _check_peft(arguments: argparse.Namespace) -> int:
+    try:
+        version = integration.version_of_peft()
+    except ImportError as error:
+        raise Failed(str(error)) from error
+    known = "tested" if integration.is_tested(version) else "not tested"
+    print(f"randlora {__version__} and the RandLoRA of PEFT {version} ({known}), torch {torch.__version__}\n")
+    found = integration.compare()
+    width = max(map(len, found))
+    for what, difference in found.items():
+        print(f"{what:{width}}  {'equal' if difference is None else f'DIFFERS: {difference}'}")
+    differing = sum(difference is not None for difference in found.values())
+    print(f"\n{differing} of {len(found)} differ" if differing else "\nall agrees")
+    return int(differing > 0)
+
+
+COMMANDS = {"estimate": _estimate, "check-peft": _check_peft}
 
 
 def build(name: str, dtype: torch.dtype | None = None) -> nn.Module:

@@ -4,6 +4,7 @@ import copy
 
 import peft
 import torch
+from peft.tuners import randlora as peft_randlora
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -13,6 +14,17 @@ from helpers.common import make_base, normal
 
 version = tuple(int(part) for part in peft.__version__.split(".")[:2])
 KINDS = {"dense": {}, "sparse": {"sparse": True}, "very_sparse": {"very_sparse": True}}
+
+
+def state_of_peft():
+    """Everything in PEFT's RandLoRA that could have been replaced."""
+    modules = peft, peft.tuners, peft_randlora, peft_randlora.model, peft_randlora.layer, peft.mapping, peft.peft_model
+    modules += peft.utils, peft.utils.save_and_load
+    classes = peft_randlora.layer.Linear, peft_randlora.RandLoraLayer, peft.tuners.tuners_utils.BaseTuner
+    found = [dict(vars(thing)) for thing in (*modules, *classes, peft.PeftModel)]
+    for names in found:
+        names.pop("__warningregistry__", None)
+    return found, dict(peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING)
 
 
 def config(*targets, **arguments):

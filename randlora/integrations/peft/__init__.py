@@ -12,8 +12,11 @@ way. They may change with any version: :data:`TESTED` says with which ones this 
 
 from __future__ import annotations
 
-import importlib.metadata
+import contextlib
+import logging
+import re
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -22,6 +25,7 @@ __all__ = ["Enabled", "accelerate", "disable", "enable"]
 
 TESTED = ((0, 16), (0, 21))  # the first minor version of PEFT that has RandLoRA, the last that this is tested with
 
+_logger = logging.getLogger(__name__)
 _replaced: list[tuple[Any, Any, Any]] = []  # (object, attribute or key, what PEFT has there)
 
 
@@ -40,19 +44,27 @@ def enable(prng: str = "peft") -> Enabled:
         ImportError: PEFT is not installed.
         ValueError: another `prng`.
 
-    With a version of PEFT that this is not tested with it warns and changes nothing.
+    With a version of PEFT that this is not tested with, the first call compares PEFT's own code with randlora's on a
+    tiny model, in about a second (``python -m randlora check-peft`` shows what is compared). Where they differ, PEFT's
+    own RandLoRA stays as it is, and a warning names what differs.
     """
     if prng not in ("peft", "peft-fp16"):
         raise ValueError(f"prng must be 'peft' or 'peft-fp16', got {prng!r}")
-    if not _is_tested():
-        return Enabled(None)
+    return _enable(prng) if _agrees() else Enabled(None)
+
+
+def _enable(prng: str) -> Enabled:
     from .model import HALF, AcceleratedRandLoraModel
 
     before = AcceleratedRandLoraModel.half if _replaced else None
     AcceleratedRandLoraModel.half = HALF[prng]
     if not _replaced:
-        for where, name, replacement in _replacements(AcceleratedRandLoraModel):
-            _replaced.append((where, name, _exchange(where, name, replacement)))
+        try:
+            for where, name, replacement in _replacements(AcceleratedRandLoraModel):
+                _replaced.append((where, name, _exchange(where, name, replacement)))
+        except BaseException:
+            disable()
+            raise
     return Enabled(before)
 
 
@@ -73,9 +85,9 @@ def accelerate(model: nn.Module) -> nn.Module:
         ValueError: no RandLoRA layers, merged ones, or ones that PEFT itself cannot compute; nothing is changed then.
         TypeError: layers of a class derived from PEFT's.
 
-    With a version of PEFT that this is not tested with it warns and changes nothing.
+    With a version of PEFT that this is not tested with it looks first, as :func:`enable` does.
     """
-    if not _is_tested():
+    if not _agrees():
         return model
     from . import model as peft_model
 
@@ -131,18 +143,74 @@ def _exchange(where: Any, name: Any, new: Any) -> Any:
     return old
 
 
-def _is_tested() -> bool:
+@contextlib.contextmanager
+def switched(on: bool, prng: str = "peft") -> Iterator[None]:
+    """Enabled, or not, while this lasts, whatever version of PEFT is there; then all is as it was before."""
+    if on:
+        with _enable(prng):
+            yield
+        return
+    ours = [(where, name, _exchange(where, name, theirs)) for where, name, theirs in _replaced]
+    kept, _replaced[:] = _replaced[:], []
     try:
-        version = importlib.metadata.version("peft")
-    except importlib.metadata.PackageNotFoundError:
+        yield
+    finally:
+        _replaced[:] = kept
+        for where, name, replacement in ours:
+            _exchange(where, name, replacement)
+
+
+# ---- versions ----
+
+_agreed: dict[str, bool] = {}  # version of PEFT that is not tested -> whether it was found to agree
+
+
+def version_of_peft() -> str:
+    """Of the PEFT that is imported, which need not be the one that is installed. Raises ``ImportError``."""
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        if error.name != "peft":
+            raise
         raise ImportError("randlora.integrations.peft needs PEFT: pip install peft") from None
-    major, minor = (int(part) for part in version.split(".")[:2])
-    if TESTED[0] <= (major, minor) <= TESTED[1]:
+    return peft.__version__
+
+
+def is_tested(version: str) -> bool:
+    """Whether this version of PEFT is one of :data:`TESTED`."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return found is not None and TESTED[0] <= (int(found[1]), int(found[2])) <= TESTED[1]
+
+
+def compare() -> dict[str, str | None]:
+    """What was compared between PEFT's own RandLoRA and randlora's: None where they agree, else what differs.
+
+    See :mod:`randlora.integrations.peft.self_check`.
+    """
+    try:
+        from . import self_check
+    except Exception as error:  # of whatever a version that nobody has seen lacks or raises
+        return {"what randlora takes from PEFT": f"{type(error).__name__}: {error}"}
+    return self_check.compare()
+
+
+def _agrees() -> bool:
+    """Whether PEFT is of a tested version, or of one that was found to agree. Found out, and told, once."""
+    version = version_of_peft()
+    if is_tested(version):
         return True
-    first, last = (".".join(map(str, pair)) for pair in TESTED)
-    warnings.warn(
-        f"randlora.integrations.peft is tested with PEFT {first} to {last}, found is {version}: PEFT's own RandLoRA is "
-        "left as it is",
-        stacklevel=3,
-    )
-    return False
+    if version not in _agreed:
+        differences = [f"{what} ({how})" for what, how in compare().items() if how is not None]
+        _agreed[version] = not differences
+        first, last = (".".join(map(str, pair)) for pair in TESTED)
+        known = f"randlora.integrations.peft is tested with PEFT {first} to {last}, found is {version}"
+        if differences:
+            shown = "; ".join(differences[:2]) + ("; ..." if len(differences) > 2 else "")
+            warnings.warn(
+                f"{known}, and the two differ in {len(differences)} of the things that were compared: {shown}. PEFT's "
+                "own RandLoRA is left as it is. `python -m randlora check-peft` shows all that was compared",
+                stacklevel=3,
+            )
+        else:
+            _logger.info("%s. All that was compared agrees: randlora is on", known)
+    return _agreed[version]

@@ -207,6 +207,26 @@ class AcceleratedRandLoraModel(PeftRandLoraModel):
         if sum(other.bias != "none" for other in self.peft_config.values()) > 1:  # PEFT checks it elsewhere by version
             raise ValueError("only one adapter can train biases: set bias='none' for all others")
 
+    # ---- state dicts ----
+
+    # From 0.22 on PEFT's RandLoRA has hooks of its own here: they take out the copies of the bases that its layers
+    # have, and put them back. Our layers have none, so the hooks of all tuners do, which other versions ask anyway.
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return cls._above(model)._get_adapter_state_dict(model, *args, **kwargs)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return cls._above(model)._remap_adapter_state_dict_for_load(model, *args, **kwargs)
+
+    @classmethod
+    def _above(cls, model: nn.Module) -> Any:
+        """Whose hooks `model` needs: PEFT asks this class while randlora is enabled, also for models built before."""
+        layers = (module for module in model.modules() if isinstance(module, peft_randlora.RandLoraLayer))
+        has_copies = any(not isinstance(layer, AcceleratedLinear) for layer in layers)
+        return super() if has_copies else super(PeftRandLoraModel, cls)
+
     # ---- layers ----
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import importlib
-import importlib.metadata
 import io
 import sys
 
@@ -12,7 +11,19 @@ import torch
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
-from helpers.peft_models import KINDS, adapt, both, config, layers, llama, logits, randomize, tokens, version  # noqa: E402
+from helpers.peft_models import (  # noqa: E402
+    KINDS,
+    adapt,
+    both,
+    config,
+    layers,
+    llama,
+    logits,
+    randomize,
+    state_of_peft,
+    tokens,
+    version,
+)
 from peft.tuners import randlora as peft_randlora  # noqa: E402
 
 import randlora  # noqa: E402
@@ -22,14 +33,6 @@ from randlora.integrations.peft import model as peft_model  # noqa: E402
 from randlora.layers import update_cache  # noqa: E402
 
 CONFIG = config("q_proj", "v_proj", "down_proj")
-
-
-def state_of_peft():
-    """Everything in PEFT's RandLoRA that could have been replaced."""
-    modules = peft, peft.tuners, peft_randlora, peft_randlora.model, peft_randlora.layer, peft.mapping
-    classes = peft_randlora.layer.Linear, peft_randlora.RandLoraLayer, peft.tuners.tuners_utils.BaseTuner
-    found = [dict(vars(thing)) for thing in (*modules, *classes, peft.PeftModel)]
-    return found, dict(peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING)
 
 
 def test_disable_gives_everything_back():
@@ -58,27 +61,8 @@ def test_contexts_nest():
     assert state_of_peft() == before
 
 
-VERSIONS = {"0.15.2": 0, "0.16.0": 1, "0.21.9.dev0": 1, "0.22.0": 0, "1.0": 0}
-
-
-@pytest.mark.parametrize(("found", "tested"), VERSIONS.items())
-def test_other_versions_are_left_alone(found, tested, monkeypatch, recwarn):
-    model, before = adapt(layers(a=(8, 6)), config("a"), False), state_of_peft()
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: found)
-    with integration.enable():
-        assert (state_of_peft() != before) == bool(tested)
-    assert integration.accelerate(model) is model
-    assert (type(model.base_model.model.a) is not peft_randlora.Linear) == bool(tested)
-    warned = [str(w.message) for w in recwarn if "is tested with PEFT" in str(w.message)]
-    assert len(warned) == 2 - 2 * tested and all(f"0.16 to 0.21, found is {found}" in text for text in warned)
-
-
 def test_without_peft(monkeypatch):
-    def version(name):
-        raise importlib.metadata.PackageNotFoundError(name)
-
     monkeypatch.setitem(sys.modules, "peft", None)
-    monkeypatch.setattr(importlib.metadata, "version", version)
     importlib.reload(integration)
     for call in (integration.enable, lambda: integration.accelerate(torch.nn.Linear(2, 2))):
         with pytest.raises(ImportError, match="pip install peft"):
