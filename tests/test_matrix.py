@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from matrix import environments, records, rows, trials
+from matrix import environments, records, rows, short, trials
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -125,6 +125,44 @@ def test_a_report_is_counted(tmp_path):
 def test_the_tests_of_a_row_exist():
     missing = [test for test in trials.TESTS if not (ROOT / "tests" / test.partition("::")[0]).exists()]
     assert missing == []
+
+
+# ---- the short form ----
+
+
+@pytest.mark.parametrize(
+    ("installed", "oldest", "newest"),
+    [
+        ({"peft": "0.21.2", "transformers": "5.24.0"}, ["peft==0.16.0", "transformers==4.57.6"], ["peft==0.20.0"]),
+        ({"peft": "0.22.0", "transformers": "4.57.6"}, ["peft==0.16.0"], ["peft==0.21.2", "transformers==5.24.0"]),
+    ],
+)
+def test_the_short_form_takes_the_oldest_and_the_newest_other_peft(monkeypatch, installed, oldest, newest):
+    monkeypatch.setattr(short.metadata, "version", installed.__getitem__)
+    found = [[need for need in short.requirements(row) if "==" in need] for row in short.chosen()]
+    assert found == [oldest, newest]
+
+
+def test_the_short_form_installs_beside_the_environment(monkeypatch, tmp_path):
+    """Without dependencies, and half an installation is not taken for a whole one."""
+    commands = []
+
+    def pip(command, check):
+        target = Path(command[command.index("--target") + 1])
+        target.mkdir(exist_ok=True)
+        commands.append(command)
+        if len(commands) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(short, "FOLDER", tmp_path)
+    monkeypatch.setattr(short.subprocess, "run", pip)
+    with pytest.raises(KeyboardInterrupt):
+        short.install(["peft==0.16.0", "tokenizers<0.23"])
+    folder = short.install(["peft==0.16.0", "tokenizers<0.23"])
+    assert folder.is_dir() and short.install(["peft==0.16.0", "tokenizers<0.23"]) == folder
+    assert len(commands) == 2 and all(
+        {"--no-deps", "peft==0.16.0", "tokenizers<0.23"} <= set(each) for each in commands
+    )
 
 
 # ---- records and the table ----

@@ -66,7 +66,8 @@ def prepare(row: Row) -> Path:
         run([python, "-m", "pip", "uninstall", "--yes", "--quiet", "peft"])  # pip keeps a branch's older commit
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     run([*pip, *(["--upgrade"] if row.moves else []), *row.requirements.values(), *PACKAGES])
-    for old in (ROOT / "build").glob("lib*"):  # what was built for another environment would be installed
+    # What was built with this Python for another PyTorch, and modules that are gone, would be installed.
+    for old in (ROOT / "build").glob(f"lib*-{row.python.replace('.', '')}"):
         shutil.rmtree(old)
     run([*pip, "--no-deps", "--no-build-isolation", ROOT], RANDLORA_CUDA="0")
     return folder

@@ -11,7 +11,7 @@ RESULTS = Path(__file__).with_name("results.jsonl")
 
 
 def read(path: Path | None = None) -> list[dict]:
-    """Of this file, or of the committed one. In the order of the rows. A row that the matrix has no more is left out."""
+    """Of this file, or of the committed one, in the order of the rows. One that the matrix has no more is left out."""
     path = path or RESULTS
     lines = path.read_text().splitlines() if path.is_file() else []
     found = {record["row"]: record for record in map(json.loads, lines)}

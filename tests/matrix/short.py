@@ -36,15 +36,23 @@ def requirements(row: Row) -> list[str]:
     return needs
 
 
+def install(needs: list[str]) -> Path:
+    """A folder with these packages alone, which is there when it is whole."""
+    folder = FOLDER / "-".join(["with", *(need.replace("==", "-") for need in needs if "==" in need)])
+    if not folder.is_dir():
+        half = folder.with_name(f"{folder.name}.half")
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, "--no-deps", "--upgrade", "--target", half, *needs], check=True)
+        half.rename(folder)
+    return folder
+
+
 def main() -> int:
     bad = []
     for row in chosen():
         needs = requirements(row)
-        folder = FOLDER / "-".join(["with", *(need.replace("==", "-") for need in needs[:2])])
         print(f"\n== {', '.join(needs)}", flush=True)
-        if not folder.is_dir():
-            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-            subprocess.run([*pip, "--no-deps", "--target", folder, *needs], check=True)
+        folder = install(needs)
         path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
         outcome = attempt(Path(sys.executable), TESTS, PYTHONPATH=path)
         print(f"\n== {', '.join(needs)}: {outcome}", flush=True)
