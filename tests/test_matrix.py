@@ -28,7 +28,7 @@ def record():
     return {
         "row": row.name, "date": "2026-01-02T03:04+00:00", "machine": "x86_64", "randlora": "0123abc",
         "python": f"{row.python}.7", "torch": f"{row.torch}+cpu", "peft": row.peft, "transformers": row.transformers,
-        "check_peft": True, "passed": 12, "skipped": 3, "failed": 0, "failures": [], "seconds": 5,
+        "torchao": row.torchao, "check_peft": True, "passed": 12, "skipped": 3, "failed": 0, "failures": [], "seconds": 5,
     }  # fmt: skip
 
 
@@ -40,6 +40,7 @@ def test_rows_have_names_of_their_own_and_versions_that_go_together():
     assert len(set(names)) == len(names) and all(re.fullmatch(r"[\w.-]+", name) for name in names)
     for row in rows.ROWS:
         assert row.transformers.startswith("4") or row.peft not in ("0.16.0", "0.17.1"), row.name
+        assert row.torchao == "0.17.0" or row.peft not in ("0.16.0", "0.17.1", "0.18.1"), row.name
 
 
 def test_rows_are_chosen_by_name():
@@ -59,9 +60,9 @@ def test_a_workflow_reads_all_rows():
     assert [row["name"] for row in [*pinned, *moving]] == [row.name for row in rows.ROWS]
     for row in pinned:
         assert re.fullmatch(r"torch==[\d.]+", row["torch"]) and re.fullmatch(r"3\.\d+", row["python"])
-        assert re.fullmatch(r"peft==[\d.]+ transformers==[\d.]+", row["peft"])
+        assert re.fullmatch(r"peft==[\d.]+ transformers==[\d.]+ torchao==[\d.]+", row["peft"])
     newest, main = moving
-    assert newest["torch"] == "torch" and newest["peft"] == "--upgrade peft transformers"
+    assert newest["torch"] == "torch" and newest["peft"] == "--upgrade peft transformers torchao"
     assert main["peft"].startswith("--upgrade git+https://")
 
 
@@ -86,7 +87,9 @@ def test_what_tests_need_is_in_every_environment():
     text = (ROOT / "pyproject.toml").read_text()
     wanted = re.findall(r'"([\w-]+)', re.search(r"^test = \[(.*)\]$", text, re.M)[1])
     not_of_python = {"cmake", "pytest-xdist"}
-    assert set(wanted) - not_of_python <= {re.split(r"[<>=]", name)[0] for name in environments.PACKAGES}
+    found = [re.split(r"[<>=]", name)[0] for name in environments.PACKAGES]
+    for row in rows.ROWS:
+        assert set(wanted) - not_of_python <= {*found, *row.requirements}
 
 
 def test_the_commit_of_a_branch_is_known(tmp_path):
@@ -190,9 +193,9 @@ def test_a_run_takes_the_place_of_the_last_one(record):
 def test_a_record_of_other_versions_is_none_of_the_row(record):
     row = rows.ROWS[0]
     assert records.fits(record, row)
-    for name in ("python", "torch", "peft", "transformers"):
+    for name in ("python", "torch", "peft", "transformers", "torchao"):
         assert not records.fits(record, replace(row, **{name: "9.99"}))
-    assert records.fits(record, replace(row, torch="", peft="main", transformers=""))
+    assert records.fits(record, replace(row, torch="", peft="main", transformers="", torchao=""))
 
 
 def test_the_table_shows_every_row(versions, record):

@@ -30,12 +30,13 @@ def run(row: Row) -> bool:
     except Impossible as error:
         say(f"{row.name}: not run, as {error}")
         return False
+    commit = git("describe", "--always", "--dirty", "--exclude=*")
     outcome = attempt(folder / "bin" / "python", TESTS)
     record = {
         "row": row.name,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
         "machine": platform.machine(),
-        "randlora": git("describe", "--always", "--dirty", "--exclude=*"),
+        "randlora": commit,
         **describe(folder),
         **outcome.as_dict(),
     }

@@ -18,10 +18,10 @@ from matrix.rows import Row
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "matrix"
-# For the tests: the extra `test` of pyproject.toml but for what builds and runs the C++ tests, the extra `peft`, and
-# what builds and runs randlora, which is installed without looking for its requirements anew.
+# Beside the row's own: the extra `test` of pyproject.toml but for what builds and runs the C++ tests, the extra `peft`,
+# and what builds and runs randlora, which is installed without looking for its requirements anew.
 PACKAGES = [
-    *("accelerate", "pytest>=8", "hypothesis", "bitsandbytes", "torchao", "trl"),
+    *("accelerate", "pytest>=8", "hypothesis", "bitsandbytes", "trl"),
     *("setuptools>=70.1", "ninja", "safetensors", "regex", "numpy"),
 ]
 # Whose versions are written down, where they are installed.

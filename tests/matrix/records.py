@@ -27,6 +27,6 @@ def add(*records: dict) -> None:
 
 def fits(record: dict, row: Row) -> bool:
     """Whether the row still asks for the versions of this record: what it pins may have changed since."""
-    pins = {"torch": row.torch, "transformers": row.transformers, "peft": "" if row.peft == "main" else row.peft}
-    same = all(not pin or record[name].partition("+")[0] == pin for name, pin in pins.items())
+    pins = {"torch": row.torch, "transformers": row.transformers, "peft": row.peft, "torchao": row.torchao}
+    same = all(record[name].partition("+")[0] == pin for name, pin in pins.items() if pin not in ("", "main"))
     return same and record["python"].startswith(f"{row.python}.")

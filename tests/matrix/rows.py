@@ -27,6 +27,7 @@ class Row:
     torch: str
     peft: str  # or "main": PEFT's main branch
     transformers: str
+    torchao: str = "0.18.0"
 
     @property
     def moves(self) -> bool:
@@ -40,25 +41,25 @@ class Row:
     @property
     def requirements(self) -> dict[str, str]:
         """By package, for pip."""
-        wanted = {"torch": self.torch, "transformers": self.transformers, "peft": self.peft}
+        wanted = {"torch": self.torch, "peft": self.peft, "transformers": self.transformers, "torchao": self.torchao}
         found = {name: f"{name}=={version}" if version else name for name, version in wanted.items()}
         return found | {"peft": PEFT_MAIN} if self.peft == "main" else found
 
 
-# PEFT up to 0.17 imports names that transformers 5 has no more. On Python 3.10 the newest are torch 2.14 and
-# transformers 5.20.
+# PEFT up to 0.17 imports names that transformers 5 has no more, and its LoRA up to 0.18 such as torchao 0.18 has no
+# more. On Python 3.10 the newest are torch 2.14 and transformers 5.20.
 ROWS = (
-    Row("peft-0.16", "3.10", "2.10.0", "0.16.0", "4.57.6"),
-    Row("peft-0.17", "3.12", "2.11.0", "0.17.1", "4.57.6"),
-    Row("peft-0.18", "3.13", "2.12.1", "0.18.1", "5.24.0"),
+    Row("peft-0.16", "3.10", "2.10.0", "0.16.0", "4.57.6", "0.17.0"),
+    Row("peft-0.17", "3.12", "2.11.0", "0.17.1", "4.57.6", "0.17.0"),
+    Row("peft-0.18", "3.13", "2.12.1", "0.18.1", "5.24.0", "0.17.0"),
     Row("peft-0.19", "3.11", "2.13.0", "0.19.1", "5.24.0"),
     Row("peft-0.20", "3.12", "2.11.0", "0.20.0", "5.24.0"),
     Row("peft-0.21", "3.11", "2.13.0", "0.21.2", "5.24.0"),
     Row("transformers-4", "3.11", "2.13.0", "0.21.2", "4.57.6"),
     Row("python-3.10", "3.10", "2.14.1", "0.21.2", "5.20.2"),
     Row("torch-2.15", "3.13", "2.15.0", "0.21.2", "5.24.0"),
-    Row("newest", "3.13", "", "", ""),
-    Row("peft-main", "3.13", "", "main", ""),
+    Row("newest", "3.13", "", "", "", ""),
+    Row("peft-main", "3.13", "", "main", "", ""),
 )
 NEWEST_TORCH = max((row.torch for row in ROWS if row.torch), key=lambda version: [int(n) for n in version.split(".")])
 
@@ -78,9 +79,9 @@ def for_workflow(which: str) -> list[dict[str, str]]:
     found = []
     for row in ROWS:
         if row.moves in wanted:
-            needs = row.requirements
-            peft = f"{'--upgrade ' if row.moves else ''}{needs['peft']} {needs['transformers']}"
-            found.append({"name": row.name, "python": row.python, "torch": needs["torch"], "peft": peft})
+            torch, *others = row.requirements.values()
+            peft = " ".join([*(["--upgrade"] if row.moves else []), *others])
+            found.append({"name": row.name, "python": row.python, "torch": torch, "peft": peft})
     return found
 
 
