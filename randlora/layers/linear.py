@@ -234,7 +234,8 @@ class Linear(nn.Linear, RandLoraLayer, CachedForward, Noticed):
     def _plain_weight(self) -> Tensor | None:
         """The weight of such a base layer, not read by way of ``self.weight``, which would note that."""
         weight = base_layers.plain_weight(self._modules["base_layer"])
-        return None if weight is None or weight.requires_grad else weight
+        trained = weight is not None and weight.requires_grad and torch.is_grad_enabled()
+        return None if trained else weight
 
     def _apply(self, fn: Callable[[Tensor], Any], recurse: bool = True) -> Linear:
         super()._apply(fn, recurse)

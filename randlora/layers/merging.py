@@ -71,7 +71,7 @@ class Mergeable(SharedState):
             merged = sum((self._delta_for(weight, name) for name in names), start=weight)
             merged = merged.to(weight.dtype)
             if safe_merge and not all_finite(merged):
-                raise ValueError(f"merging {', '.join(names)} gives NaN or infinity in the weight; nothing was changed")
+                raise _not_finite(names)
         with merged_or_not([self]), torch.no_grad():
             if kept is None and not self.merged:
                 self._unmerged_weight = _numbers(base)
@@ -124,7 +124,7 @@ class Mergeable(SharedState):
             update = sum(updates[1:], start=updates[0])
             parameter, stands_for, loss = quantized.merged_parameter(base, update, original)
             if safe_merge and not torch.isfinite(stands_for).all():
-                raise ValueError(f"merging {', '.join(names)} gives NaN or infinity in the weight; nothing was changed")
+                raise _not_finite(names)
         with merged_or_not([self]):
             before = quantized.replace_weight(base, parameter)
             if kept is None:
@@ -282,6 +282,15 @@ _SHARDED = (
     "and merge it into a model that is not sharded"
 )
 _NOT_KEPT = "the weight as it was before merging was not kept (merge_and_unload with low_memory=True)"
+
+
+def _not_finite(names: Iterable[str]) -> ValueError:
+    """It begins with the words that PEFT has for it."""
+    which = ", ".join(names)
+    return ValueError(
+        f"NaNs detected in the merged weights. The adapter {which} seems to be broken: merging {which} gives NaN or "
+        "infinity in the weight; nothing was changed"
+    )
 
 
 def _recomputed(base: nn.Module) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -76,8 +76,8 @@ class AcceleratedLinear(peft_randlora.Linear, Linear):
         return self._pair(adapter).tensors(dtype, device)
 
     @property
-    def bases(self) -> dict:
-        return {adapter: self._bases(adapter) for adapter in self.randlora_lambda}
+    def bases(self) -> Mapping[str, RandomBases]:
+        return _BasesOf(self)
 
     @property
     def _active_adapters(self) -> list[str]:
@@ -231,6 +231,24 @@ class AcceleratedLinear(peft_randlora.Linear, Linear):
                 there = [found.data_ptr() for key, found in destination.items() if key.endswith(name)]
                 if store.is_persistent(adapter) and tensor.data_ptr() not in there:
                     destination[prefix + name] = tensor if keep_vars else tensor.detach()  # the first layer will do
+
+
+class _BasesOf(Mapping[str, RandomBases]):
+    """Adapter name -> bases, of the adapters that the layer has at the time."""
+
+    def __init__(self, layer: AcceleratedLinear) -> None:
+        self._layer = layer
+
+    def __getitem__(self, adapter: str) -> RandomBases:
+        if adapter not in self._layer.randlora_lambda:
+            raise KeyError(adapter)
+        return self._layer._bases(adapter)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layer.randlora_lambda)
+
+    def __len__(self) -> int:
+        return len(self._layer.randlora_lambda)
 
 
 # Models are printed, and scripts tell layers apart, by the name that PEFT's class has.

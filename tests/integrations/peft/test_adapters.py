@@ -8,8 +8,9 @@ from helpers.common import over
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
-from helpers.peft_models import adapt, bases, config, layers, llama, logits, randomize, tokens  # noqa: E402
+from helpers.peft_models import adapt, bases, both, config, layers, llama, logits, randomize, tokens, version  # noqa: E402
 
+import randlora  # noqa: E402
 import randlora.integrations.peft as integration  # noqa: E402
 
 FIRST = config("q_proj", "v_proj", "down_proj", r=8)
@@ -204,8 +205,14 @@ def test_safe_merge_and_nan():
     with torch.no_grad():
         layer.randlora_lambda["default"][0, 0] = torch.nan
     before = layer.base_layer.weight.clone()
-    with pytest.raises(ValueError, match="NaN"):
-        model.merge_adapter(safe_merge=True)
+    plain = adapt(llama(), FIRST, False)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    words = []
+    for broken in (plain, model):
+        with pytest.raises(ValueError, match="NaN") as raised:
+            broken.merge_adapter(safe_merge=True)
+        words.append(str(raised.value))
+    assert words[1].startswith(words[0]), "scripts may look for PEFT's words"
     assert torch.equal(layer.base_layer.weight, before)
 
 
@@ -218,3 +225,50 @@ def test_conversion_to_lora():
     for name, update in expected.items():
         A, B = (state[f"{name}.lora_{x}.weight"] for x in "AB")
         torch.testing.assert_close(B @ A, update, rtol=1e-3, atol=1e-3)
+
+
+def views(thing, name):
+    """Everything public that has an entry for an adapter `name`, by attribute."""
+    for attribute in dir(thing):
+        value = None if attribute.startswith("_") else getattr(thing, attribute, None)
+        if hasattr(value, "keys") and hasattr(value, "__contains__") and name in value:
+            yield attribute, value
+
+
+@pytest.mark.parametrize("whose", ["PEFT's", "ours"])
+def test_a_deleted_adapter_is_nowhere(whose):
+    """Also not in what was asked for before it was deleted."""
+    if whose == "ours":
+        arguments = {"r": 5, "target_modules": ["q_proj", "v_proj"]}
+        model = randlora.get_peft_model(llama(), randlora.RandLoraConfig(**arguments), adapter_name="gone")
+        model.add_adapter("stays", randlora.RandLoraConfig(**arguments))
+    else:
+        model = adapt(llama(), config("q_proj", "v_proj"), adapter_name="gone")
+        model.add_adapter("stays", config("q_proj", "v_proj"))
+    found = [(attribute, value) for module in (model, *model.modules()) for attribute, value in views(module, "gone")]
+    assert {"bases", "num_bases", "r", "scaling", "randlora_lambda", "randlora_A"} <= {name for name, _ in found}
+    layer = next(module for module in model.modules() if hasattr(module, "randlora_lambda"))
+    assert list(layer.bases) == ["gone", "stays"] and len(layer.bases) == 2
+    model.delete_adapter("gone")
+    assert [name for name, value in found if "gone" in value] == []
+    assert list(layer.bases) == ["stays"] and layer.bases["stays"] is dict(layer.bases)["stays"]
+    with pytest.raises(KeyError):
+        layer.bases["gone"]
+
+
+def test_a_merged_adapter_is_not_deleted():
+    """In PEFT's words, which it has from 0.21 on."""
+    theirs, ours = both(layers(up=(5, 9), down=(9, 4)), config("up", "down"))
+    words = []
+    for model in (theirs, ours) if version >= (0, 21) else (ours,):
+        model.add_adapter("other", config("up", "down"))
+        model.merge_adapter(["default"])
+        before = model(torch.ones(2, 5))
+        with pytest.raises(ValueError) as raised:
+            model.delete_adapter("default")
+        words.append(str(raised.value))
+        assert torch.equal(model(torch.ones(2, 5)), before)
+        model.delete_adapter("other")
+        model.unmerge_adapter()
+        model.delete_adapter("default")
+    assert set(words) == {"Cannot delete adapter(s) ['default'] while they are merged. Please unmerge them first."}

@@ -175,3 +175,13 @@ def test_models_of_transformers(new_peft, monkeypatch, tmp_path):  # noqa: F811
             with on(accelerated):
                 model.load_adapter(str(tmp_path / writer))
             torch.testing.assert_close(logits(model), expected)
+    # What docs/peft.md says: transformers has no place for bases that stand once for the whole model.
+    with on(True):
+        other_bases(adapt(llama(), config(*TARGETS))).save_pretrained(tmp_path / "once")
+    for accelerated in (False, True):
+        model = llama()
+        with on(accelerated):
+            found = model.load_adapter(str(tmp_path / "once"))
+        if found is not None:  # earlier transformers say it in the log only
+            assert {f"base_model.{kind}.default" for kind in KINDS} <= set(found.unexpected_keys)
+        torch.testing.assert_close(logits(model), expected)

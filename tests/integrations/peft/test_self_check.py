@@ -21,6 +21,7 @@ from randlora.__main__ import main  # noqa: E402
 from randlora.integrations.peft import self_check  # noqa: E402
 from randlora.integrations.peft.layer import AcceleratedLinear  # noqa: E402
 from randlora.integrations.peft.model import AcceleratedRandLoraModel  # noqa: E402
+from randlora.integrations.peft.tiny_pair import SHAPES, layers_of  # noqa: E402
 
 KINDS = "randlora_A", "randlora_B"
 
@@ -136,7 +137,7 @@ def wrapping(cls, name, change):
 
 
 def first_layer_alone(layer):
-    return (layer.in_features, layer.out_features) == self_check.SHAPES["down"]
+    return (layer.in_features, layer.out_features) == SHAPES["down"]
 
 
 def scaled_base(kind):
@@ -178,6 +179,14 @@ def freeze(_, tuner, *args):
 
 def of_forward(change):
     return wrapping(AcceleratedLinear, "forward", lambda y, layer, *args: change(y) if first_layer_alone(layer) else y)
+
+
+def of_sparse(monkeypatch):
+    def change(y, layer, *args):
+        A = layer.randlora_A["default"]
+        return y * (1 + 1e-5 * (A == 0).any())
+
+    wrapping(AcceleratedLinear, "forward", change)(monkeypatch)
 
 
 def while_disabled(monkeypatch):
@@ -227,7 +236,7 @@ def no_unmerge(monkeypatch):
 
 def copying_accelerate(monkeypatch):
     def accelerate(model):
-        for layer in self_check._layers(model).values():
+        for layer in layers_of(model).values():
             layer.randlora_gamma["default"] = nn.Parameter(layer.randlora_gamma["default"].detach().clone())
         return model
 
@@ -257,6 +266,7 @@ INJECTED = [
     ("outputs", of_forward(lambda y: y.float()), "dtype of layer down"),
     ("outputs", of_forward(lambda y: y[:1]), "shape of layer down"),
     ("outputs", while_disabled, "with adapters disabled"),
+    ("outputs", of_sparse, "the model with sparse bases"),
     ("outputs", raising, "RuntimeError: of a"),
     ("gradients", of_forward(lambda y: y * LITTLE - (y * LITTLE - y).detach()), "apart"),
     ("updates", wrapping(AcceleratedLinear, "get_delta_weight", lambda d, *_: d * LITTLE), "layer up"),
@@ -265,7 +275,7 @@ INJECTED = [
     ("merging", no_unmerge, "unmerged, weight of up"),
     ("merging", wrapping(AcceleratedRandLoraModel, "_unload_and_optionally_merge", lambda m, *_: m.up), "names"),
     ("accelerate(model)", of_forward(lambda y: y * LITTLE), "the model"),
-    ("accelerate(model)", copying_accelerate, "parameters"),
+    ("accelerate(model)", copying_accelerate, "gamma.default is the same object: True in PEFT, False"),
     ("several adapters", keeping_deleted, "after the second adapter was deleted"),
     ("several adapters", activating_the_second, "with a second adapter, active adapters"),
     ("several adapters", wrapping(AcceleratedRandLoraModel, "inject_adapter", freeze), "what is trained"),
