@@ -28,7 +28,8 @@ def record():
     return {
         "row": row.name, "date": "2026-01-02T03:04+00:00", "machine": "x86_64", "randlora": "0123abc",
         "python": f"{row.python}.7", "torch": f"{row.torch}+cpu", "peft": row.peft, "transformers": row.transformers,
-        "torchao": row.torchao, "check_peft": True, "passed": 12, "skipped": 3, "failed": 0, "failures": [], "seconds": 5,
+        "torchao": row.torchao, "check_peft": True, "passed": 12, "skipped": 3, "failed": 0, "failures": [],
+        "seconds": 5,
     }  # fmt: skip
 
 

@@ -30,6 +30,10 @@ SETTINGS = {
 }  # fmt: skip
 
 
+# As transformers 5 has it by itself. The other way needs enable_input_require_grads() around any frozen embedding.
+NOT_REENTRANT = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
+
+
 def train(model, folder, **settings):
     data = [{"input_ids": row, "labels": row} for row in tokens(batch=8)]
     arguments = transformers.TrainingArguments(output_dir=str(folder), **SETTINGS | settings)
@@ -40,7 +44,7 @@ def train(model, folder, **settings):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}],
+    [{}, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2, **NOT_REENTRANT}],
     ids=["plain", "checkpointing"],
 )
 def test_trainer(settings, tmp_path):
@@ -108,15 +112,22 @@ def test_sft_trainer(tmp_path):
 @over("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "plain"])
 def test_gradient_checkpointing(reentrant, dtype):
-    gradients = []
-    for checkpointing in (False, True):
-        model = adapt(llama(dtype), config(*TARGETS)).train()
-        model.enable_input_require_grads()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        model(input_ids=tokens(), labels=tokens()).loss.backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
-    assert gradients[0] and all(torch.equal(gradients[1][name], grad) for name, grad in gradients[0].items())
+    """The same gradients, bit for bit where those of PEFT's own layers are: some of transformers' models round anew."""
+
+    def difference(accelerated):
+        gradients = []
+        for checkpointing in (False, True):
+            model = adapt(llama(dtype), config(*TARGETS), accelerated).train()
+            model.enable_input_require_grads()
+            if checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model(input_ids=tokens(), labels=tokens()).loss.backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+        assert gradients[0].abs().max() > 0.1
+        return (gradients[1] - gradients[0]).abs().max()
+
+    ours = difference(True)
+    assert ours == 0 or ours <= 4 * difference(False)
 
 
 def test_dropout():
