@@ -1,6 +1,7 @@
 """Training with transformers' Trainer, TRL's SFTTrainer, gradient checkpointing and torch.compile."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -59,14 +60,21 @@ def test_trainer(settings, tmp_path):
 
 
 def test_trainer_under_autocast(tmp_path):
-    """Losses are as near to those of an fp32 run as PEFT's own: rounding differs, and training lets it grow."""
+    """Losses are as near to those of an fp32 run as PEFT's own: rounding differs, and training lets it grow.
+
+    By chance one run of theirs may be much nearer than another: several bases are trained.
+    """
     settings = {"learning_rate": 2e-3, "max_steps": 12}
-    exact, theirs, ours = (
-        train(adapt(llama(), config(*TARGETS), accelerated), tmp_path, bf16=bf16, **settings)
-        for accelerated, bf16 in ((False, False), (False, True), (True, True))
-    )
-    assert exact[0] - exact[-1] > 0.3
-    assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
+    errors = torch.zeros(2)
+    for key in (1, 2):
+        exact, *others = (
+            train(adapt(llama(), config(*TARGETS, projection_prng_key=key), accelerated), tmp_path, **bf16, **settings)
+            for accelerated, bf16 in ((False, {}), (False, {"bf16": True}), (True, {"bf16": True}))
+        )
+        assert exact[0] - exact[-1] > 0.2
+        errors += torch.stack([(other - exact).abs().max() for other in others])
+        os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # transformers 4 would train all that follows in bf16
+    assert errors[0] > 0 and errors[1] <= 2 * errors[0]
 
 
 def test_trainer_resumes(tmp_path):
