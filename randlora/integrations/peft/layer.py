@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...bases.random_bases import RandomBases
 from ...dtypes import at_least_fp32
-from ...layers import offload, quantized
+from ...layers import offload
 from ...layers.base_layer import first_argument, has_weight_method, tensor_weight
 from ...layers.linear import Linear
 from ...layers.mixed_batch import MixedBatch
@@ -24,7 +24,7 @@ from .wrappers import Trainability
 
 
 class AcceleratedLinear(peft_randlora.Linear, Linear):
-    """What PEFT's RandLoRA layer becomes, on float and on quantised base layers alike (see :func:`convert`).
+    """What PEFT's RandLoRA layer becomes, on float and on quantised base layers alike (see ``conversion.convert``).
 
     PEFT's classes come first: what adapters there are, which act and what is trained is theirs. The methods below put
     randlora's arithmetic in the place of PEFT's. Attributes of PEFT's layer keep their meaning, but ``num_bases`` is a
@@ -286,16 +286,3 @@ def seen_where_it_computes(base_layer: Any) -> Iterator[None]:
         yield
     finally:
         base_layer._parameters["weight"] = weight
-
-
-def convert(layer: Any) -> AcceleratedLinear:
-    """Turn a RandLoRA layer of PEFT, whatever its base layer, into a :class:`AcceleratedLinear` in place.
-
-    Its containers of bases must be :class:`Bases`. The layer stays the object that PEFT made: its parent, its hooks and
-    users' variables refer to it, and its parameters are in an optimizer. So it is given another class, not replaced.
-    """
-    layer.__class__ = AcceleratedLinear
-    layer.__dict__.setdefault("is_target_conv_1d_layer", False)
-    layer.refer_to_bases()
-    quantized.prepare(layer.get_base_layer())
-    return layer

@@ -26,7 +26,8 @@ from ...model.training_step import at_training_step
 from ...names import check_savable
 from ...undo import all_or_nothing
 from .bases import RANK_AXIS, Bases, is_8_bit
-from .layer import AcceleratedLinear, convert, initialise_anew, seen_where_it_computes
+from .conversion import convert
+from .layer import AcceleratedLinear, initialise_anew, seen_where_it_computes
 from .targets import check_targets, matched
 from .wrappers import Trainability, activate, mixed_batch_with_wrappers, wrappers
 
@@ -295,9 +296,8 @@ def accelerate(model: nn.Module) -> nn.Module:
 
 
 def _check(name: str, module: Any) -> None:
-    known = {AcceleratedLinear, AcceleratedRandLoraModel, peft_randlora.Linear, PeftRandLoraModel}
-    # PEFT's classes for quantised layers exist only where bitsandbytes does.
-    if type(module) not in known and not type(module).__module__.startswith("peft."):
+    # PEFT's classes for quantised layers exist only where bitsandbytes does, and so do randlora's.
+    if not type(module).__module__.startswith(("peft.", f"{__package__}.")):
         raise TypeError(f"{name!r} is of a class of its own, {type(module).__qualname__}, which cannot be converted")
     if isinstance(module, AcceleratedLinear) or not isinstance(module, peft_randlora.RandLoraLayer):
         return

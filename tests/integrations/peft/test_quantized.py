@@ -84,7 +84,7 @@ def test_like_pefts_forward(bits, shape, kind):
     plain = theirs(x)
     assert type(theirs.base_model.model.layer).__name__ in ("Linear8bitLt", "Linear4bit", "Linear")
     ours = integration.accelerate(copy.deepcopy(theirs))
-    assert type(ours.base_model.model.layer) is peft_layer.AcceleratedLinear
+    assert isinstance(ours.base_model.model.layer, peft_layer.AcceleratedLinear)
     assert (ours.base_model.model.layer.pattern("default") is None) == (kind == "dense")
     torch.testing.assert_close(ours(x), plain, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(one_layer(bits, shape, kind=kind)(x), plain, rtol=1e-4, atol=1e-3)
@@ -117,7 +117,7 @@ def test_a_second_adapter_does_not_nest(bits):
         model.add_adapter("other", config("layer", r=4))
         layer = model.base_model.model.layer
         nested = isinstance(layer.base_layer, peft.tuners.randlora.RandLoraLayer)
-        flat = type(layer) in (peft_layer.AcceleratedLinear, peft.tuners.randlora.Linear)
+        flat = isinstance(layer, peft_layer.AcceleratedLinear) or type(layer) is peft.tuners.randlora.Linear
         assert nested != flat and (flat or not accelerated)
         if nested:
             with pytest.raises(ValueError, match="layer around another one"):
@@ -159,3 +159,25 @@ def test_files(bits, tmp_path):
         found = peft.PeftModel.from_pretrained(quantize(llama(), bits), tmp_path)
     # bitsandbytes' own fast path for eval on the CPU cannot do these sizes.
     torch.testing.assert_close(logits(found.train()), logits(theirs.train()), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_layers_are_of_pefts_classes(bits, tmp_path):
+    """As ``isinstance`` sees it, in scripts that look for quantised layers; made new, converted, copied and pickled."""
+    theirs, ours = (one_layer(bits, "wide", accelerated) for accelerated in (False, True))
+    cls = type(theirs.base_model.model.layer)
+    assert cls is getattr(peft.tuners.randlora, {8: "Linear8bitLt", 4: "Linear4bit"}[bits])
+    x = normal(3, 64, seed=1)
+    torch.save(ours.base_model.model.layer, tmp_path / "layer.pt")
+    wanted = integration.accelerate(copy.deepcopy(theirs)).base_model.model.layer(x)
+    ours.add_adapter("second", config("layer", r=4))
+    for layer in (
+        ours.base_model.model.layer,
+        integration.accelerate(theirs).base_model.model.layer,
+        copy.deepcopy(ours).base_model.model.layer,
+        torch.load(tmp_path / "layer.pt", weights_only=False),
+    ):
+        assert isinstance(layer, cls) and isinstance(layer, peft_layer.AcceleratedLinear)
+        assert type(layer).__name__ == cls.__name__ and repr(layer).startswith("randlora.Linear(")
+        torch.testing.assert_close(layer(x), wanted)
+    assert integration.accelerate(theirs) is theirs
