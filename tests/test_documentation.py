@@ -240,8 +240,9 @@ def test_the_names_of_a_page_exist(page):
     for span in pages.spans(page):
         match = re.match(r"(?:torch\.ops\.)?randlora(?:\.\w+)+", span)
         if match and not re.search(r"[/*]", span):
-            if match[0].startswith("randlora.integrations.transformers"):
-                pytest.importorskip("transformers")
+            for name in ("transformers", "trl"):
+                if match[0].startswith(f"randlora.integrations.{name}"):
+                    pytest.importorskip(name)
             resolve(match[0])
 
 
@@ -300,8 +301,9 @@ def public_names():
         importlib.import_module(f"randlora.{name}")
         for name in ("distributed", "integrations.accelerate", "integrations.peft")
     ]
-    if installed("transformers"):
-        others.append(importlib.import_module("randlora.integrations.transformers"))
+    others += [
+        importlib.import_module(f"randlora.integrations.{name}") for name in ("transformers", "trl") if installed(name)
+    ]
     return {
         *(f"randlora.{name}" for name in randlora.__all__ if name != "functional"),
         *(f"randlora.functional.{name}" for name in randlora.functional.__all__),
@@ -311,6 +313,7 @@ def public_names():
 
 def test_every_public_name_has_a_page():
     pytest.importorskip("transformers")
+    pytest.importorskip("trl")
     api = [page for page in PAGES if page.startswith("docs/api/")]
     shown = [name for page in api for name in re.findall(r"^::: (\S+)$", pages.text_of(page), re.MULTILINE)]
     modules = {"randlora.functional", "randlora.planner"}  # for what their docstrings explain

@@ -91,7 +91,8 @@ for module in set(sys.argv[1:]) - set(sys.modules):
 
 
 def test_every_module_can_be_imported_alone():
-    of_others = {"peft": "randlora.integrations.peft.", "transformers": "randlora.integrations.transformers"}
+    of_others = {name: f"randlora.integrations.{name}" for name in ("transformers", "trl")}
+    of_others["peft"] = "randlora.integrations.peft."
     missing = tuple(ours for name, ours in of_others.items() if importlib.util.find_spec(name) is None)
     modules = [m for m in MODULES if not m.endswith("__main__") and not m.startswith(missing)]
     command = [sys.executable, "-W", "ignore", "-c", FORKED, *modules]

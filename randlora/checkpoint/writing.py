@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from ..layers.randlora_layer import RandLoraLayer
 from ..model.adapter_plan import required
 from ..model.parts import layers_with
 from . import trained
+from .card import CARD_NAME, text_for
 from .for_peft import drawn_dims, exact_targets, misread
 from .layout import (
     CONFIG_NAME,
@@ -52,8 +54,8 @@ def save(
     for_peft: bool | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
     is_main_process: bool = True,
-) -> None:
-    """Write the adapters `names`: ``"default"`` into `folder`, others into ``folder/<name>``.
+) -> bool:
+    """Write the adapters `names`: ``"default"`` into `folder`, others into ``folder/<name>``, and a model card.
 
     With ``save_projection=False`` a file holds the trained numbers and nothing else. Bases that came from a file, and
     so cannot be made again, are always written. The same adapter always gives the same bytes. All numbers are copied
@@ -69,6 +71,9 @@ def save(
             it so that PEFT refuses to load it. False: write no projections, whatever the config says.
         state_dict: the model's, to take the numbers from, as it is gathered from processes that hold a part each.
         is_main_process: False: this process writes nothing.
+
+    Returns:
+        Whether this process has written them.
 
     Raises:
         ValueError: see above; an adapter whose layers differ in what its one config says; NaN, infinity and whatever
@@ -89,7 +94,7 @@ def save(
         if is_main_process or not is_parameter(tensor)
     )
     if not (is_main_process or processes):
-        return
+        return False
     if processes:  # those that hold other parts of the model only, along another dimension of the mesh, come, too
         processes = processes.joined_by(model.parameters())
     with processes.agreeing():
@@ -99,10 +104,12 @@ def save(
     copied = {name: trained.copies(values[name], kept=writes) for name in names}
     with processes.agreeing():
         if writes:
-            _write_all(Path(folder), prepared, copied, found)
+            _write_all(model, Path(folder), prepared, copied, found)
+    return writes
 
 
 def _write_all(
+    model: Adapters,
     folder: Path,
     prepared: Mapping[str, _Description],
     copied: Mapping[str, dict[str, Tensor]],
@@ -110,20 +117,38 @@ def _write_all(
 ) -> None:
     for name, tensors in copied.items():
         trained.check(name, tensors, found[name])
+    text = text_for(model, folder, {name: description.config["peft_type"] for name, description in prepared.items()})
+    for_card = {} if text is None else {CARD_NAME: functools.partial(Path.write_text, data=text, encoding="utf-8")}
     for name, (config, description, projections) in prepared.items():
         description["sha256"] = checksum(description, copied[name])
         metadata = {METADATA_KEY: json.dumps(description, sort_keys=True)}
-        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        settings = json.dumps(config, indent=2, sort_keys=True) + "\n"
         complete = copied[name] | _apart(projections())
         writers: dict[str, Callable[[Path], Any]] = {
             WEIGHTS_NAME: functools.partial(_write, tensors=complete, metadata=metadata),
-            CONFIG_NAME: functools.partial(Path.write_text, data=text, encoding="utf-8"),
+            CONFIG_NAME: functools.partial(Path.write_text, data=settings, encoding="utf-8"),
         }
+        if folder_of(folder, name) == folder:
+            writers, for_card = writers | for_card, {}
         replace_files(folder_of(folder, name), writers, described_by=CONFIG_NAME)
+    if for_card:
+        replace_files(folder, for_card)
 
 
-def check_options(safe_serialization: bool, save_function: Callable | None) -> None:
-    """Raises ``ValueError`` for what other libraries can be asked for when they save, and this one cannot."""
+def check_options(
+    safe_serialization: bool,
+    save_function: Callable | None = None,
+    save_embedding_layers: bool | str = "auto",
+    others: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Raises for what other libraries can be asked for when they save, and this one cannot.
+
+    Args:
+        others: what must be None, as there is nothing of the kind here.
+
+    Raises:
+        ValueError: with the reason, and what to do.
+    """
     if not safe_serialization:
         raise ValueError(
             "safe_serialization must be True: adapters are safetensors files with a checksum, not pickles, which run "
@@ -136,6 +161,20 @@ def check_options(safe_serialization: bool, save_function: Callable | None) -> N
             f"save_function={save_function!r} would not be called: files are written by safetensors and replaced as a "
             "whole. Write into a folder and copy it from there"
         )
+    if save_embedding_layers not in ("auto", False):
+        raise ValueError(
+            f"save_embedding_layers={save_embedding_layers!r}: what is saved is what was trained. Name the embeddings "
+            "in modules_to_save when the model is adapted"
+        )
+    for name, value in others.items():
+        if value is not None:
+            raise ValueError(f"{name} must be None, got {value!r}: {_NOT_HERE[name]}")
+
+
+_NOT_HERE = {
+    "path_initial_model_for_weight_conversion": "RandLoRA's initialisation changes no weight of the base model",
+    "variant": "an adapter's files have one name each; save it into another folder",
+}
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -1,7 +1,12 @@
 """transformers' ``Trainer`` around :class:`randlora.RandLoraModel`: its checkpoints hold adapters, not the base model.
 
-transformers asks a model to save and load itself if it is one of its own classes or PEFT's, and writes the whole state
-dict of any other; there is no setting for it. What can be replaced are methods of the Trainer, and that is done here.
+transformers asks a model to save and load itself if it is one of its own classes or PEFT's (``isinstance``), and writes
+the whole state dict of any other; there is no setting for it, callbacks come too late for saving and for resuming, and
+a model cannot tell a checkpoint from other uses of its state dict. What transformers documents is to derive from its
+Trainer, and that is done here. To be an instance of ``PeftModel`` would reach the plain Trainer, too, but only where
+PEFT is installed, and it would change more than checkpoints: of several adapters the first one alone is read back, FSDP
+gets PEFT's way of wrapping in place of the configured one, and all methods of ``PeftModel`` would be there, of which
+many need insides that this model has not. A plain Trainer that writes the base model says so with a warning.
 """
 
 from __future__ import annotations
@@ -14,7 +19,9 @@ import transformers
 from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor, nn
 from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import HubStrategy
 
+from ..checkpoint.hub import copy_adapters
 from ..checkpoint.restoring import holds_adapters, restore
 from ..model.model import RandLoraModel
 
@@ -26,10 +33,10 @@ __all__ = ["AdapterCheckpoints", "Trainer"]
 class AdapterCheckpoints(_Trainer):
     """To derive from before a Trainer of transformers: ``class T(AdapterCheckpoints, Seq2SeqTrainer): ...``
 
-    With a model of randlora, ``save_model`` and checkpoints write what ``save_pretrained`` does: the adapters and what
-    they train beside them. Resuming and ``load_best_model_at_end`` read it back into the same parameters. A checkpoint
-    that holds the whole state dict, as transformers' Trainer wrote it before, still resumes. With any other model
-    nothing is changed.
+    With a model of randlora, ``save_model`` and checkpoints write what ``save_pretrained`` does: the adapters, what
+    they train beside them, and a model card. Resuming and ``load_best_model_at_end`` read it back into the same
+    parameters. A checkpoint that holds the whole state dict, as a plain Trainer writes it, still resumes.
+    ``push_to_hub`` uploads the adapters. With any other model nothing is changed.
 
     Raises:
         ValueError: on resuming from adapters that are not those of the model, before anything of it is changed.
@@ -81,6 +88,20 @@ class AdapterCheckpoints(_Trainer):
             super()._load_best_model()
         else:
             restore(adapted, self.state.best_model_checkpoint)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)  # as for a model of its own, in place of what is there
+        model = self._adapted(self.model)
+        if model is not None and self.is_world_process_zero():
+            model.create_or_update_model_card(self.args.output_dir, self.hub_model_id)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        model = self._adapted(self.model)
+        if model is not None and self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            # transformers knows one adapter, and that only where PEFT is installed.
+            copy_adapters(checkpoint_folder, self.args.output_dir, model.peft_config)
+            model.create_or_update_model_card(self.args.output_dir, self.hub_model_id)
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _adapted(self, model: nn.Module) -> RandLoraModel | None:
         """The model of randlora in what the Trainer has wrapped around it, or None for any other."""

@@ -5,17 +5,24 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from ..checkpoint import reading, writing
+from ..checkpoint import card, hub, reading, writing
 from ..undo import all_or_nothing
-from . import injection
+from . import injection, written_whole
 from .adapters import Adapters
 
 
 class SavedAdapters(Adapters):
     """Base class of :class:`randlora.RandLoraModel`, which documents it."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """torch's: all of the model. A plain ``transformers.Trainer`` that asks for a checkpoint gets a warning."""
+        written_whole.warn_if_so()
+        return super().state_dict(*args, **kwargs)
 
     def save_pretrained(
         self,
@@ -27,8 +34,19 @@ class SavedAdapters(Adapters):
         state_dict: Mapping[str, Tensor] | None = None,
         save_function: Callable | None = None,
         safe_serialization: bool = True,
+        save_embedding_layers: bool | str = "auto",
+        path_initial_model_for_weight_conversion: str | None = None,
+        max_shard_size: int | str | None = None,
+        variant: str | None = None,
+        save_peft_format: bool = True,
+        save_original_format: bool = True,
+        token: str | bool | None = None,
+        push_to_hub: bool = False,
+        **upload: Any,
     ) -> None:
         """Write adapters as PEFT does: ``"default"`` into the folder itself, others into folders of their names.
+
+        Beside them goes a model card, ``README.md`` (:meth:`create_or_update_model_card`).
 
         See :func:`randlora.checkpoint.writing.save` for `for_peft`, `state_dict` and errors. The others are what
         transformers, PEFT and accelerate hand over.
@@ -40,29 +58,86 @@ class SavedAdapters(Adapters):
             save_function: ``accelerator.save`` and the like of torch. transformers calls it for pickles; here there are
                 none, and it is not called.
             safe_serialization: only True.
+            save_embedding_layers: ``"auto"`` or False: what is trained is saved, and nothing else.
+            path_initial_model_for_weight_conversion, variant: only None.
+            max_shard_size, save_peft_format, save_original_format, token: as transformers hands them over; they change
+                nothing, as an adapter is one file, in PEFT's format, and only uploading needs a token.
+            push_to_hub: upload the same adapters afterwards, by :meth:`push_to_hub`, which gets `upload`; the
+                repository is ``repo_id``, by default one with the folder's name.
 
         Raises:
-            ValueError: ``safe_serialization=False``, or a `save_function` of another origin, which would not be called.
+            TypeError: `selected_adapters` is no list of names (PEFT's second argument is another one), or an argument
+                that nobody knows.
+            ValueError: what is said above to be refused, with what to do.
         """
+        if isinstance(selected_adapters, bool):
+            raise TypeError(
+                "selected_adapters must be a list of names, got a bool: give safe_serialization by its name"
+            )
+        if unknown := sorted(set(upload) - (hub.OPTIONS if push_to_hub else set())):
+            raise TypeError(
+                f"save_pretrained() does not know {', '.join(unknown)}"
+                + ("" if push_to_hub or not set(unknown) <= hub.OPTIONS else ", unless push_to_hub=True")
+            )
         names = self._names(list(self.peft_config) if selected_adapters is None else selected_adapters)
-        writing.check_options(safe_serialization, save_function)
-        writing.save(self, save_directory, names, for_peft, state_dict, is_main_process)
+        writing.check_options(
+            safe_serialization,
+            save_function,
+            save_embedding_layers,
+            {"path_initial_model_for_weight_conversion": path_initial_model_for_weight_conversion, "variant": variant},
+        )
+        if writing.save(self, save_directory, names, for_peft, state_dict, is_main_process) and push_to_hub:
+            repo_id = upload.pop("repo_id", None) or Path(save_directory).resolve().name
+            with tempfile.TemporaryDirectory() as folder:  # the card in `save_directory` stays as it is
+                hub.copy_adapters(save_directory, folder, names)
+                hub.upload(self, folder, repo_id, token=token, **upload)
 
-    def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> None:
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        *,
+        max_shard_size: int | str | None = None,
+        safe_serialization: bool = True,
+        **upload: Any,
+    ) -> Any:
         """Write the adapters as :meth:`save_pretrained` does and upload them to a repository of the Hugging Face hub.
+
+        A ``README.md`` that the repository has keeps its text; only its front matter is brought up to date.
 
         Where processes hold parts of what is saved, all of them call this, and the one that writes uploads. Needs
         ``huggingface_hub`` (ImportError).
-        """
-        from huggingface_hub import HfApi
 
-        api = HfApi(token=token)
+        Args:
+            max_shard_size, safe_serialization: as :meth:`save_pretrained`.
+            upload: ``commit_message``, ``commit_description``, ``revision`` (a branch, made if it is missing),
+                ``create_pr``, ``tags`` (for the model card).
+
+        Returns:
+            What ``HfApi.upload_folder`` returns, or None where another process has uploaded.
+        """
+        if unknown := sorted(set(upload) - hub.OPTIONS):
+            raise TypeError(f"push_to_hub() does not know {', '.join(unknown)}")
+        writing.check_options(safe_serialization)
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            if not os.listdir(folder):
-                return  # another process has written
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload RandLoRA adapters")
+            if not writing.save(self, folder, list(self.peft_config)):
+                return None
+            return hub.upload(self, folder, repo_id, private=private, token=token, **upload)
+
+    def create_or_update_model_card(
+        self, output_dir: str | os.PathLike, repo_id: str | None = None, tags: Sequence[str] = ()
+    ) -> None:
+        """Write the model card ``README.md`` for the adapters in `output_dir`, or bring its front matter up to date.
+
+        In the form of PEFT's: ``library_name`` (``peft`` where PEFT reads the files, else ``randlora``), ``base_model``
+        where that is a repository, and tags, beside those that are there. All other text of an existing card stays; how
+        to load the adapters is added where it does not say so.
+
+        Args:
+            repo_id: the repository of the Hub that the folder is for, to load them from; else that is ``"."``.
+        """
+        card.write(self, Path(output_dir), repo_id, tags)
 
     def load_adapter(self, path: str | os.PathLike, adapter_name: str, is_trainable: bool = False) -> None:
         """Add the adapter in the folder `path`. It acts once :meth:`set_adapter` names it.

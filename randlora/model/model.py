@@ -156,6 +156,13 @@ class RandLoraModel(Delegating, SavedAdapters):
     def get_base_model(self) -> nn.Module:
         return self.model
 
+    def _get_name(self) -> str:
+        """The wrapped model's name, by which transformers' Trainer knows whether to shift labels that it smooths."""
+        return str(self.model._get_name())
+
+    def __repr__(self) -> str:
+        return type(self).__name__ + super().__repr__().removeprefix(self._get_name())
+
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return forward_signature.new, (type(self).__bases__[0], type(self.model)), self.__dict__
 
@@ -182,6 +189,22 @@ class RandLoraModel(Delegating, SavedAdapters):
             for part, state in held:
                 part.load_state_dict(state, strict=False)
         return self
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped model's.
+
+        Raises:
+            ValueError: adapters act on the embeddings or the output head, or hold copies of them: those would be lost.
+        """
+        model: Any = self.model
+        modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+        parts = adapted_layers(model) | saved_modules(model)
+        if found := [path for path, part in parts.items() if any(part is module for module in modules)]:
+            raise ValueError(
+                f"resize_token_embeddings: {' and '.join(found)} would lose what adapters have there. Resize the model "
+                "before it is adapted"
+            )
+        return model.resize_token_embeddings(*args, **kwargs)
 
     # ---- gradient checkpointing ----
 

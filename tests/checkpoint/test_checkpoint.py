@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.checkpoints import CONFIG, WEIGHTS, assert_same_numbers, bases_of, described, keys_of, load
+from helpers.checkpoints import CARD, CONFIG, WEIGHTS, assert_same_numbers, bases_of, described, keys_of, load
 from helpers.common import over, run_python
 from helpers.models import IDS, adapt, add, assert_computes, layers_of, net, numbered, randomize, snapshot
 from safetensors import safe_open
@@ -67,7 +67,7 @@ def test_several_adapters_have_folders_of_their_own(tmp_path):
     add(model, "b", 2, r=3, kind="sparse", target_modules=["up_proj"])
     add(model, "c", 3, projection_prng_key=9, save_projection=False)
     model.save_pretrained(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {CONFIG, WEIGHTS, "b", "c"}
+    assert {p.name for p in tmp_path.iterdir()} == {CONFIG, WEIGHTS, CARD, "b", "c"}
     again = load(tmp_path)
     again.load_adapter(tmp_path / "b", "b")
     again.load_adapter(str(tmp_path / "c"), "other")
@@ -76,7 +76,7 @@ def test_several_adapters_have_folders_of_their_own(tmp_path):
     again.set_adapter(["b", "other"])
     assert_computes(again, ["b", "other"])
     model.save_pretrained(tmp_path / "one", selected_adapters=["c"])
-    assert {p.name for p in (tmp_path / "one").iterdir()} == {"c"}
+    assert {p.name for p in (tmp_path / "one").iterdir()} == {CARD, "c"}
     with pytest.raises(ValueError, match="no adapter named 'd'"):
         model.save_pretrained(tmp_path / "none", selected_adapters=["d"])
     assert not (tmp_path / "none").exists()

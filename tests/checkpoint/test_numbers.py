@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from helpers.checkpoints import CONFIG, WEIGHTS, assert_same_numbers, load
+from helpers.checkpoints import CARD, CONFIG, WEIGHTS, assert_same_numbers, load
 from helpers.models import adapt, add, net, randomize
 from torch import nn
 
@@ -272,7 +272,7 @@ def test_a_size_that_the_system_does_not_allow(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert caught.value.errno == errno.EFBIG and caught.value.filename.endswith(WEIGHTS)
     assert files(tmp_path) == before and not (tmp_path / "a").exists()
-    assert {p.name for p in tmp_path.iterdir()} == {CONFIG, WEIGHTS}
+    assert {p.name for p in tmp_path.iterdir()} == {CONFIG, WEIGHTS, CARD}
 
 
 def test_a_config_on_a_full_disk(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import time
 import types
 
 import pytest
-from helpers.checkpoints import CONFIG, WEIGHTS, assert_same_numbers, keys_of, load
+from helpers.checkpoints import CARD, CONFIG, WEIGHTS, assert_same_numbers, keys_of, load
 from helpers.models import adapt, assert_computes, net, randomize
 from helpers.savers import alive, before_deadline, kill
 from torch import nn
@@ -61,7 +61,7 @@ def test_permissions_follow_the_umask(tmp_path):
 
 
 def no_leftovers(folder):
-    return {p.name for p in folder.iterdir()} == {CONFIG, WEIGHTS}
+    return {p.name for p in folder.iterdir()} == {CONFIG, WEIGHTS, CARD}
 
 
 def test_an_interrupted_save_leaves_the_old_adapter(tmp_path, monkeypatch):

@@ -72,7 +72,11 @@ def test_a_state_holds_adapters_and_training_goes_on_from_it(two_ranks, tmp_path
     for first, again, *wrappers in two_ranks(save_and_load_a_state, told=environment("ddp.yaml"), folder=str(tmp_path)):
         assert first == again and wrappers == ["DistributedDataParallel"] * 2
     names = os.listdir(tmp_path)
-    assert sorted(os.listdir(tmp_path / "adapters")) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "adapters")) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     weights = [name for name in names if name.endswith(".safetensors")]
     assert weights == ["model.safetensors"] and (tmp_path / weights[0]).stat().st_size < 500  # that of the other model
     RandLoraModel.from_pretrained(net(torch.float32), tmp_path / "adapters")

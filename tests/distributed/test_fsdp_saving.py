@@ -74,7 +74,7 @@ def saving(folder, axes):
 
 def assert_same_files(found, models):
     expected = found.pop("single")
-    assert len(expected) == 4 and len(found) == 5 * models
+    assert len(expected) == 5 and len(found) == 5 * models
     for name, files in found.items():
         assert files == expected, name
 
@@ -206,6 +206,9 @@ def uploading():
             calls.append("create")
             return types.SimpleNamespace(repo_id=repo_id)
 
+        def file_exists(self, repo_id, name, **kwargs):
+            return False
+
         def upload_folder(self, folder_path, **kwargs):
             calls.append(sorted(contents(folder_path)))
 
@@ -221,7 +224,7 @@ def uploading():
 
 
 def test_one_rank_uploads(two_ranks):
-    assert two_ranks(uploading) == [["create", ["adapter_config.json", "adapter_model.safetensors"]], []]
+    assert two_ranks(uploading) == [["create", ["README.md", "adapter_config.json", "adapter_model.safetensors"]], []]
 
 
 # ---- torch.distributed.checkpoint ----

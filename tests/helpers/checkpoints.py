@@ -7,7 +7,7 @@ import randlora
 from helpers.models import layers_of, net
 from randlora.checkpoint import layout
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 
 
 def load(folder, model=None, **arguments):

@@ -1,7 +1,10 @@
 """transformers' Trainer around models of randlora: checkpoints hold adapters, and training goes on from them."""
 
+import functools
 import json
 import os
+import types
+import warnings
 
 import pytest
 import torch
@@ -13,9 +16,11 @@ pytest.importorskip("accelerate")
 
 from helpers.trainers import BEST_IS_FIRST, make_trainer, our_model, train  # noqa: E402
 
+import randlora  # noqa: E402
 from randlora import RandLoraModel  # noqa: E402
 from randlora.integrations.transformers import AdapterCheckpoints, Trainer  # noqa: E402
 
+CONFIG = {"r": 4, "target_modules": ["q_proj", "up_proj"]}
 BASE_FILES = {"model.safetensors", "pytorch_model.bin", "config.json"}
 
 
@@ -104,10 +109,17 @@ def test_another_adapter_is_refused(whole, tmp_path):
 
 @pytest.mark.upstream
 def test_transformers_own_trainer_writes_the_whole_state_dict(tmp_path):
-    """And a run can go on from it with ours."""
-    losses, _ = train(make_trainer(our_model(), tmp_path, cls=transformers.Trainer))
+    """It says so, and a run can go on from it with ours."""
+    model = our_model()
+    with pytest.warns(
+        UserWarning, match=r"holds the whole base model: .*randlora\.integrations\.transformers\.Trainer"
+    ):
+        losses, _ = train(make_trainer(model, tmp_path, cls=transformers.Trainer))
     assert "model.safetensors" in os.listdir(tmp_path / "checkpoint-4")
-    again, _ = train(make_trainer(our_model(), tmp_path), tmp_path / "checkpoint-4")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        again, _ = train(make_trainer(our_model(), tmp_path), tmp_path / "checkpoint-4")
+        model.state_dict()
     assert again == {5: losses[5], 6: losses[6]}
 
 
@@ -127,3 +139,131 @@ def test_any_trainer_can_be_derived_from_it(tmp_path):
 
     make_trainer(our_model(), tmp_path, cls=Mine).save_model()
     assert (tmp_path / "adapter_config.json").is_file() and issubclass(Trainer, transformers.Trainer)
+
+
+# ---- losses ----------------------------------------------------------------------------------------------------------
+
+
+class Rows(torch.utils.data.Dataset):
+    """Of different numbers of words to predict, so that means of means are not means."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(2)
+        self.rows = []
+        for i in range(16):
+            ids = torch.randint(1, 19, (8,), generator=generator)
+            self.rows.append({"input_ids": ids, "labels": torch.where(torch.arange(8) < i % 7, -100, ids)})
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return self.rows[i]
+
+
+FIELDS = transformers.TrainingArguments.__dataclass_fields__
+BY_LENGTH = {"group_by_length": True} if "group_by_length" in FIELDS else {"train_sampling_strategy": "group_by_length"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        {"label_smoothing_factor": 0.3},
+        {"label_smoothing_factor": 0.3, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+        {"neftune_noise_alpha": 5.0},
+        {"bf16": True},
+        {"gradient_checkpointing": True},
+        {"auto_find_batch_size": True, **BY_LENGTH},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
+def test_losses_are_those_of_the_model_without_adapters(tmp_path, monkeypatch, settings):
+    """Those have no effect here, as nothing is learned."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # transformers 4 sets it for all that follows
+    found = []
+    for cls in (transformers.Trainer, Trainer):
+        model = tiny_llama() if cls is transformers.Trainer else randlora.get_peft_model(tiny_llama(), CONFIG)
+        trainer = make_trainer(model, tmp_path, cls=cls, learning_rate=0.0, max_steps=3, save_strategy="no", **settings)
+        trainer.train_dataset = Rows()
+        found.append((train(trainer)[0], trainer.model_accepts_loss_kwargs, trainer.label_names))
+    (plain, *asked), (ours, *ours_asked) = found
+    assert ours == pytest.approx(plain, rel=1e-3 if "bf16" in settings else 1e-6) and len(ours) == 3
+    assert asked == ours_asked
+
+
+def test_generating_in_evaluation(tmp_path):
+    class Mine(AdapterCheckpoints, transformers.Seq2SeqTrainer):
+        pass
+
+    config = transformers.T5Config(
+        vocab_size=19, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0, pad_token_id=0
+    )
+    model = transformers.T5ForConditionalGeneration(config)
+    arguments = transformers.Seq2SeqTrainingArguments(
+        str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, predict_with_generate=True,
+        generation_max_length=5,
+    )  # fmt: skip
+    data = Rows().rows[:1] * 4
+    expected = transformers.Seq2SeqTrainer(model, arguments).predict(data)
+    adapted = randlora.get_peft_model(model, {"r": 4, "target_modules": ["q"]})
+    found = Mine(adapted, arguments).predict(data)
+    assert (found.predictions == expected.predictions).all() and found.metrics["test_loss"] == pytest.approx(
+        expected.metrics["test_loss"]
+    )
+
+
+def test_a_quantised_model(tmp_path):
+    """transformers trains one only if it has adapters."""
+    pytest.importorskip("bitsandbytes")
+    tiny_llama(hidden_size=64, intermediate_size=64).save_pretrained(tmp_path / "base")
+    quantised = transformers.BitsAndBytesConfig(load_in_4bit=True)
+    base = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=quantised, device_map={"": "cpu"}
+    )
+    with pytest.raises(ValueError, match="purely quantized"):
+        make_trainer(base, tmp_path)
+    model = randlora.get_peft_model(base, {"r": 4, "target_modules": ["q_proj"]})
+    losses, _ = train(make_trainer(model, tmp_path, max_steps=2))
+    assert len(losses) == 2 and "adapter_config.json" in os.listdir(tmp_path / "checkpoint-2")
+
+
+# ---- the Hub ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["end", "every_save"])
+def test_pushing_to_the_hub(tmp_path, monkeypatch, strategy):
+    hub = pytest.importorskip("huggingface_hub")
+    folders = []
+
+    def upload_folder(self, *, folder_path, ignore_patterns=(), run_as_future=False, **options):
+        folders.append({name: data(folder_path) if name == "README.md" else None for name in os.listdir(folder_path)})
+        return types.SimpleNamespace(done=lambda: True, is_done=lambda: True, result=lambda: None)
+
+    def data(folder):
+        card = hub.ModelCard.load(os.path.join(folder, "README.md"))
+        return card.data.to_dict() | {"text": card.text}
+
+    create = lambda self, repo_id, **_: hub.RepoUrl(f"https://huggingface.co/{repo_id}")  # noqa: E731
+    for name, function in (("create_repo", create), ("upload_folder", upload_folder)):
+        monkeypatch.setattr(hub.HfApi, name, function)
+        if hasattr(transformers.trainer, name):  # transformers 4
+            monkeypatch.setattr(transformers.trainer, name, functools.partial(function, None))
+    model = our_model(num_bases=2) if strategy == "end" else our_model()
+    model.model.name_or_path = model.model.config._name_or_path = "some-user/base"
+    model.peft_config["default"].base_model_name_or_path = "some-user/base"
+    model.add_adapter("b", {"r": 3, "target_modules": ["k_proj"]})
+    settings = {"push_to_hub": True, "hub_model_id": "me/mine", "hub_strategy": strategy, "max_steps": 2}
+    trainer = make_trainer(model, tmp_path, **settings)
+    train(trainer)
+    trainer.push_to_hub(tags="mine")
+    assert len(folders) == (1 if strategy == "end" else 2)
+    for files in folders:
+        assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "b"} <= set(files)
+        assert "model.safetensors" not in files
+        card = files["README.md"]
+        assert card["base_model"] == "some-user/base" and card["library_name"] == "randlora"  # for b is not PEFT's
+        assert 'snapshot_download("me/mine")' in card["text"]
+    assert "mine" in card["tags"] and "some-user/base" in card["text"]

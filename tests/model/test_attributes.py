@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from helpers.checkpoints import CONFIG, WEIGHTS, assert_same_numbers, load
+from helpers.checkpoints import CARD, CONFIG, WEIGHTS, assert_same_numbers, load
 from helpers.models import IDS, adapt, add, net, randomize, tiny_llama
 from torch import nn
 
@@ -116,6 +116,24 @@ def test_generation_config_is_used():
     assert model.model.name_or_path == "elsewhere"
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("settings", [
+    {"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]},
+], ids=str)  # fmt: skip
+def test_resizing_does_not_lose_adapters(settings, tied):
+    model = adapt(tiny_llama(tie_word_embeddings=tied), **settings)
+    before = model(IDS).logits
+    with pytest.raises(ValueError, match="would lose what adapters have there"):
+        model.resize_token_embeddings(25)
+    assert torch.equal(model(IDS).logits, before) and model.config.vocab_size == before.shape[-1]
+
+
+def test_resizing():
+    model = adapt(tiny_llama())
+    assert model.resize_token_embeddings(25).weight.shape[0] == 25 == model(IDS).logits.shape[-1]
+    assert all("randlora" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
 # ---- save_pretrained -------------------------------------------------------------------------------------------------
 
 
@@ -132,7 +150,37 @@ def test_pickles_are_refused(tmp_path):
         with pytest.raises(ValueError, match=r"safe_serialization must be True: .*not pickles"):
             adapt(net()).save_pretrained(tmp_path, safe_serialization=False, is_main_process=is_main_process)
     adapt(net()).save_pretrained(tmp_path, safe_serialization=True)
-    assert {p.name for p in tmp_path.iterdir()} == {CONFIG, WEIGHTS}
+    assert {p.name for p in tmp_path.iterdir()} == {CONFIG, WEIGHTS, CARD}
+
+
+REFUSED = {
+    "save_embedding_layers": (True, ValueError, "Name the embeddings in modules_to_save"),
+    "path_initial_model_for_weight_conversion": ("a", ValueError, "must be None, got 'a': RandLoRA's initialisation"),
+    "variant": ("fp16", ValueError, "must be None, got 'fp16': an adapter's files have one name each"),
+    "selected_adapters": (True, TypeError, "must be a list of names, got a bool: give safe_serialization by its name"),
+    "commit_message": ("m", TypeError, "does not know commit_message, unless push_to_hub=True"),
+    "new": (1, TypeError, r"save_pretrained\(\) does not know new"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_makes_no_sense_here_is_refused(tmp_path, name):
+    value, error, message = REFUSED[name]
+    with pytest.raises(error, match=message):
+        adapt(net()).save_pretrained(tmp_path / "a", **{name: value})
+    assert not (tmp_path / "a").exists()
+
+
+def test_what_transformers_and_peft_hand_over(tmp_path):
+    model = adapt(net())
+    model.save_pretrained(tmp_path / "own")
+    model.save_pretrained(
+        tmp_path / "theirs", save_embedding_layers="auto", path_initial_model_for_weight_conversion=None,
+        max_shard_size="5GB", variant=None, token="t", save_peft_format=True, save_original_format=False,
+        push_to_hub=False,
+    )  # fmt: skip
+    for name in (CONFIG, WEIGHTS, CARD):
+        assert (tmp_path / "theirs" / name).read_bytes() == (tmp_path / "own" / name).read_bytes()
 
 
 def test_functions_that_save(tmp_path):

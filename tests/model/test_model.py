@@ -268,28 +268,6 @@ def test_trainer_losses_are_pefts(tmp_path):
     assert ours == pytest.approx(losses(get_peft_model(tiny_llama(), config), gradient_checkpointing=True), rel=1e-5)
 
 
-def test_push_to_hub(monkeypatch, tmp_path):
-    hub = pytest.importorskip("huggingface_hub")
-    done = {}
-
-    class Api:
-        def __init__(self, token=None):
-            done["token"] = token
-
-        def create_repo(self, repo_id, private=None, exist_ok=False):
-            assert exist_ok
-            return hub.RepoUrl(f"https://huggingface.co/me/{repo_id}")
-
-        def upload_folder(self, repo_id, folder_path, commit_message):
-            done["repo"] = repo_id
-            done["model"] = RandLoraModel.from_pretrained(net(), folder_path)
-
-    monkeypatch.setattr(hub, "HfApi", Api)
-    model = adapt(net()).eval()
-    model.push_to_hub("mine", token="t")
-    assert done["repo"] == "me/mine" and done["token"] == "t" and torch.equal(done["model"](IDS), model(IDS))
-
-
 def test_what_cannot_be_adapted():
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got str"):
         get_peft_model("model", RandLoraConfig())
