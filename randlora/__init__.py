@@ -10,6 +10,7 @@ from .config import RandLoraConfig  # noqa: E402
 from .estimation.estimate import Estimate, estimate  # noqa: E402
 from .explanation import explain  # noqa: E402
 from .layers.attention import MultiheadAttention, disable_fast_path  # noqa: E402
+from .layers.experts import Experts  # noqa: E402
 from .layers.kept_bases import keep_bases  # noqa: E402
 from .layers.linear import Linear  # noqa: E402
 from .layers.randlora_layer import RandLoraLayer  # noqa: E402
@@ -21,6 +22,7 @@ __version__ = _C.build_info()["version"]
 
 __all__ = [
     "Estimate",
+    "Experts",
     "Linear",
     "MultiheadAttention",
     "RandLoraConfig",

@@ -67,6 +67,10 @@ def _parser() -> argparse.ArgumentParser:
         "--target-modules", metavar="NAMES",
         help="layers to adapt, separated by commas, or all-linear (default: PEFT's for this architecture)",
     )  # fmt: skip
+    add(
+        "--target-parameters", metavar="NAMES",
+        help="weights of fused experts to adapt, separated by commas; --target-modules '' adapts these alone",
+    )  # fmt: skip
     add("--dtype", choices=DTYPES, help="of the model's weights (default: what its config says, or float32)")
     add("--autocast", choices=["bfloat16", "float16"], help="where it is trained under torch.autocast")
     add("--device", help="cpu or cuda (default: cuda if there is any)")
@@ -93,11 +97,13 @@ def _parser() -> argparse.ArgumentParser:
 def _estimate(arguments: argparse.Namespace) -> int:
     targets = arguments.target_modules
     if targets is not None and targets != "all-linear":
-        targets = [name.strip() for name in targets.split(",") if name.strip()]
+        targets = _names(targets)
+    parameters = None if arguments.target_parameters is None else _names(arguments.target_parameters)
     if arguments.sparsity is not None and len(arguments.kind or ()) != 1:
         raise Failed("--sparsity is that of one kind: name it with --kind sparse or --kind very_sparse")
     config = RandLoraConfig(
-        r=arguments.rank, target_modules=targets, kind=arguments.kind[0] if arguments.kind else None,
+        r=arguments.rank, target_modules=targets, target_parameters=parameters,
+        kind=arguments.kind[0] if arguments.kind else None,
         sparsity=arguments.sparsity, num_bases=arguments.num_bases, randlora_dropout=arguments.dropout,
         strategy=arguments.strategy, save_projection=not arguments.no_projections,
     )  # fmt: skip
@@ -129,6 +135,10 @@ def _check_peft(arguments: argparse.Namespace) -> int:
 
 
 COMMANDS = {"estimate": _estimate, "check-peft": _check_peft}
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def build(name: str, dtype: torch.dtype | None = None) -> nn.Module:

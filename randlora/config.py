@@ -52,6 +52,8 @@ class RandLoraConfig:
         sparsity: z of a ternary kind, P(+1) = P(-1) = 1/(2z); default 3, and sqrt(min_dim) where very sparse.
         group_width: of ``hadamard``: 8, 4, 2 or 1; default: the largest that costs no layer rank
             (:class:`randlora.RandomBases`).
+        target_parameters: names, or their last components, of parameters that hold the weights of fused experts, such
+            as ``["experts.gate_up_proj", "experts.down_proj"]``. Beside `target_modules`, which may be ``[]`` then.
         task_type, peft_type, auto_mapping, peft_version, base_model_name_or_path, revision, inference_mode: PEFT's.
 
     Raises:
@@ -86,6 +88,7 @@ class RandLoraConfig:
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
+    target_parameters: list[str] | None = None
 
     def __post_init__(self) -> None:
         self.r = require_size("r", self.r)
@@ -104,8 +107,9 @@ class RandLoraConfig:
         self.task_type = getattr(self.task_type, "value", self.task_type)
         if self.task_type is not None and self.task_type not in TASKS:
             raise ValueError(f"task_type must be None or one of {', '.join(TASKS)}, got {self.task_type!r}")
-        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
-            setattr(self, name, _names(name, getattr(self, name), name == "modules_to_save"))
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "target_parameters"):
+            setattr(self, name, _names(name, getattr(self, name), name in ("modules_to_save", "target_parameters")))
+        self.target_parameters = self.target_parameters or None
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             _check_patterns(name, getattr(self, name))
         self._check_layers()
@@ -224,7 +228,7 @@ def config_of_files(folder: Path, described: dict[str, Any] | None, given: dict[
 
 
 # Not prng: a file without it is PEFT's, and means PEFT's bases.
-_OWN = ("num_bases", "strategy", "kind", "sparsity", "group_width", "exclude_modules")
+_OWN = ("num_bases", "strategy", "kind", "sparsity", "group_width", "exclude_modules", "target_parameters")
 
 
 def _default(field: Field[Any]) -> Any:

@@ -9,7 +9,7 @@ from helpers.models import adapt, net
 
 from randlora import RandLoraConfig, get_peft_model
 
-OWN = {"num_bases", "prng", "strategy", "kind", "sparsity", "group_width", "exclude_modules"}
+OWN = {"num_bases", "prng", "strategy", "kind", "sparsity", "group_width", "exclude_modules", "target_parameters"}
 
 
 def test_fields_and_defaults_are_pefts():

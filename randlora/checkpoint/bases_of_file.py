@@ -24,7 +24,8 @@ from .weights import Place, Weights
 
 def check_sizes(path: Path, model: nn.Module, plan: Plan, shapes: Mapping[str, Place]) -> None:
     """PEFT sizes projections by the layers of the model's first adapter: none of this model's can need larger ones."""
-    r, largest = plan.config.r, max(max(layer_sizes(m)) for m in model.modules() if is_supported(m))
+    layers = [layer_sizes(module) for module in model.modules() if is_supported(module)]
+    r, largest = plan.config.r, max(map(max, [*layers, *plan.slots.values()]))
     num_bases = max(plan.config.num_bases or 0, bases_for_full_rank(largest, r))
     for name, (key, shape, _) in shapes.items():
         limit = r * largest if name.endswith("A") else r * largest * num_bases

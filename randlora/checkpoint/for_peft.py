@@ -19,7 +19,7 @@ from ..names import plain_name
 
 def drawn_dims(config: RandLoraConfig, layers: Mapping[str, RandLoraLayer]) -> tuple[int, int, int]:
     """``(max_dim, min_dim, num_bases)`` of the bases that PEFT allocates for these layers."""
-    max_dim, min_dim = peft_dims(layers)
+    max_dim, min_dim = peft_dims([(layer.in_features, layer.out_features) for layer in layers.values()])
     return max_dim, min_dim, bases_for_full_rank(min_dim, config.r)
 
 
@@ -36,6 +36,8 @@ def misread(
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
     for path, layer in layers.items():
+        if layer.num_experts is not None:
+            return f"{path} is the weight of fused experts, and PEFT's RandLoRA has no target_parameters"
         if isinstance(model.get_submodule(path.rpartition(".")[0]), MultiheadAttention):
             return f"{path} belongs to a torch.nn.MultiheadAttention, which PEFT's RandLoRA does not support"
         if len(known := names[id(layer)]) > 1:
@@ -54,7 +56,9 @@ def misread(
 def exact_targets(model: nn.Module, layers: Mapping[str, RandLoraLayer]) -> dict[str, Any]:
     """Fields of the config that select exactly these layers, by names or, if those match others too, by a pattern."""
     targets: list[str] = []
-    for path in layers:
+    for path, layer in layers.items():
+        if layer.num_experts is not None:
+            continue  # target_parameters names it
         parent = path.rpartition(".")[0]
         attention = model.get_submodule(parent)
         whole = isinstance(attention, MultiheadAttention) and any(

@@ -32,7 +32,7 @@ PREFIX = "base_model.model."
 BASES = ("randlora_A", "randlora_B")  # PEFT calls them projections
 PARAMETERS = ("randlora_lambda", "randlora_gamma")
 # Settings that PEFT does not know and would complain about in the JSON: they are in the metadata only.
-OWN_SETTINGS = ("num_bases", "prng", "strategy", "kind", "sparsity", "group_width")
+OWN_SETTINGS = ("num_bases", "prng", "strategy", "kind", "sparsity", "group_width", "target_parameters")
 # What the numbers depend on: where both files say it, they must say the same.
 NUMBERS = (
     "r",

@@ -119,9 +119,8 @@ def _assign(path: Path, model: nn.Module, plan: Plan, shapes: dict[str, Place], 
     """Every tensor of the file to where it belongs, or ``ValueError``."""
     shapes = {name: place for name, place in shapes.items() if not is_projection(name)}
     parameters: dict[str, dict[str, Place]] = {}
-    for slot, sizes in plan.slots.items():
-        n = plan.num_bases(slot)
-        for part, shape in zip(PARAMETERS, ((plan.config.r, n), (n, min(sizes))), strict=True):
+    for slot in plan.slots:
+        for part, shape in zip(PARAMETERS, plan.shapes(slot), strict=True):
             key = f"{PREFIX}{plain_name(slot)}.{part}"
             parameters.setdefault(slot, {})[part] = _take(path, shapes, key, shape, torch.float32)
     saved: dict[str, dict[str, Place]] = {}

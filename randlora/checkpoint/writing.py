@@ -229,7 +229,8 @@ def _description(model: Adapters, name: str, layers: dict[str, RandLoraLayer], f
         "sparsity": bases.sparsity if free else None,
         "group_width": bases.group_width,
     }
-    if config.exclude_modules is not None or str(config.target_modules).lower() == ALL_LINEAR:
+    narrowed = config.exclude_modules is not None or str(config.target_modules).lower() == ALL_LINEAR
+    if narrowed and not config.target_parameters:
         # PEFT has no exclude_modules, and another idea of all layers for models that are not of transformers.
         chosen |= exact_targets(model.model, layers)
     values = config.to_dict() | chosen

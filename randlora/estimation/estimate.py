@@ -23,7 +23,9 @@ from ..config import RandLoraConfig
 from ..distributed.zero3 import shape_of
 from ..model.adapter_plan import plan_adapter
 from ..model.parts import adapted_layers
-from .methods import Step, beside, layers_of, lora, randlora, writes_projections
+from .lora import lora
+from .methods import randlora
+from .step import Step, beside, layers_of, writes_projections
 from .table import table
 from .trial_call import trial_call
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..bases.random_bases import RandomBases
 from ..distributed.zero3 import shape_of
 from ..layers import quantized
+from ..layers.linears import is_ordinary, is_sure_to_be_linear, require_linear
 from ..model.adapter_plan import Plan, plan_adapter
 from ..model.model import RandLoraModel
 from ..model.parts import adapted_layers
@@ -126,14 +127,20 @@ def _watched(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Call]]]
         calls.setdefault(name, []).append(Call(storage_identity(x), storage_identity(x) in kept, x.requires_grad))
 
 
+class _Stand(nn.Linear):
+    """In the place of a layer that fake tensors cannot pass."""
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(input)
+
+
 def _without_numbers(model: nn.Module) -> nn.Module:
     """A copy of `model` with fake tensors, in which quantised layers are plain ones of their size."""
     memo: dict[int, Any] = {}
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     for module in model.modules():
-        if isinstance(module, nn.Linear) and quantized.is_quantized(module):
-            bias = module.bias is not None
-            memo[id(module)] = nn.Linear(module.in_features, module.out_features, bias, dtype=dtype)
+        if quantized.is_quantized(module) or (is_sure_to_be_linear(module) and not is_ordinary(module)):
+            memo[id(module)] = _Stand(*require_linear(module), getattr(module, "bias", None) is not None, dtype=dtype)
         if (hook := vars(module).get("_hf_hook")) is not None:
             memo[id(hook)] = _NoHook()  # accelerate's would bring in, and the copy would take along, its weights
         for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):

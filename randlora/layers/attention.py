@@ -19,6 +19,7 @@ from . import offload
 from .attention_masks import merged_mask
 from .attention_parts import OF_EVERY_MODULE, Origin, check_base, copied, linear_of, require_unsharded
 from .fast_path import disable_fast_path, restore_fast_path
+from .joint import Together
 from .linear import Linear
 from .randlora_layer import RandLoraLayer
 
@@ -111,9 +112,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             trial = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
             Linear(trial, adapter_name, strategy=strategy, **settings)
 
-        before = [getattr(self, name) for name in self.projections]
-        active = list(dict.fromkeys(name for layer in before for name in layer.active_adapters))
-        frozen = any(layer.inference_mode for layer in before)
+        together = Together(getattr(self, name) for name in self.projections)
         with all_or_nothing(self):
             for name, layer in layers.items():
                 if isinstance(layer, RandLoraLayer):
@@ -121,11 +120,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 else:
                     layer = Linear(layer, adapter_name, strategy=strategy, **settings).train(self.training)
                     setattr(self, name, layer)
-                    if any(other.disable_adapters for other in before):
-                        layer.enable_adapters(False)
-                wanted = [other for other in active if other in layer.randlora_lambda]
-                if active and (layer.active_adapters, layer.inference_mode) != (wanted, frozen):
-                    layer.set_adapter(wanted, inference_mode=frozen)
+                together.join(layer)
 
     @property
     def projections(self) -> tuple[str, ...]:

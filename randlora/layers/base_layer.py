@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import sys
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..checks import require_dtype
 from ..distributed import zero3
 from ..distributed.parallelized import cut_by_a_plan
-from ..private_torch import FakeTensor, unsafe_view
+from ..private_torch import unsafe_view
 from . import offload, quantized
-from .quantized_kinds import kind_of
+from .ordinary import forward_is_replaced, has_own_forward, has_weight_method, tensor_weight
+from .outputs import Rest, apart
+from .quantized.fp8 import is_fp8
 
 
 def check(base_layer: nn.Module, in_features: int, out_features: int, transposed: bool) -> None:
@@ -32,7 +34,7 @@ def check(base_layer: nn.Module, in_features: int, out_features: int, transposed
     if 0 in (in_features, out_features):
         raise ValueError(f"base_layer is a {name} of size {in_features} -> {out_features}: there is nothing to adapt")
     weight = getattr(base_layer, "weight", None)
-    if kind_of(base_layer) is not None or has_own_forward(base_layer) or not isinstance(weight, Tensor):
+    if quantized.is_quantized(base_layer) or has_own_forward(base_layer) or not isinstance(weight, Tensor):
         return  # its weight is its own affair
     if not weight.is_floating_point():
         raise TypeError(f"base_layer is a {name} whose weight must be of a floating dtype, got {weight.dtype}")
@@ -45,63 +47,9 @@ def check(base_layer: nn.Module, in_features: int, out_features: int, transposed
         )
 
 
-def has_own_forward(base_layer: nn.Module) -> bool:
-    """Whether it is of a class that is derived from nn.Linear and computes something of its own."""
-    return isinstance(base_layer, nn.Linear) and type(base_layer).forward is not nn.Linear.forward
-
-
-def forward_is_replaced(base_layer: nn.Module) -> bool:
-    """Whether the instance has another forward than its class.
-
-    accelerate's device map gives it one, and leaves the class's method there when it is removed.
-    """
-    forward = vars(base_layer).get("forward")
-    return forward is not None and getattr(forward, "__func__", None) is not type(base_layer).forward
-
-
 def name_of(base_layer: nn.Module) -> str:
     cls = type(base_layer)
     return cls.__name__ if cls is nn.Linear else f"{cls.__module__}.{cls.__qualname__}"
-
-
-def own(module: nn.Module, name: str) -> Any:
-    """``getattr(module, name)``, but fast for parameters: ``nn.Module`` looks for them last."""
-    parameters = module._parameters
-    return parameters[name] if name in parameters else getattr(module, name)
-
-
-def is_plain(base: nn.Module) -> bool:
-    """Whether a layer does nothing but its product with an ordinary weight."""
-    return plain_weight(base) is not None
-
-
-def plain_weight(base: nn.Module) -> Tensor | None:
-    """The weight of such a layer, None of any other."""
-    cls = type(base)
-    if not (cls is nn.Linear or cls in conv1d_types()):
-        return None
-    if base._forward_hooks or base._forward_pre_hooks or forward_is_replaced(base):
-        return None
-    weight = own(base, "weight")
-    # torchao's quantised weights are subclasses; torch.export puts fake tensors in the place of all parameters.
-    return weight if type(weight) in (nn.Parameter, Tensor, FakeTensor) else None
-
-
-def conv1d_types() -> tuple[type, ...]:
-    """transformers' Conv1D, where transformers is in use at all; importing it here would be slow for those without."""
-    module = sys.modules.get("transformers.pytorch_utils")
-    return () if module is None else (module.Conv1D,)
-
-
-def tensor_weight(base_layer: nn.Module) -> Tensor | None:
-    """The weight, unless it is no tensor: that of PyTorch's own quantised layers is a method."""
-    weight = getattr(base_layer, "weight", None)
-    return weight if isinstance(weight, Tensor) else None
-
-
-def has_weight_method(base_layer: nn.Module) -> bool:
-    """Whether it is one of PyTorch's own quantised layers, which have no tensor as their weight."""
-    return callable(getattr(base_layer, "weight", None)) and tensor_weight(base_layer) is None
 
 
 def first_argument(base_layer: nn.Module, kwargs: dict[str, Any]) -> Tensor:
@@ -113,21 +61,30 @@ def first_argument(base_layer: nn.Module, kwargs: dict[str, Any]) -> Tensor:
     return x
 
 
-def product(base_layer: nn.Module, x: Tensor, in_features: int, out_features: int, *args: Any, **kwargs: Any) -> Tensor:
+def product(
+    base_layer: nn.Module, x: Tensor, in_features: int, out_features: int, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Rest]:
     """``base_layer(x, ...)``, as something that the update of `x` can be added to.
+
+    Returns:
+        The output, and what a layer that gives a tuple has after it: see :mod:`randlora.layers.outputs`.
 
     Raises:
         TypeError: no tensor. ValueError: of another shape than ``[..., out_features]``, or without numbers.
     """
     require_numbers(base_layer, x)
     blind = has_weight_method(base_layer)  # these pass no gradient on and only warn that they may not
-    result = quantized.product(base_layer, x.detach() if blind else x, *args, **kwargs)
+    returned = quantized.product(base_layer, x.detach() if blind else x, *args, **kwargs)
+    result, rest = apart(returned)
     name = name_of(base_layer)
     if not isinstance(result, Tensor):
-        got = type(result).__name__
-        if isinstance(result, (tuple, list)):
-            got += f" of {', '.join(type(part).__name__ for part in result)}"
-        raise TypeError(f"the base layer, a {name}, must return a tensor for an update to be added to, got a {got}")
+        got = type(returned).__name__
+        if isinstance(returned, (tuple, list)):
+            got += f" of {', '.join(type(part).__name__ for part in returned)}"
+        raise TypeError(
+            f"the base layer, a {name}, must return a tensor for an update to be added to, or a tuple that begins with "
+            f"one, got a {got}"
+        )
     if x.shape[-1:] != (in_features,) or result.shape != (*x.shape[:-1], out_features):
         raise ValueError(
             f"the base layer, a {name}, must return [..., {out_features}] for an input of shape [..., {in_features}], "
@@ -136,9 +93,9 @@ def product(base_layer: nn.Module, x: Tensor, in_features: int, out_features: in
     if result.is_meta and not x.is_meta:
         offload.require_numbers(result, f"what the base layer, a {name}, returns", "to add an update to")
     if torch.is_grad_enabled() and x.requires_grad and not result.requires_grad:
-        without: Tensor = _WithoutGradient.apply(result, x, name)
-        return without
-    return result
+        mode = "training" if base_layer.training else "eval"
+        return _WithoutGradient.apply(result, x, f"{name} in {mode} mode"), rest
+    return result, rest
 
 
 class _WithoutGradient(torch.autograd.Function):
@@ -166,12 +123,13 @@ def require_numbers(base_layer: nn.Module, x: Tensor) -> None:
         return
     for module in base_layer.modules():
         if not offload.hooks(module):
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    offload.require_numbers(parameter, f"the base layer's {name}", "to compute with")
+            for held in (module._parameters, module._buffers):
+                for name, tensor in held.items():
+                    if tensor is not None:
+                        offload.require_numbers(tensor, f"the base layer's {name}", "to compute with")
 
 
-def require_weight(weight: Tensor, bias: Tensor | None, x: Tensor, shape: tuple[int, int]) -> None:
+def require_weight(weight: Tensor, bias: Tensor | None, x: Tensor, shape: tuple[int, ...]) -> None:
     """Raises ``ValueError`` unless those of an ordinary layer have numbers for `x` and the size that was adapted."""
     if weight.shape != shape:
         zero3.require_whole(weight, "the base layer's weight", "to compute with")
@@ -185,7 +143,7 @@ def require_weight(weight: Tensor, bias: Tensor | None, x: Tensor, shape: tuple[
             offload.require_numbers(bias, "the base layer's bias", "to compute with")
 
 
-def require_mergeable(base_layer: nn.Module, shape: tuple[int, int], transposed: bool) -> None:
+def require_mergeable(base_layer: nn.Module, shape: tuple[int, ...], transposed: bool) -> None:
     """Raises unless adding to the layer's weight adds as much to what it computes.
 
     Raises:
@@ -194,16 +152,20 @@ def require_mergeable(base_layer: nn.Module, shape: tuple[int, int], transposed:
             something else with it.
     """
     name, weight = name_of(base_layer), tensor_weight(base_layer)
+    kind = quantized.kind_of(base_layer)
+    if kind is not None and offload.hooks(base_layer):
+        raise ValueError(f"a quantised weight that is offloaded cannot be merged into: call {offload.REAL_AGAIN}")
+    if kind is not None and kind.is_sure:
+        return
     if weight is None:
         raise TypeError(
-            f"the base layer, a {name}, has no tensor as its weight that could be merged into: merge before the layer "
-            "is quantised or replaced"
+            f"the base layer, a {name}, has no tensor as its weight that could be merged into: {_MERGE_BEFORE}"
         )
-    if quantized.is_quantized(base_layer):
-        if offload.hooks(base_layer):
-            raise ValueError(f"a quantised weight that is offloaded cannot be merged into: call {offload.REAL_AGAIN}")
-        return
-    require_dtype("the base weight's dtype", weight.dtype)
+    if kind is None:
+        try:
+            require_dtype("the base weight's dtype", weight.dtype)
+        except TypeError as error:
+            raise TypeError(f"{error}: {_MERGE_BEFORE}") from error
     zero3.require_whole(weight, "the base layer's weight", "to merge into", writing=True)
     if weight.shape != shape:
         raise ValueError(
@@ -217,6 +179,12 @@ def require_mergeable(base_layer: nn.Module, shape: tuple[int, int], transposed:
             f"the base layer, a {name} with {peculiar}, does more than multiply by its weight: {reason}. It can be "
             "used unmerged"
         )
+
+
+_MERGE_BEFORE = (
+    "it can be used unmerged. To merge, load the adapter onto the model as it was before its layers were quantised or "
+    "replaced, merge it there, and do that to the result"
+)
 
 
 def _peculiarity(base_layer: nn.Module) -> str | None:
@@ -249,23 +217,34 @@ def _other_use_of_weight(base_layer: nn.Module, transposed: bool) -> str | None:
     weight = tensors["weight"]
     generator = torch.Generator().manual_seed(0)
     in_features = weight.shape[0 if transposed else 1]
-    x, change = (torch.randn(*size, generator=generator).to(weight) for size in ((3, in_features), weight.shape))
-    change = change * (weight.float().square().mean().sqrt().item() or 1.0)
+    x, change = (torch.randn(*size, generator=generator) for size in ((3, in_features), weight.shape))
+    x, exact = x.to(weight.device), weight.double()
+    other = (exact + change.to(exact) * (exact.square().mean().sqrt().item() or 1.0)).to(weight.dtype)
+    change = other.double() - exact
+    # What is cast for every call does not say into what.
+    dtypes = (torch.float32, torch.bfloat16, torch.float16) if is_fp8(weight.dtype) else (weight.dtype,)
     modes = [(module, module.training) for module in base_layer.modules()]
     base_layer.eval()
     try:
         with torch.no_grad(), _without_accelerate(base_layer):
-            before, after = (
-                torch.func.functional_call(base_layer, tensors | {"weight": w}, (x,)) for w in (weight, weight + change)
-            )
-            expected = nn.functional.linear(x, change.T if transposed else change)
-            error = torch.linalg.vector_norm((after - before - expected).double())
+            for dtype in dtypes:
+                try:
+                    before, after = (
+                        apart(functional_call(base_layer, tensors | {"weight": w.clone()}, (x.to(dtype),)))[0].double()
+                        for w in (weight, other)
+                    )
+                    break
+                except RuntimeError:
+                    if dtype is dtypes[-1]:
+                        raise
+            expected = nn.functional.linear(x.to(dtype).double(), change.T if transposed else change)
+            error = torch.linalg.vector_norm(after - before - expected)
     except Exception as raised:  # whatever a class of someone else's raises
         return f"how it uses its weight cannot be found out ({type(raised).__name__}: {raised})"
     finally:
         for module, training in modes:
             module.training = training
-    limit = 0.05 if weight.dtype.itemsize <= 2 else 0.01  # what rounds its output to 16 bits may do so
-    if not error <= limit * torch.linalg.vector_norm(expected.double()):
+    limit = 0.05 if dtype.itemsize <= 2 else 0.01  # what rounds its output to 16 bits may do so
+    if not error <= limit * torch.linalg.vector_norm(expected):
         return "adding to its weight does not add as much to its output"
     return None

@@ -14,6 +14,8 @@ from ..ops.pattern import is_signs
 from ..private_torch import current_stream, is_put_together, is_watched, unsafe_view
 from . import base_layer as base_layers
 from . import update_cache
+from .ordinary import own
+from .outputs import together
 from .shared_state import SharedState
 
 
@@ -38,7 +40,7 @@ class CachedForward(SharedState):
         device, bias = x.device, None
         sources = [part for name in adapters for part in self._held(name)]
         if weight is not None:
-            bias = base_layers.own(self._modules["base_layer"], "bias")
+            bias = own(self._modules["base_layer"], "bias")
             base_layers.require_weight(weight, bias, x, self._weight_shape)
         into = weight if weight is not None and weight.dtype == dtype else None
         if self.strategy != "merged" and not planner.merges_exactly(dtype):
@@ -71,20 +73,22 @@ class CachedForward(SharedState):
         cached = kept.get(self, key, sources, settings, nbytes, price, build)
         if cached is None:
             return None
-        return F.linear(x, cached, bias) if merged else self._product_and_update(x, weight, bias, cached)
-
-    def _product_and_update(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, update: Tensor) -> Tensor:
-        """The base layer's output for `x` plus ``x @ update``, `update` ``[in, out]``."""
+        if merged:
+            return F.linear(x, cached, bias)
         if weight is None:
-            result = self._product(x)
-        else:
-            result = F.linear(x, weight.t() if self.fan_in_fan_out else weight, bias)
+            result, rest = self._product(x)
+            return together(self._add_update(result, x, cached), rest)
+        result = F.linear(x, weight.t() if self.fan_in_fan_out else weight, bias)
+        return self._add_update(result, x, cached, in_place=True)
+
+    def _add_update(self, result: Tensor, x: Tensor, update: Tensor, in_place: bool = False) -> Tensor:
+        """``result + x @ update``, `update` ``[in, out]``; `result` itself, if that is allowed and possible."""
         if result.dtype != update.dtype:  # under autocast some quantised layers give the input's dtype
             return result + F.linear(x, update.t()).to(result.dtype)
         # One accumulating product: the sum is rounded once, and no pass over the output is spent on adding.
         rows = x.reshape(-1, self.in_features)
         rows = rows if rows.dtype == update.dtype else rows.to(update.dtype)
-        if weight is not None and result.is_contiguous():
+        if in_place and result.is_contiguous():
             result.view(-1, self.out_features).addmm_(rows, update)
             return result
         flat = torch.addmm(result.reshape(-1, self.out_features), rows, update)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from .. import planner
 from ..bases.random_bases import RandomBases
 from ..distributed.parallelized import distributed_weight
-from ..distributed.zero3 import shape_of
 from ..functional import compute_dtype, linear_of
 from ..planner import STRATEGIES
 from ..private_torch import NonDynamicallyQuantizableLinear
@@ -20,7 +19,10 @@ from . import base_layer as base_layers
 from . import offload, quantized, update_cache
 from .bypassed import Noticed
 from .cached_forward import CachedForward, stand_for_others
+from .linears import is_transposed, require_linear
 from .mixed_batch import MixedBatch, add_updates
+from .ordinary import own, plain_weight
+from .outputs import Rest, together
 from .randlora_layer import BaseTensors, RandLoraLayer
 
 
@@ -30,7 +32,9 @@ class Linear(nn.Linear, RandLoraLayer, CachedForward, Noticed):
     The base layer is frozen; ``randlora_lambda[adapter_name]`` and ``randlora_gamma[adapter_name]`` are trained.
 
     Args:
-        base_layer: the ``nn.Linear`` to adapt (``weight [out, in]``), or a transformers ``Conv1D`` (``[in, out]``).
+        base_layer: the ``nn.Linear`` to adapt (``weight [out, in]``), a transformers ``Conv1D`` (``[in, out]``), or any
+            other module that takes ``x [..., in]`` to ``[..., out]`` and says so in ``in_features`` and
+            ``out_features``: quantised layers of any library. It computes its own product.
         adapter_name: name of the first adapter; more come with :meth:`update_layer`.
         randlora_A, randlora_B: bases ``[r, 1, >= min_dim]`` and ``[>= max_dim, >= num_bases, r]``, or mappings from
             adapter name to them, such as PEFT's ``BufferDict``.
@@ -60,7 +64,7 @@ class Linear(nn.Linear, RandLoraLayer, CachedForward, Noticed):
 
     def __init__(
         self,
-        base_layer: nn.Linear,
+        base_layer: nn.Module,
         adapter_name: str = "default",
         randlora_A: BaseTensors = None,
         randlora_B: BaseTensors = None,
@@ -81,14 +85,7 @@ class Linear(nn.Linear, RandLoraLayer, CachedForward, Noticed):
                 "base_layer is the out_proj of a torch.nn.MultiheadAttention, which never calls it: use "
                 'randlora.MultiheadAttention(attention, projections=("out_proj",))'
             )
-        if isinstance(base_layer, nn.Linear):
-            features, transposed = (base_layer.in_features, base_layer.out_features), False
-        elif isinstance(base_layer, base_layers.conv1d_types()):
-            features, transposed = tuple(shape_of(base_layer.weight)), True
-        else:
-            raise TypeError(
-                f"base_layer must be a torch.nn.Linear or transformers' Conv1D, got {type(base_layer).__name__}"
-            )
+        features, transposed = require_linear(base_layer), is_transposed(base_layer)
         if strategy not in ("auto", *STRATEGIES):
             raise ValueError(f"strategy must be one of auto, {', '.join(STRATEGIES)}, got {strategy!r}")
         base_layers.check(base_layer, *features, transposed)
@@ -109,7 +106,7 @@ class Linear(nn.Linear, RandLoraLayer, CachedForward, Noticed):
             base_layer.requires_grad_(False)
             quantized.prepare(base_layer)
 
-    base_layer: nn.Linear
+    base_layer: nn.Linear  # or what behaves like one
     reset_parameters = RandLoraLayer.reset_parameters  # nn.Linear's would fill the base layer's weight
 
     @property
@@ -144,11 +141,12 @@ class Linear(nn.Linear, RandLoraLayer, CachedForward, Noticed):
     def forward(self, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """``x [..., in_features]`` to ``[..., out_features]`` in the dtype that the base layer gives.
 
-        Further arguments are for a base layer of a class of the user's own, which gets them as they are.
+        Further arguments are for a base layer of a class of the user's own, which gets them as they are. If it returns
+        a tuple, the update is added to the tensor at its head, and the rest is handed on.
 
         Raises:
-            TypeError: the base layer returns something else than a tensor. ValueError: one of another shape; lambda,
-                gamma or the weight are on the meta device while `x` is not.
+            TypeError: the base layer returns no such thing. ValueError: a tensor of another shape; lambda, gamma or the
+                weight are on the meta device while `x` is not.
         """
         self._note("_was_called")
         if x is None:
@@ -163,7 +161,8 @@ class Linear(nn.Linear, RandLoraLayer, CachedForward, Noticed):
             x = self._moved(x)
             if distributed_weight(self.base_layer) is not None:
                 return self._of_shard(x, list(self.randlora_lambda), *args, **kwargs)
-            return self._add_mixed(self.mixed_batch, x, self._product(x, *args, **kwargs))
+            result, rest = self._product(x, *args, **kwargs)
+            return together(self._add_mixed(self.mixed_batch, x, result), rest)
         adapters = [name for name in self._active_adapters if name not in self.merged_adapters]
         if self.disable_adapters or not adapters:
             base_layers.require_numbers(self.base_layer, x)
@@ -176,18 +175,19 @@ class Linear(nn.Linear, RandLoraLayer, CachedForward, Noticed):
                 return self._of_shard(x, adapters, *args, **kwargs)
         dtype = compute_dtype(x)
         if kept is not None and not (args or kwargs or x.is_meta or stand_for_others(x)):
-            result = self.forward_with(kept, x, dtype, adapters, weight)
-            if result is not None:
-                return result
+            cached = self.forward_with(kept, x, dtype, adapters, weight)
+            if cached is not None:
+                return cached
+        rest, others = None, adapters
         if weight is None:
-            result, others = self._product(x, *args, **kwargs), adapters
+            result, rest = self._product(x, *args, **kwargs)
         else:
-            bias = base_layers.own(self._modules["base_layer"], "bias")
+            bias = own(self._modules["base_layer"], "bias")
             base_layers.require_weight(weight, bias, x, self._weight_shape)
             result, others = self._update(x, dtype, adapters[0], weight, bias), adapters[1:]
         for adapter in others:
             result = result + self._update(x, dtype, adapter, None, None).to(result.dtype)
-        return result
+        return together(result, rest)
 
     def _add_mixed(self, batch: MixedBatch, x: Tensor, result: Tensor) -> Tensor:
         """`result`, the base layer's, and for every sample in `x` the update of its own adapter."""
@@ -203,7 +203,7 @@ class Linear(nn.Linear, RandLoraLayer, CachedForward, Noticed):
 
         return tensor_parallel.forward(self, x, adapters, *args, **kwargs)
 
-    def _product(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _product(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Rest]:
         return base_layers.product(self.base_layer, x, self.in_features, self.out_features, *args, **kwargs)
 
     def _moved(self, x: Tensor) -> Tensor:
@@ -233,7 +233,7 @@ class Linear(nn.Linear, RandLoraLayer, CachedForward, Noticed):
 
     def _plain_weight(self) -> Tensor | None:
         """The weight of such a base layer, not read by way of ``self.weight``, which would note that."""
-        weight = base_layers.plain_weight(self._modules["base_layer"])
+        weight = plain_weight(self._modules["base_layer"])
         trained = weight is not None and weight.requires_grad and torch.is_grad_enabled()
         return None if trained else weight
 

@@ -16,6 +16,7 @@ from ..distributed.gathering import is_dtensor, split_as
 from ..distributed.parallelized import all_finite
 from . import base_layer as base_layers
 from . import offload, quantized
+from .ordinary import keeps_its_weight, tensor_weight
 from .shared_state import SharedState
 
 
@@ -23,7 +24,7 @@ class Mergeable(SharedState):
     """The merging half of :class:`randlora.RandLoraLayer`, whose attributes it uses.
 
     ``merged_adapters`` names what is in the weight; ``_unmerged_weight`` is the weight as it was before: a tensor, or
-    for quantised layers the parameter itself in a tuple. It is None in a merged layer whose weight was not kept.
+    for quantised layers what the layer itself had, in a tuple. It is None in a merged layer whose weight was not kept.
     ``_merged_into`` has the base layer that it is of.
     """
 
@@ -66,18 +67,22 @@ class Mergeable(SharedState):
         if self._is_quantized():
             self._merge_quantized(base, names, safe_merge)
             return
-        weight = offload.read(base, "weight")
+        weight = offload.read(base, self.weight_name)
         with torch.no_grad():
-            merged = sum((self._delta_for(weight, name) for name in names), start=weight)
-            merged = merged.to(weight.dtype)
+            merged = self._merged(weight, names)
             if safe_merge and not all_finite(merged):
                 raise _not_finite(names)
         with merged_or_not([self]), torch.no_grad():
             if kept is None and not self.merged:
-                self._unmerged_weight = _numbers(base)
+                self._unmerged_weight = _numbers(self)
             self._merged_into = (base,)
             self.merged_adapters.extend(names)
-            _put(base, merged)
+            _put(self, merged)
+
+    def _merged(self, weight: Tensor, names: list[str]) -> Tensor:
+        """`weight` with the updates of these adapters in it, rounded once."""
+        merged: Tensor = sum((self._delta_for(weight, name) for name in names), start=weight)
+        return merged.to(weight.dtype)
 
     def _delta_for(self, weight: Tensor, name: str) -> Tensor:
         """``dW`` of one adapter where `weight` is; of a weight that is cut over ranks, this rank's part."""
@@ -101,9 +106,9 @@ class Mergeable(SharedState):
         base = self.get_base_layer()
         if is_sharded(self):
             raise ValueError(_SHARDED)
-        if base_layers.tensor_weight(base) is not None and not isinstance(base._parameters.get("weight"), nn.Parameter):
-            raise ValueError(_recomputed(base))
-        base_layers.require_mergeable(base, self._weight_shape, self.fan_in_fan_out)
+        if tensor_weight(base, self.weight_name) is not None and not keeps_its_weight(base, self.weight_name):
+            raise ValueError(_recomputed(base, self.weight_name))
+        self._require_mergeable(base)
         for name in adapter_names:
             self._trained_whole(name, torch.device("cpu"))
         if getattr(self, "bypassed", False) and any(
@@ -113,20 +118,24 @@ class Mergeable(SharedState):
         if self._unmerged_weight is None and self.merged and self._is_quantized():
             raise ValueError(_NOT_KEPT)
 
+    def _require_mergeable(self, base: nn.Module) -> None:
+        """Raises as :meth:`check_merge` for a weight that cannot be merged into."""
+        base_layers.require_mergeable(base, self._weight_shape, self.fan_in_fan_out)
+
     def _is_quantized(self) -> bool:
         return isinstance(self._unmerged_weight, tuple) or quantized.is_quantized(self.get_base_layer())
 
     def _merge_quantized(self, base: Any, names: list[str], safe_merge: bool) -> None:
         kept = self._unmerged_weight
-        original = kept[0] if isinstance(kept, tuple) else base.weight
+        original = kept[0] if isinstance(kept, tuple) else quantized.held_by(base)
         with torch.no_grad():
-            updates = [self.get_delta_weight(name).to(original.device) for name in (*self.merged_adapters, *names)]
+            updates = [self.get_delta_weight(name) for name in (*self.merged_adapters, *names)]
             update = sum(updates[1:], start=updates[0])
-            parameter, stands_for, loss = quantized.merged_parameter(base, update, original)
+            weight, stands_for, loss = quantized.merged_weight(base, update, original)
             if safe_merge and not torch.isfinite(stands_for).all():
                 raise _not_finite(names)
         with merged_or_not([self]):
-            before = quantized.replace_weight(base, parameter)
+            before = quantized.replace_weight(base, weight)
             if kept is None:
                 self._unmerged_weight = (before,)
             self._merged_into = (base,)
@@ -199,47 +208,50 @@ def check_unmerge(layer: Mergeable) -> None:
                 f"{', '.join(layer.merged_adapters)} was merged into a weight that has been quantised since: it cannot "
                 "be taken out of that"
             )
-        if not isinstance(base._parameters.get("weight"), nn.Parameter):
-            raise ValueError(_recomputed(base))
+        if not keeps_its_weight(base, layer.weight_name):
+            raise ValueError(_recomputed(base, layer.weight_name))
         offload.require_numbers(kept, "the base layer's weight as it was", "to give back")
-        zero3.require_whole(base.weight, "the base layer's weight", "to write over", writing=True)
+        zero3.require_whole(getattr(base, layer.weight_name), "the base layer's weight", "to write over", writing=True)
 
 
 def _exchange(layer: Mergeable) -> None:
     """Lets the merged weight and the kept one change places: it can be undone, and needs memory for one layer only."""
     base, kept = layer.get_base_layer(), layer._unmerged_weight
     assert kept is not None
-    merged = (base.weight,) if isinstance(kept, tuple) else _numbers(base)
+    merged = (quantized.held_by(base),) if isinstance(kept, tuple) else _numbers(layer)
     try:
         layer._unmerged_weight = merged
         if isinstance(kept, tuple):
             quantized.replace_weight(base, kept[0])
         else:
-            _put(base, kept)
+            _put(layer, kept)
     except BaseException:
         layer._unmerged_weight = kept
         if not isinstance(merged, tuple):
-            _put(base, merged)
+            _put(layer, merged)
         raise
 
 
-def _numbers(base: nn.Module) -> Tensor:
+def _numbers(layer: Mergeable) -> Tensor:
     """A copy of an ordinary weight; of one that is offloaded, where it is: :func:`_put` writes into no old memory."""
-    weight = offload.read(base, "weight").detach()
+    base = layer.get_base_layer()
+    weight = offload.read(base, layer.weight_name).detach()
     return weight.cpu() if offload.hooks(base) else weight.clone()
 
 
-def _put(base: Any, value: Tensor) -> None:
+def _put(layer: Mergeable, value: Tensor) -> None:
     """Another value for an ordinary weight, wherever it is kept."""
+    base, name = layer.get_base_layer(), layer.weight_name
+    weight = getattr(base, name)
     with torch.no_grad():
         if not offload.hooks(base):
             # A parallel plan may have cut the weight after `value` was kept.
-            base.weight.copy_(value if is_dtensor(value) else split_as(base.weight, value))
+            weight.copy_(value if is_dtensor(value) else split_as(weight, value))
             return
         # What is brought in may be the very tensor that it is brought in from, which may be others' too.
-        offload.write(base, "weight", value)
-        if not base.weight.is_meta:
-            base.weight.data = value.to(base.weight.device)
+        offload.write(base, name, value)
+        if not weight.is_meta:
+            weight.data = value.to(weight.device)
 
 
 @contextlib.contextmanager
@@ -257,11 +269,10 @@ def merged_or_not(layers: Iterable[Mergeable]) -> Iterator[None]:
     except BaseException:
         for layer, kept, into, names, weight in before:
             base = layer.get_base_layer()
-            if isinstance(weight, nn.Parameter):
-                if base.weight is not weight:
-                    quantized.replace_weight(base, weight)
+            if isinstance(weight, tuple):
+                quantized.replace_weight(base, weight[0])
             elif isinstance(source := layer._unmerged_weight if weight is None else weight, Tensor):
-                _put(base, source)
+                _put(layer, source)
             layer._unmerged_weight, layer._merged_into, layer.merged_adapters[:] = kept, into, names
         raise
 
@@ -269,8 +280,8 @@ def merged_or_not(layers: Iterable[Mergeable]) -> Iterator[None]:
 def _current(layer: Mergeable) -> Any:
     """What the layer's weight must be set to again: None where the layer will keep it itself."""
     if layer._is_quantized():
-        return layer.get_base_layer().weight
-    return _numbers(layer.get_base_layer()) if layer.merged else None
+        return (quantized.held_by(layer.get_base_layer()),)
+    return _numbers(layer) if layer.merged else None
 
 
 _BYPASSED = (
@@ -293,12 +304,12 @@ def _not_finite(names: Iterable[str]) -> ValueError:
     )
 
 
-def _recomputed(base: nn.Module) -> str:
+def _recomputed(base: nn.Module, name: str) -> str:
     """Why this layer cannot be merged into, and what to do."""
     what = "computed anew from others at every call, so that what is merged into it or taken out of it would be lost"
     way = "remove what computes it, for example with torch.nn.utils.prune.remove or remove_weight_norm"
-    if torch.nn.utils.parametrize.is_parametrized(base, "weight"):
-        way = "torch.nn.utils.parametrize.remove_parametrizations(layer.get_base_layer(), 'weight') removes that"
+    if torch.nn.utils.parametrize.is_parametrized(base, name):
+        way = f"torch.nn.utils.parametrize.remove_parametrizations(layer.get_base_layer(), {name!r}) removes that"
     elif not base._forward_pre_hooks:
         what = "a tensor that no state dict holds"
         way = "layer.get_base_layer().weight = torch.nn.Parameter(layer.weight.detach()) makes it one"

@@ -22,7 +22,7 @@ from ..dtypes import at_least_fp32
 from ..names import check_adapter_name
 from ..undo import all_or_nothing
 from . import offload, sharded
-from .base_layer import tensor_weight
+from .linears import dtype_and_device
 from .merging import Mergeable
 from .mixed_batch import MixedBatch
 from .update import Update
@@ -43,6 +43,8 @@ class RandLoraLayer(Update, Mergeable, zero3.GatheredForCalls):
     """
 
     adapter_layer_names = ("randlora_lambda", "randlora_gamma")
+    weight_name = "weight"  # of the base layer's parameter that is adapted
+    num_experts: int | None = None  # a number: that parameter has so many weights, and lambda and gamma have as many
     other_param_names: tuple[str, ...] = (
         "randlora_A",
         "randlora_B",
@@ -54,9 +56,10 @@ class RandLoraLayer(Update, Mergeable, zero3.GatheredForCalls):
     )
 
     def _init_randlora(
-        self, base_layer: nn.Module, in_features: int, out_features: int, fan_in_fan_out: bool = False
+        self, base_layer: nn.Module | None, in_features: int, out_features: int, fan_in_fan_out: bool = False
     ) -> None:
-        self.base_layer = base_layer
+        if base_layer is not None:  # None: it is not a part of this module
+            self.base_layer = base_layer
         self.in_features, self.out_features = in_features, out_features
         self.fan_in_fan_out = fan_in_fan_out
         self.r: dict[str, int] = {}
@@ -112,8 +115,8 @@ class RandLoraLayer(Update, Mergeable, zero3.GatheredForCalls):
             self.r[adapter_name], self.num_bases[adapter_name], self.bases[adapter_name] = r, n, bases
             self.randlora_alpha[adapter_name], self.scaling[adapter_name] = alpha, alpha / r
             self.randlora_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
-            lam = torch.randn(r, n, dtype=dtype, device=device)
-            gamma = torch.full((n, m), 1 / M, dtype=dtype, device=device)
+            lam = torch.randn(self._of_experts(r, n), dtype=dtype, device=device)
+            gamma = torch.full(self._of_experts(n, m), 1 / M, dtype=dtype, device=device)
             self.randlora_lambda[adapter_name], self.randlora_gamma[adapter_name] = map(nn.Parameter, (lam, gamma))
             if init_weights:
                 self.reset_randlora_parameters(adapter_name)
@@ -126,14 +129,12 @@ class RandLoraLayer(Update, Mergeable, zero3.GatheredForCalls):
         return at_least_fp32(dtype), device
 
     def compute_dtype_and_device(self) -> tuple[torch.dtype, torch.device]:
-        """What the layer computes in outside of autocast, and where; fp32 where the weight does not tell."""
-        base = self.get_base_layer()
-        weight = tensor_weight(base)
-        if weight is None:  # of a layer that was quantised after it was adapted
+        """What the layer computes in outside of autocast, and where; fp32 where the base layer does not tell."""
+        dtype, device = dtype_and_device(self.get_base_layer(), self.weight_name)
+        if device is None:  # PyTorch's own quantised layers have no tensors
             first = next(iter(self.randlora_lambda.values()), None)
-            return torch.float32, torch.device("cpu") if first is None else first.device
-        dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
-        return dtype, offload.device_of(base, weight)
+            device = torch.device("cpu") if first is None else first.device
+        return torch.float32 if dtype is None else dtype, device
 
     def _choose_bases(
         self, adapter_name: str, A: BaseTensors, B: BaseTensors, bases: RandomBases | None, r: int
@@ -162,7 +163,7 @@ class RandLoraLayer(Update, Mergeable, zero3.GatheredForCalls):
         gamma = self.randlora_gamma[adapter_name]
         for part, parameters in zip(self.adapter_layer_names, self.trained_parts(), strict=True):
             zero3.require_whole(parameters[adapter_name], f"{part}[{adapter_name!r}]", "to reset", writing=True)
-        for parameters, value in ((self.randlora_lambda, 0.0), (self.randlora_gamma, 1 / max(gamma.shape))):
+        for parameters, value in ((self.randlora_lambda, 0.0), (self.randlora_gamma, 1 / max(gamma.shape[-2:]))):
             with torch.no_grad():
                 parameter = parameters[adapter_name].fill_(value)
             if parameter.is_meta and offload.hooks(parameters):
@@ -262,10 +263,13 @@ class RandLoraLayer(Update, Mergeable, zero3.GatheredForCalls):
     def trained_parts(self) -> tuple[nn.ParameterDict, nn.ParameterDict]:
         return self.randlora_lambda, self.randlora_gamma
 
+    def _of_experts(self, *shape: int) -> tuple[int, ...]:
+        return shape if self.num_experts is None else (self.num_experts, *shape)
+
     @property
-    def _weight_shape(self) -> tuple[int, int]:
+    def _weight_shape(self) -> tuple[int, ...]:
         shape = self.out_features, self.in_features
-        return shape[::-1] if self.fan_in_fan_out else shape
+        return self._of_experts(*(shape[::-1] if self.fan_in_fan_out else shape))
 
     def _check_adapter(self, adapter_name: str) -> None:
         if adapter_name not in self.randlora_lambda:

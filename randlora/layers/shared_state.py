@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..bases.patterns import Pattern
 from ..bases.random_bases import RandomBases
+from .outputs import Rest
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
         out_features: int
         fan_in_fan_out: bool
         strategy: str
+        weight_name: str
+        num_experts: int | None
         r: dict[str, int]
         num_bases: dict[str, int]
         scaling: dict[str, float]
@@ -28,18 +31,19 @@ if TYPE_CHECKING:
         randlora_gamma: nn.ParameterDict
         merged_adapters: list[str]
         _modules: dict[str, Any]
-        _unmerged_weight: Tensor | tuple[nn.Parameter] | None  # tuples: nn.Module must not register what is in them
+        _unmerged_weight: Tensor | tuple[Any] | None  # tuples: nn.Module must not register what is in them
         _merged_into: tuple[nn.Module] | None
         active_adapters: Any  # a property
         _weight_shape: Any  # a property
 
         def get_base_layer(self) -> Any: ...
         def get_delta_weight(self, adapter: str) -> Tensor: ...
+        def _require_mergeable(self, base: nn.Module) -> None: ...
         def _bases(self, adapter: str) -> RandomBases: ...
         def _check_adapter(self, adapter_name: str) -> None: ...
         def _held(self, adapter: str) -> tuple[Tensor, Tensor]: ...
         def _pattern(self, adapter: str, device: torch.device | None = None) -> tuple[Pattern, float] | None: ...
-        def _product(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor: ...
+        def _product(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Rest]: ...
         def _trained(self, adapter: str, device: torch.device) -> tuple[Tensor, Tensor]: ...
         def _trained_whole(self, adapter: str, device: torch.device) -> tuple[Tensor, Tensor]: ...
 

@@ -20,10 +20,13 @@ from ..layers import offload
 from ..layers.attention import PROJECTIONS, MultiheadAttention
 from ..layers.attention_parts import check_base
 from ..layers.base_layer import check
+from ..layers.experts import Experts
+from ..layers.experts_form import sizes as experts_sizes
+from ..layers.linears import is_transposed
 from ..layers.randlora_layer import RandLoraLayer
 from ..names import plain_name
 from .parts import adapted_layers
-from .targets import endings_of, find_targets, layer_sizes, named_targets, peft_dims
+from .targets import endings_of, find_target_parameters, find_targets, layer_sizes, named_targets, peft_dims
 
 # What PEFT trains and saves beside the adapter for these tasks, where the model has it.
 TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
@@ -36,6 +39,7 @@ class Plan:
     Attributes:
         config: the plan's own; what the caller's leaves to the model is filled in.
         targets: name -> module to adapt. slots: name -> (in, out) of every linear layer that gets parameters.
+        experts: name of a module of fused experts -> which of its parameters are adapted; each of these is a slot.
         saved: names of modules that are trained in full.
         bases: sized for the slots.
         peft_dims: (max_dim, min_dim) that PEFT's own bases would have for these targets.
@@ -47,9 +51,17 @@ class Plan:
     saved: list[str]
     bases: RandomBases
     peft_dims: tuple[int, int]
+    experts: dict[str, tuple[str, ...]]
+    num_experts: dict[str, int]  # of the slots that have any
 
     def num_bases(self, slot: str) -> int:
         return _num_bases(self.config, min(self.slots[slot]))
+
+    def shapes(self, slot: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of lambda and of gamma."""
+        n = self.num_bases(slot)
+        of_experts = (self.num_experts[slot],) if slot in self.num_experts else ()
+        return (*of_experts, self.config.r, n), (*of_experts, n, min(self.slots[slot]))
 
     def required(self) -> tuple[int, int, int]:
         """``(max_dim, min_dim, num_bases)`` of bases that serve these layers."""
@@ -82,13 +94,19 @@ def plan_adapter(model: nn.Module, config: RandLoraConfig, bases: RandomBases | 
     config = filled(config, modules_to_save=to_save, target_modules=named_targets(model, config))
     targets = find_targets(model, config)
     slots = _slots(model, targets)
-    offload.check_targets(model, targets, _of_trained_biases(model, config, targets))
+    experts, num_experts = find_target_parameters(model, config), dict[str, int]()
+    for path, names in experts.items():
+        module: Any = model.get_submodule(path)
+        module = module.base_layer if isinstance(module, Experts) else module
+        slots |= {f"{path}.{name}": experts_sizes(module, name) for name in names}
+        num_experts |= {f"{path}.{name}": module.num_experts for name in names}
+    offload.check_targets(model, [*targets, *experts], _of_trained_biases(model, config, targets))
     for name in targets:
         _check_target(model, name)
-    dims = peft_dims(targets)
+    dims = peft_dims([*map(layer_sizes, targets.values()), *(slots[slot] for slot in num_experts)])
     if bases is None:
         config, bases = own_bases(config, slots, dims)
-    return Plan(config, targets, slots, saved, bases, dims).on(bases)
+    return Plan(config, targets, slots, saved, bases, dims, experts, num_experts).on(bases)
 
 
 def filled(config: RandLoraConfig, **found: Any) -> RandLoraConfig:
@@ -142,7 +160,7 @@ def _check_target(model: nn.Module, name: str) -> None:
         raise ValueError(f"layer {name!r} has merged adapters: call unmerge_adapter() first")
     if not isinstance(module, (RandLoraLayer, nn.MultiheadAttention, MultiheadAttention)):
         try:
-            check(module, *layer_sizes(module), not isinstance(module, nn.Linear))
+            check(module, *layer_sizes(module), is_transposed(module))
         except (TypeError, ValueError) as error:
             raise type(error)(f"target_modules matches {name!r}, which cannot be adapted: {error}") from error
     attention = next((m for m in (module, parent) if isinstance(m, nn.MultiheadAttention)), None)

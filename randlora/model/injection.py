@@ -10,6 +10,7 @@ from torch import nn
 from ..distributed.fsdp import is_sharded
 from ..layers.attention import MultiheadAttention, disable_fast_path, restore_fast_path
 from ..layers.attention_parts import require_unsharded
+from ..layers.experts import Experts
 from ..layers.linear import Linear
 from ..layers.merging import merged_or_not
 from ..layers.modules_to_save import ModuleToSave
@@ -53,6 +54,13 @@ def apply(model: nn.Module, plan: Plan, adapter_name: str) -> None:
             places.put(module, MultiheadAttention(module, adapter_name, strategy=config.strategy, **settings))
         else:
             places.put(module, Linear(module, adapter_name, strategy=config.strategy, **settings))
+    for name, parameters in plan.experts.items():
+        module = model.get_submodule(name)
+        if isinstance(module, Experts):
+            module.add_adapter(adapter_name, parameters, config.strategy, **settings)
+        else:
+            experts = Experts(module, adapter_name, parameters=parameters, strategy=config.strategy, **settings)
+            places.put(module, experts)
     for name in plan.saved:
         module = model.get_submodule(name)
         if not isinstance(module, ModuleToSave):
@@ -119,8 +127,10 @@ def unload(
             _merge(bar, safe_merge, keep=True)
         attentions = {n: m for n, m in model.named_modules() if isinstance(m, MultiheadAttention)}
         places = Places(model)
+        for experts in [m for m in model.modules() if isinstance(m, Experts)]:
+            places.put(experts, experts.base_layer)
         for name, layer in layers.items():
-            if name.rpartition(".")[0] not in attentions:
+            if name.rpartition(".")[0] not in attentions and layer.num_experts is None:
                 places.put(layer, layer.get_base_layer())
         for attention in attentions.values():
             places.put(attention, attention.unwrap())

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..config import ALL_LINEAR, RandLoraConfig
-from ..distributed import zero3
 from ..expressions import Expression
 from ..layers.attention import PROJECTIONS, MultiheadAttention
-from ..layers.base_layer import conv1d_types
+from ..layers.experts import Experts
+from ..layers.experts_form import is_fused_experts, weight_names
+from ..layers.linears import is_linear, is_sure_to_be_linear, sizes_of
 from ..layers.randlora_layer import RandLoraLayer
 from ..names import is_wrapper, plain_name
+from .target_parameters import find_parameters
 
 
 def named_targets(model: nn.Module, config: RandLoraConfig) -> list[str] | str:
     """``target_modules`` of `config`, or the defaults of the model's architecture, which are taken from PEFT.
+
+    Empty with ``target_parameters`` alone, and, as in PEFT, with these where the architecture has no defaults.
 
     Raises:
         ValueError: a model that has no layer of its own to adapt, no names, or no defaults.
@@ -30,11 +34,14 @@ def named_targets(model: nn.Module, config: RandLoraConfig) -> list[str] | str:
             f"this model is itself one layer, a {type(model).__name__}, with nothing to put an adapted layer into: "
             "take randlora.Linear(model, ...), or adapt torch.nn.Sequential(model)"
         )
+    others = config.target_parameters is not None
     if config.target_modules is not None:
-        if not config.target_modules:
+        if not config.target_modules and not others:
             raise ValueError("target_modules must name at least one layer, got an empty list")
         return config.target_modules
     kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind is None and others:
+        return []
     if kind is None:
         raise ValueError('target_modules must be given for this model: names of layers, or "all-linear"')
     try:
@@ -42,8 +49,10 @@ def named_targets(model: nn.Module, config: RandLoraConfig) -> list[str] | str:
     except ImportError as error:
         raise ValueError(
             "target_modules must be given: the defaults of known architectures are taken from PEFT, which is not "
-            "installed (pip install peft)"
+            "installed (pip install peft)" + ("; [] adapts target_parameters alone" if others else "")
         ) from error
+    if kind not in table and others:
+        return []
     if kind not in table:
         raise ValueError(f'target_modules must be given: there is no default for {kind!r}; "all-linear" is one choice')
     return table[kind] if isinstance(table[kind], str) else sorted(table[kind])
@@ -62,13 +71,15 @@ def find_targets(model: nn.Module, config: RandLoraConfig) -> dict[str, nn.Modul
     """
     wanted = config.target_modules
     assert wanted is not None
+    if not wanted:  # there are target_parameters
+        return {}
     modules = dict(_named_modules(model))
     names: dict[int, list[str]] = {}
     for name, module in modules.items():
         names.setdefault(id(module), []).append(name)
     is_excluded = _matcher("exclude_modules", config.exclude_modules)
     excluded = {id(module) for name, module in modules.items() if is_excluded(plain_name(name))}
-    if config.exclude_modules and not excluded:
+    if config.exclude_modules and not excluded and not config.target_parameters:
         warnings.warn(f"exclude_modules={config.exclude_modules!r} matches nothing in this model", stacklevel=2)
     saved, has_index = set(config.modules_to_save or ()), _index_matcher(config)
     allowed = {
@@ -81,7 +92,7 @@ def find_targets(model: nn.Module, config: RandLoraConfig) -> dict[str, nn.Modul
         # The parts of an attention are adapted with it.
         inner = tuple(f"{name}." for name, module in modules.items() if is_attention(module))
         found = {n[0]: modules[n[0]] for n in (names[key] for key, left in allowed.items() if left)}
-        linear = {name: m for name, m in found.items() if is_supported(m) and not name.startswith(inner)}
+        linear = {name: m for name, m in found.items() if _is_meant_by_all(m) and not name.startswith(inner)}
         for name, module in linear.items():
             _check_has_size(name, module)
         linear = {name: m for name, m in linear.items() if m is not head and all(layer_sizes(m))}
@@ -98,6 +109,24 @@ def find_targets(model: nn.Module, config: RandLoraConfig) -> dict[str, nn.Modul
             if target not in endings:
                 raise ValueError(f"target_modules: {target!r} matches no layer of this model{_meant([target], model)}")
     return _some(hits, model, config, wanted)
+
+
+def find_target_parameters(model: nn.Module, config: RandLoraConfig) -> dict[str, tuple[str, ...]]:
+    """Name of a module -> its parameters, for all that ``target_parameters`` of `config` means, in the model's order.
+
+    ``layers_to_transform``, ``exclude_modules`` (of the module or of the parameter) and ``modules_to_save`` leave out
+    as they do for ``target_modules``. Raises ``ValueError`` as :func:`find_parameters`.
+    """
+    if config.target_parameters is None:
+        return {}
+    is_excluded = _matcher("exclude_modules", config.exclude_modules)
+    saved, has_index = set(config.modules_to_save or ()), _index_matcher(config)
+
+    def allowed(_: nn.Module, name: str) -> bool:
+        module = name.rpartition(".")[0]
+        return not (is_excluded(name) or is_excluded(module) or _inside(name, saved)) and has_index(name)
+
+    return find_parameters(model, config.target_parameters, allowed)
 
 
 def _is_all_linear(wanted: list[str] | str) -> bool:
@@ -127,10 +156,13 @@ def _check_supported(found: dict[str, nn.Module], wanted: list[str] | str) -> No
             )
         if not is_supported(module):
             inside = [f"{name}.{n}" for n, m in module.named_modules() if n and is_supported(m)][:3]
+            fused = is_fused_experts(module) or isinstance(module, Experts)
             raise ValueError(
                 f"target_modules={wanted!r} matches {name!r}, a {type(module).__name__}, which cannot be adapted: "
-                "torch.nn.Linear, transformers' Conv1D, torch.nn.MultiheadAttention and quantised linear layers can"
+                "torch.nn.Linear, transformers' Conv1D, torch.nn.MultiheadAttention and other layers with in_features "
+                "and out_features can"
                 + (f"; inside it: {', '.join(inside)}" if inside else "; exclude_modules leaves it out")
+                + (f"; target_parameters adapts its {' and '.join(weight_names(module))}" if fused else "")
             )
 
 
@@ -144,7 +176,11 @@ def is_attention(module: nn.Module) -> bool:
 
 
 def is_supported(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, RandLoraLayer, *conv1d_types())) or is_attention(module)
+    return isinstance(module, RandLoraLayer) or is_attention(module) or is_linear(module)
+
+
+def _is_meant_by_all(module: nn.Module) -> bool:
+    return isinstance(module, RandLoraLayer) or is_attention(module) or is_sure_to_be_linear(module)
 
 
 def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -155,7 +191,7 @@ def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         if is_wrapper(module):
             continue
-        if isinstance(module, RandLoraLayer) or getattr(module, "is_modules_to_save", False):
+        if isinstance(module, (RandLoraLayer, Experts)) or getattr(module, "is_modules_to_save", False):
             inner.append(f"{name}.")
         elif isinstance(module, MultiheadAttention):
             inner += [f"{name}.{part}." for part in PROJECTIONS]
@@ -235,9 +271,11 @@ def _meant(wanted: list[str] | str, model: nn.Module) -> str:
     return (f"; did you mean {' or '.join(map(repr, close))}?" if close else "") + f" (its linear layers: {listing})"
 
 
-def peft_dims(found: Mapping[str, nn.Module]) -> tuple[int, int]:
-    """``(max_dim, min_dim)`` of the bases that PEFT would make: it takes the largest out and in dimensions apart."""
-    sizes = [layer_sizes(module) for module in found.values()]
+def peft_dims(sizes: Collection[tuple[int, int]]) -> tuple[int, int]:
+    """``(max_dim, min_dim)`` of the bases that PEFT would make: it takes the largest out and in dimensions apart.
+
+    `sizes`: (in, out) of what it finds.
+    """
     largest_in, largest_out = max(s[0] for s in sizes), max(s[1] for s in sizes)
     return max(largest_in, largest_out), min(largest_in, largest_out)
 
@@ -247,7 +285,6 @@ def layer_sizes(module: Any) -> tuple[int, int]:
     if is_attention(module):
         sizes = module.embed_dim, module.kdim, module.vdim
         return max(sizes) if all(sizes) else 0, module.embed_dim
-    if hasattr(module, "in_features"):
-        return module.in_features, module.out_features
-    in_features, out_features = zero3.shape_of(module.weight)  # Conv1D
-    return in_features, out_features
+    found = sizes_of(module)
+    assert found is not None
+    return found

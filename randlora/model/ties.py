@@ -66,14 +66,15 @@ def part(model: nn.Module, merged: Iterable[str]) -> None:
     for name, layer in model.named_modules():
         if not isinstance(layer, RandLoraLayer) or not merged & set(layer.randlora_lambda):
             continue
-        base, weight = layer.get_base_layer(), layer.get_base_layer().weight
-        found = next((f for f in ties.values() if any(m is base and key == "weight" for _, m, key in f)), [])
+        base, at = layer.get_base_layer(), layer.weight_name
+        weight: Any = base._parameters.get(at)
+        found = next((f for f in ties.values() if any(m is base and key == at for _, m, key in f)), [])
         others = [other for other in found if other[1] is not base]
         if not others or not (type(weight) is nn.Parameter or is_dtensor(weight)):
             continue
         found[:] = others
         if not weight.is_meta:  # what is offloaded is merged into apart from the others
-            base.weight = _copy(weight)
+            setattr(base, at, _copy(weight))
         warnings.warn(
             f"{name!r} shares its weight with {_names(others)}: merging gives it one of its own, they are no longer "
             "tied",

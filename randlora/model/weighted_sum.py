@@ -53,7 +53,10 @@ def add(model: Adapters, adapters: list[str], weights: list[float], adapter_name
             layer.randlora_lambda[adapter_name].copy_(lam)
             layer.randlora_gamma[adapter_name].copy_(gamma)
     config = copy.deepcopy(configs[0])
-    config.target_modules, config.randlora_dropout = list(dict.fromkeys(_target(model.model, p) for p in sums)), 0.0
+    whole = {path: layers[path].num_experts is None for path in sums}
+    config.target_modules = list(dict.fromkeys(_target(model.model, path) for path in sums if whole[path]))
+    config.target_parameters = [plain_name(path) for path in sums if not whole[path]] or None
+    config.randlora_dropout = 0.0
     config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
     return config
 

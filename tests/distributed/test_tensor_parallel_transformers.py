@@ -1,10 +1,19 @@
-"""transformers' own tensor parallel: a model that is cut while it is loaded computes what it computes alone."""
+"""transformers' own tensor parallel: a model that is cut while it is loaded computes what it computes alone.
+
+Fused experts are refused there; at the end they are replicated and sharded by other engines.
+"""
+
+import copy
 
 import pytest
 import torch
-from helpers.models import IDS, adapt, add, tiny_llama
+from helpers.models import IDS, adapt, add, randomize, tiny_llama
+from helpers.ranks import part_of
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import randlora
+from randlora.names import plain_name
 
 distributed = torch.distributed
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -113,3 +122,72 @@ def of_peft(folder):
 def test_accelerated_layers_of_peft(two_ranks, folder):
     pytest.importorskip("peft")
     two_ranks(of_peft, folder=folder)
+
+
+# ---- fused experts: FSDP2 and DDP, and plans that are refused ----
+
+EXPERTS = {"r": 3, "target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+
+
+def mixture(**changes):
+    from helpers.experts_cases import tiny
+
+    return tiny("Mixtral", **changes)
+
+
+def adapted_mixture(model=None):
+    return randomize(randlora.get_peft_model(mixture() if model is None else model, EXPERTS))
+
+
+def whole_gradients(model, ids):
+    model(ids).logits.square().mean().backward()
+    found = {
+        plain_name(name).removeprefix("module."): p.grad for name, p in model.named_parameters() if p.requires_grad
+    }
+    return {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in found.items()}
+
+
+def experts_sharded_and_replicated(folder, parts):
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    single = adapted_mixture()
+    expected, logits = whole_gradients(copy.deepcopy(single), IDS), single(IDS).logits
+    model = copy.deepcopy(single)
+    for block in model.model.model.layers:
+        fully_shard(block)
+    fully_shard(model)
+    for name, grad in whole_gradients(model, part_of(IDS)).items():  # transformers' norms compute in fp32
+        torch.testing.assert_close(grad, expected[name], rtol=1e-5, atol=1e-6 * expected[name].abs().max().item())
+    with pytest.raises(ValueError, match="fully_shard"):
+        model.merge_adapter()
+    model.save_pretrained(folder)
+    distributed.barrier()
+    torch.testing.assert_close(
+        randlora.RandLoraModel.from_pretrained(mixture(), folder)(IDS).logits, logits, rtol=2e-6, atol=2e-6
+    )
+
+    # All parameters have gradients, also where a rank has no tokens for an expert: nothing need be looked for.
+    ddp = DistributedDataParallel(copy.deepcopy(single))
+    for name, grad in whole_gradients(ddp, part_of(IDS)).items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-5, atol=1e-6 * expected[name].abs().max().item())
+
+    plain = mixture()
+    fully_shard(plain.model.layers[0])
+    before = [type(module) for module in plain.modules()]
+    with pytest.raises(ValueError, match="sharded: fully_shard would not know"):
+        randlora.get_peft_model(plain, EXPERTS)
+    assert [type(module) for module in plain.modules()] == before
+
+    for parallel in ({"tp_size": 2}, {"tp_size": 2, "ep_size": 2}):
+        cut = AutoModelForCausalLM.from_pretrained(
+            parts, dtype=torch.float64, distributed_config=DistributedConfig(**parallel)
+        )
+        with pytest.raises((TypeError, ValueError), match="spread over ranks by a parallel plan"):
+            randlora.get_peft_model(cut, EXPERTS)
+
+
+def test_experts_have_the_gradients_of_one_process(two_ranks, tmp_path):
+    pytest.importorskip("transformers.integrations.moe")
+    mixture(num_local_experts=4).save_pretrained(tmp_path / "plain")
+    two_ranks(experts_sharded_and_replicated, folder=str(tmp_path / "adapter"), parts=str(tmp_path / "plain"))

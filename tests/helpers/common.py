@@ -153,8 +153,8 @@ def make_layer(in_features=41, out_features=24, r=5, bias=True, dtype=torch.floa
 def reference_update(layer, adapter="default"):
     """dW of one adapter of a layer in float64."""
     bases = layer.bases[adapter].to(torch.float64)
-    A, B = (t.to(layer.weight.device) for t in (bases.A, bases.B))
     lam, gamma = layer.randlora_lambda[adapter].detach(), layer.randlora_gamma[adapter].detach()
+    A, B = (t.to(lam.device) for t in (bases.A, bases.B))
     return reference_dW(A, B, lam, gamma, layer.scaling[adapter], layer.in_features, layer.out_features)
 
 

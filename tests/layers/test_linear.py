@@ -192,7 +192,7 @@ def test_given_bases(form):
 
 
 BAD = [
-    ({"base_layer": nn.Conv2d(1, 1, 1)}, TypeError, "base_layer must be a torch.nn.Linear.*got Conv2d"),
+    ({"base_layer": nn.Conv2d(1, 1, 1)}, TypeError, "base_layer must be a linear layer: a torch.nn.Linear.*got Conv2d"),
     ({"r": 0}, ValueError, "r must be at least 1, got 0"),
     ({"r": 2.5}, TypeError, "r must be an integer, got 2.5"),
     ({"randlora_alpha": "x"}, TypeError, "randlora_alpha must be a number, got 'x'"),

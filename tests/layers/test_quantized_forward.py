@@ -12,10 +12,10 @@ from helpers.quantized_layers import (
     assert_same_weight,
     bnb,
     exact_forward,
+    kernels,  # noqa: F401
     make_layer,
     needs_ao,
     needs_bnb,
-    needs_either,
     over_kinds,
     over_shapes,
     parts,
@@ -25,8 +25,6 @@ from torch import nn
 
 import randlora
 from randlora.layers import quantized
-
-pytestmark = needs_either
 
 
 @over_kinds

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.common import make_base, normal, randomize, reference_update
+from helpers.common import make_base, make_bases, normal, randomize, reference_update
 from helpers.unusual_linears import ON_CPU, Doubled, Plain, Scaled, WithBias, both_ways, make, update, wrap
 from torch import nn
 
@@ -78,16 +78,75 @@ def test_a_mixed_batch_with_further_arguments():
     torch.testing.assert_close(got[1], base[1] + update(model.model.layer, x)[1], rtol=1e-4, atol=1e-4)
 
 
+# ---- tuples ----
+
+
+@pytest.mark.parametrize("kind", ["dense", "hadamard"])
+@pytest.mark.parametrize("sizes", [(12, 7), (7, 12)])
+def test_the_update_is_added_to_the_head_of_a_tuple(sizes, kind):
+    """Megatron's layers give their bias beside the product, for a later kernel to add."""
+    layer = wrap(make(WithBias, *sizes), bases=make_bases(*sizes, 4, kind=kind))
+    x = normal(2, 5, sizes[0])
+    for _ in both_ways(layer):
+        y, bias = layer(x)
+        torch.testing.assert_close(y, layer.base_layer(x)[0] + update(layer, x), rtol=1e-4, atol=1e-4)
+        assert bias is layer.base_layer.bias
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x)[0], layer.base_layer(x)[0])
+    layer.enable_adapters(True)
+    leaf = x.clone().requires_grad_()
+    layer.train()(leaf)[0].sum().backward()
+    expected = (layer.weight + reference_update(layer).float()).sum(0).expand_as(x)
+    torch.testing.assert_close(leaf.grad, expected, rtol=1e-4, atol=1e-4)
+    layer.merge()
+    torch.testing.assert_close(layer(x)[0], y, rtol=1e-4, atol=1e-4)
+    layer.unmerge()
+    assert torch.equal(layer.weight, make(WithBias, *sizes).weight)
+
+
+def test_tuples_inside_the_cache_and_in_a_mixed_batch():
+    layer, x = wrap(make(WithBias)).eval(), normal(3, 12)
+    expected = layer(x)[0]
+    with torch.no_grad(), randlora.inference_cache() as scope:
+        while not scope.nbytes:
+            layer(x)
+        torch.testing.assert_close(layer(x)[0], expected, rtol=1e-4, atol=1e-4)
+        assert layer(x)[1] is layer.bias
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = make(WithBias)
+
+        def forward(self, x):
+            y, bias = self.layer(x)
+            return y + bias
+
+    model = randlora.get_peft_model(Net(), {"target_modules": ["layer"], **ON_CPU})
+    randomize(model.model.layer)
+    got = model(x, adapter_names=["__base__", "default", "__base__"])
+    torch.testing.assert_close(got[1], model(x)[1])
+    with model.disable_adapter():
+        torch.testing.assert_close(got[::2], model(x)[::2])
+
+
 # ---- outputs that nothing can be added to ----
 
 
-def test_outputs_that_are_no_tensors_are_named():
-    layer, x = wrap(make(WithBias)), normal(3, 12)
+@pytest.mark.parametrize("returned, got", [([1], "list of int"), ((), "tuple of "), ((1, 2), "tuple of int, int")])
+def test_outputs_that_are_no_tensors_are_named(returned, got):
+    class Odd(nn.Linear):
+        def forward(self, x):
+            return returned
+
+    layer, x = wrap(make(Odd)), normal(3, 12)
     for _ in both_ways(layer):
-        with pytest.raises(TypeError, match=r"WithBias, must return a tensor .*, got a tuple of Tensor, Parameter"):
+        with pytest.raises(
+            TypeError, match=rf"Odd, must return a tensor .* or a tuple that begins with one, got a {got}"
+        ):
             layer(x)
     layer.enable_adapters(False)
-    assert isinstance(layer(x), tuple)
+    assert layer(x) == returned
 
 
 @pytest.mark.parametrize("shape", [(1,), (3, 1), (1, 7), (7,), (3, 14), (2, 3, 7)])

@@ -14,7 +14,7 @@ from .layer import AcceleratedLinear
 def convert(layer: Any) -> AcceleratedLinear:
     """Turn a RandLoRA layer of PEFT, whatever its base layer, into a :class:`AcceleratedLinear` in place.
 
-    Its containers of bases must be ``bases.Bases``. The layer stays the object that PEFT made: its parent, its hooks and
+    Its containers of bases must be ``Bases``. The layer stays the object that PEFT made: its parent, its hooks and
     users' variables refer to it, and its parameters are in an optimizer. So it is given another class, not replaced.
     """
     layer.__class__ = _class_for(type(layer))

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from ...bases.random_bases import RandomBases
 from ...dtypes import at_least_fp32
 from ...layers import offload
-from ...layers.base_layer import first_argument, has_weight_method, tensor_weight
+from ...layers.base_layer import first_argument
 from ...layers.linear import Linear
 from ...layers.mixed_batch import MixedBatch
+from ...layers.ordinary import has_weight_method, tensor_weight
+from ...layers.outputs import apart, together
 from ...layers.randlora_layer import RandLoraLayer
 from .bases import RANK_AXIS, Bases, Pair, is_8_bit
 from .wrappers import Trainability
@@ -47,8 +49,8 @@ class AcceleratedLinear(peft_randlora.Linear, Linear):
         """``x [..., in_features]`` to ``[..., out_features]``; in x's dtype, as PEFT gives it."""
         if x is None:
             x = first_argument(self.base_layer, kwargs)
-        result = Linear.forward(self, x, *args, **kwargs)
-        return result.to(x.dtype) if isinstance(result, Tensor) else result
+        result, rest = apart(Linear.forward(self, x, *args, **kwargs))
+        return together(result.to(x.dtype) if isinstance(result, Tensor) else result, rest)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """PEFT's ``merge``, in fp32, rounded once; the weight as it was is kept for :meth:`unmerge`."""

@@ -11,8 +11,8 @@ from torch import nn
 
 from ...expressions import Expression
 from ...layers import offload
-from ...layers.base_layer import check, conv1d_types
-from ...model.targets import layer_sizes
+from ...layers.base_layer import check
+from ...layers.linears import is_ordinary, is_transposed, require_linear
 
 
 def matched(config: Any, key: str) -> Any:
@@ -45,9 +45,9 @@ def check_targets(tuner: Any, config: Any) -> None:
     offload.check_targets(tuner.model, targets, *(() if config.inference_mode else (with_bias, saved)))
     for name in targets:
         module = modules[name]
-        if isinstance(module, peft_randlora.RandLoraLayer) or not isinstance(module, (nn.Linear, *conv1d_types())):
+        if isinstance(module, peft_randlora.RandLoraLayer) or not is_ordinary(module):
             continue  # what is no linear layer, PEFT refuses
         try:
-            check(module, *layer_sizes(module), not isinstance(module, nn.Linear))
+            check(module, *require_linear(module), is_transposed(module))
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name!r} cannot be adapted: {error}") from error

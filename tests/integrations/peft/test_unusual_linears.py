@@ -41,13 +41,15 @@ def test_further_arguments_reach_the_base_layer():
     assert torch.equal(layer(X, 0.5), layer.base_layer(X, 0.5))
 
 
-def test_outputs_that_nothing_can_be_added_to():
+def test_the_update_is_added_to_the_head_of_a_tuple():
     layer = layer_of(one(make(WithBias)))
     for _ in both_ways(layer):
-        with pytest.raises(TypeError, match=r"WithBias, must return a tensor .*, got a tuple of Tensor, Parameter"):
-            layer(X)
+        y, bias = layer(X)
+        torch.testing.assert_close(y, layer.base_layer(X)[0] + update(layer, X), rtol=1e-4, atol=1e-4)
+        assert bias is layer.base_layer.bias
+        assert layer(X.bfloat16().float())[0].dtype == X.dtype
     layer.enable_adapters(False)
-    assert isinstance(layer(X), tuple)
+    assert torch.equal(layer(X)[0], layer.base_layer(X)[0])
 
 
 @pytest.mark.parametrize("cls", [Plain, Scaled, Doubled])

@@ -1,0 +1,219 @@
+"""One weight of all experts as a layer of its own: for each expert a product with its weight and its update."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import planner
+from ..checks import require_dtype
+from ..distributed import zero3
+from ..distributed.fsdp import is_sharded
+from ..distributed.gathering import is_dtensor
+from ..dtypes import at_least_fp32
+from ..functional import compute_dtype, delta_weight, flat_bases, linear_of, sparse_delta_weight
+from ..planner import STRATEGIES
+from . import offload
+from .base_layer import name_of
+from .experts_form import sizes
+from .randlora_layer import RandLoraLayer
+
+
+class ExpertsLinear(RandLoraLayer, nn.Module):
+    """The update of a parameter ``[experts, out, in]`` (``[experts, in, out]`` where `fan_in_fan_out`).
+
+    It stands in a :class:`randlora.Experts` under the name of the parameter, which stays in ``base_layer`` there.
+    ``randlora_lambda[adapter]`` is ``[experts, r, n]`` and ``randlora_gamma[adapter]`` ``[experts, n, min_dim]``; all
+    experts share the bases. Attributes and methods are those of :class:`randlora.RandLoraLayer`.
+
+    Args:
+        experts: the :class:`randlora.Experts` that it is a part of. weight_name: the parameter's name.
+        adapter_name, strategy, settings: as for :class:`randlora.Linear`.
+    """
+
+    def __init__(
+        self, experts: nn.Module, weight_name: str, adapter_name: str, strategy: str = "auto", **settings: Any
+    ) -> None:
+        super().__init__()
+        if strategy not in ("auto", *STRATEGIES):
+            raise ValueError(f"strategy must be one of auto, {', '.join(STRATEGIES)}, got {strategy!r}")
+        self._experts = (experts,)  # a tuple: it is no part of this module
+        base = self.get_base_layer()
+        self.weight_name, self.num_experts = weight_name, base.num_experts
+        self.strategy, self.workspace = strategy, 0
+        self._init_randlora(None, *sizes(base, weight_name), fan_in_fan_out=base.is_transposed)
+        self.update_layer(adapter_name, **settings)
+
+    def get_base_layer(self) -> Any:
+        """The experts module, as it was before it was adapted."""
+        return self._experts[0].base_layer
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter (with merged adapters in it)."""
+        weight: Tensor = getattr(self.get_base_layer(), self.weight_name)
+        return weight
+
+    def base_is_plain(self) -> bool:
+        """As of :class:`randlora.Linear`: the op multiplies with the frozen weight itself."""
+        return True
+
+    def mixable_adapters(self) -> list[str]:
+        raise ValueError("adapter_names: experts get the tokens that are routed to them, not samples")
+
+    def acting(self) -> list[str]:
+        """The adapters that are to be added in a call: active, not merged, not disabled."""
+        if self._disable_adapters:
+            return []
+        return [name for name in self._active_adapters if name not in self.merged_adapters]
+
+    # ---- a call ----
+
+    def forward(self, x: Tensor, counts: Sequence[int], weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``x [tokens, in]`` to ``[tokens, out]``: the first ``counts[0]`` tokens by expert 0, the next by expert 1...
+
+        For backward it keeps `x`. Dense updates are built for one expert at a time.
+
+        Args:
+            weight, bias: of all experts, as a call has them; bias ``[experts, out]`` or None.
+        """
+        adapters, dtype = self.acting(), compute_dtype(x)
+        if weight.shape != self._weight_shape:
+            zero3.require_whole(weight, f"the experts' {self.weight_name}", "to compute with")
+            raise ValueError(
+                f"the experts' {self.weight_name} must have the shape that was adapted, {list(self._weight_shape)}, "
+                f"got {list(weight.shape)}: was the module replaced?"
+            )
+        if not adapters:
+            return routed(x, counts, weight, bias, self.fan_in_fan_out)
+        first, *others = [self._update(name, dtype, x.device) for name in adapters]
+
+        def compute(expert: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            y = first(expert, x, weight, bias)
+            for other in others:
+                y = y + other(expert, x, None, None).to(y.dtype)
+            return y
+
+        return each(x, counts, weight, bias, compute)
+
+    def _update(self, adapter: str, dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:
+        """A function of an expert's number, its tokens, and its weight and bias or None: the product with an update."""
+        found = self._pattern(adapter, device)
+        A = B = pattern = None
+        if found is None:
+            A, B, factor = self._tensors(adapter, dtype, device)
+        else:
+            pattern, factor = found
+        # Not one by one: the gradient of a single view would be as large as that of all.
+        lam, gamma = (part.unbind() for part in self._trained(adapter, device))
+        p, scaling, alone = self.dropout_of(adapter), self.scaling[adapter] * factor, planner.without_weight
+
+        def compute(expert: int, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+            strategy = self.strategy if weight is not None else alone(self.strategy)
+            return linear_of(
+                x, weight, bias, A, B, lam[expert], gamma[expert], scaling, p, dtype, strategy, self.out_features,
+                self.fan_in_fan_out, self.workspace, None, pattern,
+            )  # fmt: skip
+
+        return compute
+
+    # ---- the update as a matrix ----
+
+    def get_delta_weight(self, adapter: str, expert: int | None = None) -> Tensor:
+        """``dW`` of one adapter in the parameter's layout, ``[experts, ...]``, or of one expert. fp32 or fp64."""
+        self._check_adapter(adapter)
+        device = self._device(adapter)
+        lam, gamma = self._trained_whole(adapter, device)
+        if expert is not None:
+            return self._delta(adapter, lam[expert], gamma[expert])
+        return torch.stack([self._delta(adapter, *parts) for parts in zip(lam.unbind(), gamma.unbind(), strict=True)])
+
+    def _delta(self, adapter: str, lam: Tensor, gamma: Tensor) -> Tensor:
+        dtype, scaling, features = (
+            at_least_fp32(lam.dtype),
+            self.scaling[adapter],
+            (self.in_features, self.out_features),
+        )
+        lam, gamma = lam.to(dtype), gamma.to(dtype)
+        found = self._pattern(adapter, lam.device)
+        if found is None:
+            A, B, factor = self._tensors(adapter, dtype, lam.device)
+            update = delta_weight(A, B, lam, gamma, scaling * factor, *features)
+        else:
+            update = sparse_delta_weight(*found, lam, gamma, scaling, *features)
+        return update.T if self.fan_in_fan_out else update
+
+    def get_scaled_bases(
+        self, adapter: str, device: torch.device | None = None, *, expert: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Those of :meth:`randlora.RandLoraLayer.get_scaled_bases` for one expert."""
+        self._check_adapter(adapter)
+        A, B, lam, gamma, factor = self._update_arguments(adapter, 1.0, device)
+        S2, B2 = flat_bases(A, B, lam[expert], gamma[expert], factor, self.in_features, self.out_features)
+        return (S2, B2) if self.in_features <= self.out_features else (B2.T, S2.T)
+
+    # ---- merging ----
+
+    def _merged(self, weight: Tensor, names: list[str]) -> Tensor:
+        merged = torch.empty_like(weight)
+        for i, (old, new) in enumerate(zip(weight, merged, strict=True)):  # one expert's update at a time
+            updates = (self.get_delta_weight(name, i).to(weight.device) for name in names)
+            new.copy_(functools.reduce(operator.add, updates, old))
+        return merged
+
+    def _require_mergeable(self, base: nn.Module) -> None:
+        what = f"the {self.weight_name} of the experts, a {name_of(base)},"
+        weight = base._parameters.get(self.weight_name)
+        if is_sharded(base) or is_dtensor(weight):
+            raise ValueError(
+                f"{what} is kept in parts by several processes: save the adapter and merge it into a model that is not"
+            )
+        if weight is None:
+            raise TypeError(f"{what} must be a parameter to merge into: was the module replaced?")
+        require_dtype(f"the dtype of {what[:-1]}", weight.dtype)
+        zero3.require_whole(weight, what[:-1], "to merge into", writing=True)
+        if weight.shape != self._weight_shape:
+            raise ValueError(f"{what} must have shape {list(self._weight_shape)}, got {list(weight.shape)}")
+        offload.require_numbers(offload.read(base, self.weight_name), what[:-1], "to merge into")
+
+    def extra_repr(self) -> str:
+        names = ", ".join(
+            f"{name}: r={self.r[name]}, num_bases={self.num_bases[name]}" for name in self.randlora_lambda
+        )
+        return (
+            f"{self.num_experts} experts, in_features={self.in_features}, out_features={self.out_features}, "
+            f"active={self._active_adapters}, {names}"
+        )
+
+
+# ---- without a layer ----
+
+
+def each(
+    x: Tensor,
+    counts: Sequence[int],
+    weight: Tensor,
+    bias: Tensor | None,
+    compute: Callable[[int, Tensor, Tensor, Tensor | None], Tensor],
+) -> Tensor:
+    """``compute(expert, its tokens, its weight, its bias)`` of all experts that have tokens, one after the other."""
+    # Where nobody has any, the first one gets them all the same: every parameter has a gradient.
+    hit = [expert for expert, count in enumerate(counts) if count] or [0]
+    parts, weights = x.split(list(counts)), weight.unbind()
+    biases = [None] * len(counts) if bias is None else bias.unbind()
+    return torch.cat([compute(i, parts[i], weights[i], biases[i]) for i in hit])
+
+
+def routed(x: Tensor, counts: Sequence[int], weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    """The products of a parameter that has no adapter."""
+
+    def compute(_: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight.t() if transposed else weight, bias)
+
+    return each(x, counts, weight, bias, compute)
