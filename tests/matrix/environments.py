@@ -21,7 +21,7 @@ FOLDER = ROOT / "build" / "matrix"
 # Beside the row's own: the extra `test` of pyproject.toml but for what builds and runs the C++ tests, the extra `peft`,
 # and what builds and runs randlora, which is installed without looking for its requirements anew.
 PACKAGES = [
-    *("accelerate", "pytest>=8", "hypothesis", "bitsandbytes", "trl"),
+    *("accelerate", "pytest>=8", "hypothesis", "bitsandbytes", "hqq", "trl"),
     *("setuptools>=70.1", "ninja", "safetensors", "regex", "numpy"),
 ]
 # Whose versions are written down, where they are installed.
