@@ -5,6 +5,8 @@
 #   make test PYTEST_JOBS=0             in one process (default: 2), as --pdb wants it
 #   make test TORCH=torch==2.10.0       another PyTorch (a requirement for pip)
 #   make test PEFT="peft==0.16.0"       another PEFT, and what else it needs (requirements for pip)
+#   make matrix ROWS="peft-0.16 newest" some rows of the matrix of versions (default: all; tests/matrix/rows.py)
+#   make matrix PEFT_MAIN=../peft       PEFT's main branch from there (a requirement for pip; default: its repository)
 #   make bench BENCH="bases linear" ARGS=--quick  some benchmarks (default: all) and their arguments
 #   make asan FUZZ_SECONDS=3600         the op fuzzer for longer than a minute (make test: RANDLORA_FUZZ_SECONDS=3600)
 #   make wheel TORCH=torch==2.10.0      a wheel for another PyTorch; RANDLORA_CUDA=0: without CUDA kernels
@@ -18,6 +20,8 @@ TORCH ?= torch==2.13.0
 CUDA_TORCH ?= torch==2.11.0
 CUDA_HOME ?= /usr/local/cuda
 PEFT ?=
+PEFT_MAIN ?=
+ROWS ?=
 ARGS ?=
 PYTEST_ARGS ?=
 PYTEST_JOBS ?= 2
@@ -40,12 +44,14 @@ CPP_FILES = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*
 # What the binary is made from. The folders are listed too: their times change when a file is removed.
 SOURCES := setup.py pyproject.toml $(shell find csrc build_backend -name __pycache__ -prune -o -print)
 
-.PHONY: help demo test pytest ctest asan bench gpu-build lint format clean distclean FORCE
+.PHONY: help demo test pytest ctest matrix matrix-short asan bench gpu-build lint format clean distclean FORCE
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      adapt a pretrained model to a real text classification task (a few minutes)"
 	@echo "make test      build, then run the Python and the C++ tests"
+	@echo "make matrix    other versions of Python, PyTorch, PEFT and transformers, each in build/matrix, into docs/versions.md"
+	@echo "make matrix-short  other versions of PEFT beside the environment of make test (a minute)"
 	@echo "make asan      the op fuzzer and the tests of the ops on a build with address and undefined-behaviour sanitizers"
 	@echo "make docs      the site of the documentation, with the API, into build/site"
 	@echo "make bench     run the benchmarks (40 minutes; ARGS=--quick: ten), then write bench/results/REPORT.md"
@@ -73,6 +79,14 @@ ctest: $(VENV)/.installed
 	$(BIN)/cmake --build build/cmake $(if $(MAX_JOBS),--parallel $(MAX_JOBS))
 	@echo "== Running the C++ tests"
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure
+
+# Each row has an environment of its own. The table is written of what ran, also where some of it failed.
+matrix:
+	PEFT_MAIN="$(PEFT_MAIN)" $(PYTHON) tests/matrix $(ROWS); status=$$?; $(PYTHON) docs/tools/versions.py; exit $$status
+
+matrix-short: $(VENV)/.installed
+	@echo "== Trying other versions of PEFT"
+	$(BIN)/python tests/matrix/short.py
 
 # The sanitizers' runtime must come first in a process, before Python. What PyTorch keeps until its end is no leak of ours,
 # and a size that cannot be had is an error, not the end.

@@ -45,6 +45,12 @@ def _modes():
 
 
 @pytest.fixture(autouse=True)
+def precision_is_left_as_it_was(monkeypatch):
+    """With ``bf16=True`` TrainingArguments of transformers 4 leave this set, for all that the process trains later."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+
+
+@pytest.fixture(autouse=True)
 def modes_are_left_as_they_were():
     """A mode that a test leaves on would fail the tests after it, which have nothing to do with it."""
     before = _modes()

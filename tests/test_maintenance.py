@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from matrix.rows import ROWS
 
 yaml = pytest.importorskip("yaml")
 
@@ -70,22 +71,30 @@ def test_settings_that_workflows_give_are_the_makefiles():
         assert given <= settings(), name
 
 
+def minors(versions):
+    return {int(version.split(".")[1]) for version in versions}
+
+
 def test_the_matrix_has_every_version():
-    matrix = dict(jobs())["tests.yml tests"]["strategy"]["matrix"]["include"]
-    pythons, torches = {entry["python"] for entry in matrix}, {entry["torch"] for entry in matrix}
-    pefts = {entry["peft"].split()[0] for entry in matrix}
-    oldest = re.search(r'requires-python = ">=3\.(\d+)"', PYPROJECT)[1]
-    assert pythons == {f"3.{minor}" for minor in range(int(oldest), 14)}
-    default = re.search(r"^TORCH \?= torch==2\.(\d+)\.", MAKEFILE, re.M)[1]
-    tested = {tuple(torch.removeprefix("torch==").split(".")[:2]) for torch in torches}
-    first = re.search(r'TORCH = "torch>=2\.(\d+)"', (ROOT / "setup.py").read_text())[1]
-    assert tested == {("2", str(minor)) for minor in range(int(first), int(default) + 1)}
+    pinned = [row for row in ROWS if not row.moves]
+    oldest = int(re.search(r'requires-python = ">=3\.(\d+)"', PYPROJECT)[1])
+    pythons = {row.python for row in pinned}
+    assert pythons == {f"3.{minor}" for minor in range(oldest, 14)}
+    torches = minors(row.torch for row in pinned)
+    first = int(re.search(r'TORCH = "torch>=2\.(\d+)"', (ROOT / "setup.py").read_text())[1])
+    default = re.search(r"^TORCH \?= torch==(\S+)$", MAKEFILE, re.M)[1]
+    assert torches == set(range(first, max(torches) + 1)) and default in {row.torch for row in pinned}
     text = (ROOT / "randlora" / "integrations" / "peft" / "__init__.py").read_text()
     lowest, highest = map(int, re.search(r"TESTED = \(\(0, (\d+)\), \(0, (\d+)\)\)", text).groups())
-    assert {re.search(r"peft==0\.(\d+)\.", peft)[1] for peft in pefts} == {str(n) for n in range(lowest, highest + 1)}
+    assert minors(row.peft for row in pinned) == set(range(lowest, highest + 1))
+    assert {row.transformers.split(".")[0] for row in pinned} == {"4", "5"}
+    assert {row.peft for row in ROWS if row.moves} == {"", "main"}
+
+
+def test_wheels_are_made_for_every_version_of_the_matrix():
     wheels = dict(jobs())["wheels.yml cpu"]["strategy"]["matrix"]
-    assert {f"torch=={version}" for version in wheels["torch"]} == torches
-    assert {python.replace("cp3", "3.") for python in wheels["python"]} == pythons
+    assert set(wheels["torch"]) == {row.torch for row in ROWS if row.torch}
+    assert {python.replace("cp3", "3.") for python in wheels["python"]} == {row.python for row in ROWS}
 
 
 def test_the_cuda_torch_is_one():

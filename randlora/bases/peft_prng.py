@@ -1,7 +1,8 @@
 """PEFT's own random bases, number for number (peft 0.16 to 0.21, ``tuners/randlora/model.py``).
 
 They come from torch's CPU generator, A before B, and their values depend on the sizes drawn: the number of elements
-sets what is drawn when, and every base is divided by its own sample standard deviation.
+sets what is drawn when, and every base is divided by its own sample standard deviation. Dense ones depend on torch's
+version as well: to 2.11 a 16-bit number is made of other bits of the generator's than from 2.12 on.
 """
 
 from __future__ import annotations

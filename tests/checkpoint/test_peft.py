@@ -63,8 +63,19 @@ def test_the_versions_are_there():
     assert {p.name for p in FOLDERS} == set(made.CASES) and len(FOLDERS) == 4 * len(made.CASES)
 
 
+def draws_16_bits_as_32():
+    """As the PyTorch with which the files were written; 2.11 and before take other bits of the same random numbers."""
+    half, single = (
+        torch.empty(9, dtype=dtype).uniform_(generator=torch.Generator().manual_seed(1))
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    return torch.equal(half, single.bfloat16())
+
+
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: f"{p.parent.name}-{p.name}")
 def test_what_peft_wrote(folder):
+    if folder.name in ("dense_drawn", "one_way_drawn") and not draws_16_bits_as_32():
+        pytest.skip("dense bases that are not in the file depend on PyTorch's version (docs/peft.md)")
     sample = load_file(folder / "sample.safetensors")
     model = load(folder, made.make_model(folder.name))
     with torch.no_grad():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 peft = pytest.importorskip("peft")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 from helpers.peft_hooks import HOOKS, KINDS, new_peft  # noqa: E402, F401
 from helpers.peft_models import adapt, bases, both, config, layers, llama, logits, randomize  # noqa: E402
 from peft.tuners.randlora.model import RandLoraModel  # noqa: E402
@@ -175,6 +175,8 @@ def test_models_of_transformers(new_peft, monkeypatch, tmp_path):  # noqa: F811
             with on(accelerated):
                 model.load_adapter(str(tmp_path / writer))
             torch.testing.assert_close(logits(model), expected)
+    if int(transformers.__version__.split(".")[0]) < 5:
+        return  # it hands the file's names on in another form, which the stand-in does not know
     # What docs/peft.md says: transformers has no place for bases that stand once for the whole model.
     with on(True):
         other_bases(adapt(llama(), config(*TARGETS))).save_pretrained(tmp_path / "once")

@@ -123,7 +123,8 @@ def test_bases_of_an_injected_adapter_are_saved_where_it_is():
     again.load_state_dict(model.state_dict())
     single = injected(settings[1], names=["second"])
     state_dict = peft.get_peft_model_state_dict(model, adapter_name="second")
-    assert not peft.set_peft_model_state_dict(single, state_dict, "second").unexpected_keys
+    unexpected = peft.set_peft_model_state_dict(single, state_dict, "second").unexpected_keys
+    assert [key for key in unexpected if not key.endswith(".first")] == []  # PEFT 0.16 hands out all adapters' weights
     for other in (again, single):
         activate(other, "second")
         assert torch.equal(logits(other), logits(model))

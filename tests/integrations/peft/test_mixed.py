@@ -207,6 +207,11 @@ def test_generate_repeats_names(settings, where, task):
         logits(model, ids, adapter_names=["b", "c"])
 
 
+@pytest.mark.skipif(
+    version < (0, 21)
+    and not hasattr(transformers.T5ForConditionalGeneration, "_prepare_encoder_decoder_kwargs_for_generation"),
+    reason="earlier versions of PEFT ask for a name that transformers has no more",
+)
 def test_generate_after_an_encoder():
     shape = {"d_model": 16, "d_kv": 4, "d_ff": 20, "num_layers": 1, "num_heads": 4}
     settings = transformers.T5Config(vocab_size=50, decoder_start_token_id=0, pad_token_id=0, **shape)

@@ -12,7 +12,7 @@ peft = pytest.importorskip("peft")
 accelerate = pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
 
-from helpers.peft_models import adapt, config, conv1d, layers, llama, logits, randomize, tokens  # noqa: E402
+from helpers.peft_models import adapt, config, conv1d, layers, llama, logits, randomize, tokens, version  # noqa: E402
 
 import randlora.integrations.peft as integration  # noqa: E402
 from randlora.layers import offload  # noqa: E402
@@ -147,6 +147,7 @@ def test_a_device_map_of_transformers(tmp_path):
     torch.testing.assert_close(logits(again), logits(expected))
 
 
+@pytest.mark.skipif(version < (0, 21), reason="earlier versions of PEFT look for lm_head inside of the model")
 def test_loading_onto_a_device_map_of_transformers(tmp_path, monkeypatch):
     """PEFT takes the hooks off, loads the adapter, writes the files anew, and offloads all of it once more."""
     transformers = pytest.importorskip("transformers")
@@ -264,7 +265,8 @@ def test_modules_to_save_keep_their_numbers_on_meta(tmp_path):
     with integration.enable():
         model = peft.PeftModel.from_pretrained(small().to("meta"), tmp_path)
     copied, expected = (m.base_model.model.tall.modules_to_save["default"] for m in (model, trained))
-    assert not copied.weight.requires_grad
+    theirs = peft.PeftModel.from_pretrained(small(), tmp_path).base_model.model.tall.modules_to_save["default"]
+    assert copied.weight.requires_grad == theirs.weight.requires_grad  # frozen, but for PEFT 0.16
     for name, tensor in expected.state_dict().items():
         assert torch.equal(copied.state_dict()[name], tensor)
 

@@ -1,6 +1,7 @@
 """Training with transformers' Trainer, TRL's SFTTrainer, gradient checkpointing and torch.compile."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -30,6 +31,10 @@ SETTINGS = {
 }  # fmt: skip
 
 
+# As transformers 5 has it by itself. The other way needs enable_input_require_grads() around any frozen embedding.
+NOT_REENTRANT = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
+
+
 def train(model, folder, **settings):
     data = [{"input_ids": row, "labels": row} for row in tokens(batch=8)]
     arguments = transformers.TrainingArguments(output_dir=str(folder), **SETTINGS | settings)
@@ -40,7 +45,7 @@ def train(model, folder, **settings):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}],
+    [{}, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2, **NOT_REENTRANT}],
     ids=["plain", "checkpointing"],
 )
 def test_trainer(settings, tmp_path):
@@ -55,14 +60,21 @@ def test_trainer(settings, tmp_path):
 
 
 def test_trainer_under_autocast(tmp_path):
-    """Losses are as near to those of an fp32 run as PEFT's own: rounding differs, and training lets it grow."""
+    """Losses are as near to those of an fp32 run as PEFT's own: rounding differs, and training lets it grow.
+
+    By chance one run of theirs may be much nearer than another: several bases are trained.
+    """
     settings = {"learning_rate": 2e-3, "max_steps": 12}
-    exact, theirs, ours = (
-        train(adapt(llama(), config(*TARGETS), accelerated), tmp_path, bf16=bf16, **settings)
-        for accelerated, bf16 in ((False, False), (False, True), (True, True))
-    )
-    assert exact[0] - exact[-1] > 0.3
-    assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
+    errors = torch.zeros(2)
+    for key in (1, 2):
+        exact, *others = (
+            train(adapt(llama(), config(*TARGETS, projection_prng_key=key), accelerated), tmp_path, **bf16, **settings)
+            for accelerated, bf16 in ((False, {}), (False, {"bf16": True}), (True, {"bf16": True}))
+        )
+        assert exact[0] - exact[-1] > 0.2
+        errors += torch.stack([(other - exact).abs().max() for other in others])
+        os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # transformers 4 would train all that follows in bf16
+    assert errors[0] > 0 and errors[1] <= 2 * errors[0]
 
 
 def test_trainer_resumes(tmp_path):
@@ -108,15 +120,22 @@ def test_sft_trainer(tmp_path):
 @over("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "plain"])
 def test_gradient_checkpointing(reentrant, dtype):
-    gradients = []
-    for checkpointing in (False, True):
-        model = adapt(llama(dtype), config(*TARGETS)).train()
-        model.enable_input_require_grads()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        model(input_ids=tokens(), labels=tokens()).loss.backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
-    assert gradients[0] and all(torch.equal(gradients[1][name], grad) for name, grad in gradients[0].items())
+    """The same gradients, bit for bit where those of PEFT's own layers are: some of transformers' models round anew."""
+
+    def difference(accelerated):
+        gradients = []
+        for checkpointing in (False, True):
+            model = adapt(llama(dtype), config(*TARGETS), accelerated).train()
+            model.enable_input_require_grads()
+            if checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model(input_ids=tokens(), labels=tokens()).loss.backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+        assert gradients[0].abs().max() > 0.1
+        return (gradients[1] - gradients[0]).abs().max()
+
+    ours = difference(True)
+    assert ours == 0 or ours <= 4 * difference(False)
 
 
 def test_dropout():
