@@ -313,5 +313,5 @@ def _recomputed(base: nn.Module, name: str) -> str:
         way = f"torch.nn.utils.parametrize.remove_parametrizations(layer.get_base_layer(), {name!r}) removes that"
     elif not base._forward_pre_hooks:
         what = "a tensor that no state dict holds"
-        way = "layer.get_base_layer().weight = torch.nn.Parameter(layer.weight.detach()) makes it one"
+        way = f"layer.get_base_layer().{name} = torch.nn.Parameter(layer.weight.detach()) makes it one"
     return f"the weight of this {type(base).__name__} is no parameter but {what}: {way}; nothing was changed"

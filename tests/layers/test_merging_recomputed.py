@@ -5,6 +5,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from helpers.common import normal, randomize, reference_update
+from helpers.experts_cases import adapt, experts_of, inputs
 from helpers.models import assert_unchanged, snapshot
 from helpers.models import randomize as randomize_model
 from torch import nn
@@ -107,6 +108,19 @@ def test_merging_into_a_tensor_of_no_state_dict_is_refused():
     base.weight = nn.Parameter(layer.weight.detach())
     layer.merge()
     torch.testing.assert_close(layer(x), expected)
+
+
+def test_what_is_told_to_do_makes_experts_mergeable():
+    """Of them too, whose weight has another name."""
+    layer = adapt(experts_of("Mixtral"))
+    part, base, arguments = layer.down_proj, layer.base_layer, inputs(2)
+    expected, weight = layer(*arguments), base._parameters.pop("down_proj")
+    base.down_proj = weight.detach()
+    with pytest.raises(ValueError, match="no parameter but a tensor that no state dict holds") as refused:
+        part.merge()
+    exec(str(refused.value).split(": ")[1].split(" makes it one")[0], {"layer": part, "torch": torch})
+    part.merge()
+    torch.testing.assert_close(layer(*arguments), expected)
 
 
 @over_ways
