@@ -7,12 +7,13 @@ finds them as adapters of their base model. Files that PEFT would misread, and i
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,13 +43,14 @@ def text_for(
 ) -> str | None:
     """The text of the card for `folder`: a new one, or the one that is there with its front matter brought up to date.
 
-    Of an existing card all text stays; how to load the adapter is added at its end if it does not say so. None where
-    an existing one is left alone: it says all that, or cannot be read, or ``huggingface_hub``, which reads it, is not
-    installed.
+    Of an existing card all text stays but for what was written here about loading; that is added at its end if it does
+    not say so. None where an existing one is left alone: it says all that, or cannot be read, or ``huggingface_hub``,
+    which reads it, is not installed.
 
     Args:
         written: adapter name -> ``peft_type``, of those that are about to be written; others may be in `folder` before.
-        repo_id: of the repository that `folder` is for, to load the adapter from; else it is loaded from ``"."``.
+        repo_id: of the repository that `folder` is for, to load the adapter from; else it is loaded from the one that
+            an existing card names, or from ``"."``.
     """
     types = {name: _type_in(folder_of(folder, name)) for name in model.peft_config} | dict(written)
     types = {name: kind for name, kind in types.items() if kind is not None}
@@ -56,12 +58,16 @@ def text_for(
     base = _base_name(model, types)
     try:
         data = _data(model.model, base if _is_repository(base) else None, by_peft, tags)
-        here, use = (_use(model.model, base, list(types), by_peft, place) for place in (None, repo_id))
+        use = functools.partial(_use, model.model, base, list(types), by_peft)
         with contextlib.ExitStack() as stack:
             file = OpenFile.if_there(folder / CARD_NAME, stack)
             old = None if file is None else file.read(_LONGEST).decode()
-        new = f"---\n{_yaml(data)}---\n\n{_TEXT}\n{use}"
-        return new if old is None else None if old == new else _updated(old, data, here, use)
+        made = f"---\n{_yaml(data)}---\n\n{_TEXT}\n{use(repo_id)}"
+        if old is None or old == made:
+            return made if old is None else None
+        new = _updated(old.replace("\r\n", "\n"), data, use, repo_id)
+        mostly = 2 * old.count("\r\n") > old.count("\n")
+        return new.replace("\n", "\r\n") if new is not None and mostly else new
     except Exception as error:  # whatever YAML makes of a text of the user's: no adapter is lost for it
         warnings.warn(f"{folder / CARD_NAME} is left as it is: {error}", stacklevel=2)
         return None
@@ -107,7 +113,7 @@ def _quoted(text: str) -> str:
 _NOT_TEXT = {"true", "false", "yes", "no", "on", "off", "null"}  # in YAML
 
 
-def _updated(old: str, data: Mapping[str, Any], here: str, use: str) -> str | None:
+def _updated(old: str, data: Mapping[str, Any], use: Callable[[str | None], str], repo_id: str | None) -> str | None:
     try:
         from huggingface_hub import ModelCard
     except ImportError:
@@ -119,11 +125,31 @@ def _updated(old: str, data: Mapping[str, Any], here: str, use: str) -> str | No
     found.data["tags"] = sorted({*data["tags"], *(found.data.tags or [])})
     if not found.data.pipeline_tag and "pipeline_tag" in data:
         found.data["pipeline_tag"] = data["pipeline_tag"]
-    if here in found.text:
-        found.text = found.text.replace(here, use)
+    section = _SECTION.search(found.text)
+    if section is not None and _unchanging(section[0]) == _unchanging(use(None)):
+        new = use(repo_id or _repository_in(section[0]))
+        found.text = found.text[: section.start()] + new + found.text[section.end() :]
     elif _USE not in found.text:
-        found.text = f"{found.text.rstrip()}\n\n{use}"
+        found.text = f"{found.text.rstrip()}\n\n{use(repo_id)}"
     return str(found)
+
+
+_SECTION = re.compile(r"## How to load it\n\n```python\n.*?\n```\n(\nPEFT reads it too: `[^\n]*`\.\n)?", re.DOTALL)
+# What is in lines that begin so depends on the adapters, and on where they are.
+_CHANGING = (
+    "from huggingface_hub import snapshot_download", "folder = snapshot_download(", "PEFT reads it too: ",
+    f"model = randlora.{_USE}", "model.load_adapter(",
+)  # fmt: skip
+
+
+def _unchanging(section: str) -> list[str]:
+    """What :func:`_use` writes for any adapters of a model, so that it is known whether somebody has changed it."""
+    return [line for line in section.splitlines() if line and not line.startswith(_CHANGING)]
+
+
+def _repository_in(section: str) -> str | None:
+    found = re.search(r'(?:snapshot_download\(|RandLoraModel\.from_pretrained\(base, )"([^".][^"]*)"', section)
+    return None if found is None else found[1]
 
 
 def _use(model: nn.Module, base: str | None, names: Iterable[str], by_peft: bool, repo_id: str | None) -> str:

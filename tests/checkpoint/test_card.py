@@ -129,6 +129,39 @@ def test_a_card_of_the_users_keeps_its_text(tmp_path):
     assert (tmp_path / CARD).read_text().count("How to load it") == 1 and "It is good." in (tmp_path / CARD).read_text()
 
 
+def test_what_was_said_about_other_adapters_does_not_stay(tmp_path):
+    """What randlora has written itself is brought up to date, but not what somebody has changed in it."""
+    model = adapt(net())
+    model.create_or_update_model_card(tmp_path, "me/mine")
+    model.save_pretrained(tmp_path)
+    text = (tmp_path / CARD).read_text()
+    assert "PEFT reads it too" in text and '(base, "me/mine")' in text, "where it was uploaded is not forgotten"
+    add(model, "b", 3, num_bases=2)
+    model.save_pretrained(tmp_path)
+    text = (tmp_path / CARD).read_text()
+    assert 'load_adapter(folder + "/b", "b")' in text and 'snapshot_download("me/mine")' in text
+    assert "PEFT reads it too" not in text and data_of(tmp_path)["library_name"] == "randlora"
+    model.delete_adapter("b")
+    model.save_pretrained(tmp_path)
+    assert "load_adapter" not in (tmp_path / CARD).read_text()
+    (tmp_path / CARD).write_text((tmp_path / CARD).read_text().replace("base = ...", "base = Net(5)"))
+    add(model, "b", 3)
+    model.save_pretrained(tmp_path)
+    assert "base = Net(5)" in code_of(tmp_path) and "load_adapter" not in code_of(tmp_path)
+
+
+def test_line_endings_stay(tmp_path):
+    (tmp_path / CARD).write_bytes(b"---\r\nlicense: mit\r\n---\r\n# Mine\r\n\r\ntext\r\n")
+    model = adapt(net())
+    model.save_pretrained(tmp_path)
+    written = (tmp_path / CARD).read_bytes()
+    assert written.count(b"\r\n") == written.count(b"\n") > 10
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / CARD).read_bytes() == written
+    model.create_or_update_model_card(tmp_path, "me/mine")
+    assert b'(base, "me/mine")' in (tmp_path / CARD).read_bytes()
+
+
 def test_a_card_that_cannot_be_read_is_left_alone(tmp_path):
     (tmp_path / CARD).write_text("---\n[: ]{\n---\nmine")
     model = adapt(net())
