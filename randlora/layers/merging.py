@@ -244,7 +244,8 @@ def _put(layer: Mergeable, value: Tensor) -> None:
     """Another value for an ordinary weight, wherever it is kept."""
     base, name = layer.get_base_layer(), layer.weight_name
     weight = getattr(base, name)
-    with torch.no_grad():
+    # Inference tensors can be written in inference mode alone.
+    with torch.inference_mode(weight.is_inference()), torch.no_grad():
         if not offload.hooks(base):
             # A parallel plan may have cut the weight after `value` was kept.
             weight.copy_(value if is_dtensor(value) else split_as(weight, value))
@@ -268,14 +269,20 @@ def merged_or_not(layers: Iterable[Mergeable]) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for layer, kept, into, names, weight in before:
-            base = layer.get_base_layer()
-            if isinstance(weight, tuple):
-                quantized.replace_weight(base, weight[0])
-            elif isinstance(source := layer._unmerged_weight if weight is None else weight, Tensor):
-                _put(layer, source)
-            layer._unmerged_weight, layer._merged_into, layer.merged_adapters[:] = kept, into, names
+        with contextlib.ExitStack() as all_of_them:  # also where one of them raises
+            for saved in reversed(before):
+                all_of_them.callback(_restore, *saved)
         raise
+
+
+def _restore(layer: Mergeable, kept: Any, into: Any, names: list[str], weight: Any) -> None:
+    try:
+        if isinstance(weight, tuple):
+            quantized.replace_weight(layer.get_base_layer(), weight[0])
+        elif isinstance(source := layer._unmerged_weight if weight is None else weight, Tensor):
+            _put(layer, source)
+    finally:
+        layer._unmerged_weight, layer._merged_into, layer.merged_adapters[:] = kept, into, names
 
 
 def _current(layer: Mergeable) -> Any:

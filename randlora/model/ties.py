@@ -138,7 +138,8 @@ def before_unloading(model: nn.Module, merged: Iterable[str]) -> Ties:
 
 
 def _copy(parameter: Any) -> nn.Parameter:
-    return nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+    with torch.inference_mode(False):
+        return nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
 
 
 def _names(owners: Iterable[tuple[str, nn.Module, str]]) -> str:

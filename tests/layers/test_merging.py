@@ -5,6 +5,9 @@ import torch
 from helpers.common import FLOATS, make_layer, normal, on_devices, over, randomize, reference_forward, reference_update
 from torch import nn
 
+import randlora
+from randlora.layers import merging
+
 
 @on_devices
 @over("dtype", FLOATS)
@@ -113,3 +116,36 @@ def test_active_adapters_that_are_not_merged_go_on_acting():
     with torch.no_grad():
         for _ in range(3):
             torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_inference_tensors_are_merged_into():
+    """A model that was made in inference mode, and is used outside of it: in-place changes are refused there."""
+    with torch.inference_mode():
+        layer = randomize(randlora.Linear(nn.Linear(8, 6), r=2, randlora_alpha=3)).eval()
+    x, before = normal(7, 8), layer.weight.clone()
+    expected = layer(x)
+    layer.merge()
+    torch.testing.assert_close(layer(x), expected)
+    assert not torch.equal(layer.weight, before)
+    layer.unmerge()
+    assert torch.equal(layer.weight, before) and torch.equal(layer(x), expected)
+
+
+def test_layers_are_unmerged_where_their_weight_cannot_be_written(monkeypatch):
+    """Not even for giving it back: a layer that called itself merged would leave its adapter out."""
+    layers = [randomize(randlora.Linear(nn.Linear(8, 6), r=2, randlora_alpha=3)).eval() for _ in range(2)]
+    x = normal(7, 8)
+    expected, write = [layer(x) for layer in layers], merging._put
+
+    def failing(layer, value):
+        if layer is layers[1]:
+            raise RuntimeError("read-only")
+        write(layer, value)
+
+    monkeypatch.setattr(merging, "_put", failing)
+    with pytest.raises(RuntimeError, match="read-only"), merging.merged_or_not(layers[::-1]):
+        layers[0].merge()
+        layers[1].merge()
+    assert not any(layer.merged for layer in layers)
+    assert all(torch.equal(layer(x), y) for layer, y in zip(layers, expected, strict=True))

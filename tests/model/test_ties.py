@@ -156,3 +156,13 @@ def test_failing_leaves_ties_alone(mode, method):
         assert model.model.all_tied_weights_keys == ties and model.config.to_dict() == config
         assert torch.equal(call(model), expected)
     assert k > 5000
+
+
+def test_weights_parted_in_inference_mode_can_be_trained():
+    model = randlora.get_peft_model(tiny_llama(tie_word_embeddings=True), {"r": 2, "target_modules": ["lm_head"]})
+    with torch.no_grad():
+        model.model.lm_head.randlora_lambda["default"].fill_(0.1)
+    with torch.inference_mode(), pytest.warns(UserWarning, match="no longer tied"):
+        plain = model.merge_and_unload()
+    plain.requires_grad_(True)
+    plain(IDS).logits.sum().backward()
