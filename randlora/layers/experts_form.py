@@ -24,8 +24,8 @@ from .ordinary import forward_is_replaced
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed")
 FORM = (
-    "an experts module of transformers 5, or of a class that has transformers.integrations.moe."
-    "use_experts_implementation as its decorator"
+    "the experts modules of transformers 5, and of classes of your own with its decorator transformers.integrations."
+    "moe.use_experts_implementation, can be, as they say how they compute with their parameters"
 )
 
 
@@ -47,7 +47,7 @@ def check_base(experts: Any, names: tuple[str, ...]) -> None:
     """Raises ``TypeError`` or ``ValueError`` where the parameters `names` of a module cannot be adapted."""
     what = name_of(experts)
     if not is_fused_experts(experts):
-        raise TypeError(f"a {what} is no module of fused experts that can be adapted: {FORM} is")
+        raise TypeError(f"a {what} is no module of fused experts that can be adapted: {FORM}")
     known = weight_names(experts)
     for name in names:
         if name not in known:
