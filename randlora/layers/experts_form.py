@@ -24,8 +24,8 @@ from .ordinary import forward_is_replaced
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed")
 FORM = (
-    "the experts modules of transformers 5, and of classes of your own with its decorator transformers.integrations."
-    "moe.use_experts_implementation, can be, as they say how they compute with their parameters"
+    "only the experts modules of transformers 5, and of classes of your own with its decorator transformers."
+    "integrations.moe.use_experts_implementation, say how they compute with their parameters"
 )
 
 
@@ -86,7 +86,7 @@ def _check_weight(experts: Any, name: str) -> None:
     if type(weight) not in (nn.Parameter, FakeTensor) and not zero3.is_parameter(weight):
         raise TypeError(f"{what} must be an ordinary torch.nn.Parameter, got {type(weight).__name__}")
     assert isinstance(weight, Tensor)
-    require_dtype(f"{what[:-1]}'s dtype", weight.dtype)
+    require_dtype(f"the dtype of {what[:-1]}", weight.dtype)
     shape = zero3.shape_of(weight)
     if len(shape) != 3 or shape[0] != experts.num_experts or 0 in shape:
         raise ValueError(

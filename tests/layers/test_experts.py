@@ -284,7 +284,9 @@ def test_shapes_names_and_matrices():
         torch.testing.assert_close((second @ first) * part.scaling["default"], dW[3], rtol=1e-11, atol=1e-11)
         assert_same_bits(part.get_delta_weight("default", 3), dW[3])
     assert "5 experts" in repr(layer) and "kind=dense" in repr(layer)
-    assert "kept for backward" in randlora.explain(layer.adapted()[0], 10)
+    assert "one of 5 experts" in randlora.explain(layer.adapted()[0], 10)
+    with pytest.raises(TypeError, match=r"got Experts: take one of those inside it, such as \w+_proj, down_proj"):
+        randlora.explain(layer, 10)
 
 
 # ---- what is refused ----
