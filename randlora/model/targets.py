@@ -122,7 +122,7 @@ def find_target_parameters(model: nn.Module, config: RandLoraConfig) -> dict[str
     is_excluded = _matcher("exclude_modules", config.exclude_modules)
     saved, has_index = set(config.modules_to_save or ()), _index_matcher(config)
 
-    def allowed(_: nn.Module, name: str) -> bool:
+    def allowed(name: str) -> bool:
         module = name.rpartition(".")[0]
         return not (is_excluded(name) or is_excluded(module) or _inside(name, saved)) and has_index(name)
 
