@@ -161,7 +161,7 @@ def _use(model: nn.Module, base: str | None, names: Iterable[str], by_peft: bool
         labels = getattr(model.config, "num_labels", 2) if "Classification" in cls else 2
         more = "" if labels == 2 else f", num_labels={labels}"
         made = f"base = {cls}.from_pretrained({_quoted(base or '...')}{more})"
-    place, there = _quoted(repo_id or "."), "" if repo_id else "  # this folder"
+    place, there = _quoted(repo_id or "."), "" if repo_id else "  # the folder of this file"
     others = [name for name in names if name != "default"]
     paths = {name: place if name == "default" else _quoted(f"{repo_id or '.'}/{name}") for name in names}
     lines = []

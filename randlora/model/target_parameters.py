@@ -53,6 +53,18 @@ def find_parameters(model: nn.Module, wanted: list[str], allowed: Callable[[str]
     return {path: tuple(names) for path, names in found.items()}
 
 
+def weights_of_experts(model: nn.Module) -> list[str]:
+    """Endings of the names of all parameters that can be adapted, such as ``"experts.down_proj"``."""
+    first = {id(module): (path, module) for path, module in reversed(list(_modules(model)))}
+    found = (
+        ".".join([*plain_name(path).split(".")[-1:], name])
+        for path, module in reversed(first.values())
+        for name, _ in _parameters(module)
+        if path and _is_weight(module, name)
+    )
+    return list(dict.fromkeys(found))
+
+
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """All modules under all their names, but for what is inside adapted experts, or wraps another."""
     inner: list[str] = []
@@ -89,7 +101,7 @@ def _check(module: Any, path: str, name: str, full: str) -> None:
         shape = "x".join(map(str, dict(_parameters(module))[name].shape))
         raise ValueError(
             f"target_parameters matches {full!r}, a parameter {shape} of a {type(module).__name__}, which cannot be "
-            f"adapted: {FORM} can, as how others compute with their parameters is not known"
+            f"adapted: {FORM}"
         )
     elif isinstance(module, nn.Linear):
         raise ValueError(
