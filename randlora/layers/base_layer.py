@@ -218,14 +218,14 @@ def _other_use_of_weight(base_layer: nn.Module, transposed: bool) -> str | None:
     generator = torch.Generator().manual_seed(0)
     in_features = weight.shape[0 if transposed else 1]
     x, change = (torch.randn(*size, generator=generator) for size in ((3, in_features), weight.shape))
-    x, exact = x.to(weight.device), weight.double()
-    other = (exact + change.to(exact) * (exact.square().mean().sqrt().item() or 1.0)).to(weight.dtype)
-    change = other.double() - exact
     # What is cast for every call does not say into what.
     dtypes = (torch.float32, torch.bfloat16, torch.float16) if is_fp8(weight.dtype) else (weight.dtype,)
     modes = [(module, module.training) for module in base_layer.modules()]
     base_layer.eval()
     try:
+        x, exact = x.to(weight.device), weight.double()
+        other = (exact + change.to(exact) * (exact.square().mean().sqrt().item() or 1.0)).to(weight.dtype)
+        change = other.double() - exact
         with torch.no_grad(), _without_accelerate(base_layer):
             for dtype in dtypes:
                 try:
