@@ -158,8 +158,8 @@ class RandLoraConfig:
         """PEFT asks every config for it first: here it is told that this is none of its own."""
         raise TypeError(
             "this is a randlora.RandLoraConfig, of which PEFT knows no kind, prng or strategy: give it to "
-            "randlora.get_peft_model, or peft.RandLoraConfig to PEFT. An adapter of any kind that is saved with its "
-            "projections loads in PEFT, and with randlora.integrations.peft enabled it computes as fast as here"
+            "randlora.get_peft_model, or peft.RandLoraConfig to PEFT. An adapter of linear layers that is saved with "
+            "its projections loads in PEFT, and with randlora.integrations.peft enabled it computes as fast as here"
         )
 
     # ---- JSON ----

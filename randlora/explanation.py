@@ -4,21 +4,34 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from . import planner
 from .bases import hadamard
 from .checks import require_int
 from .costs.strategies import LayerCall
+from .layers.experts_linear import ExpertsLinear
 from .layers.linear import Linear
+from .layers.randlora_layer import RandLoraLayer
 from .ops.pattern import SignTensors
 
 
-def explain(layer: Linear, tokens: int, training: bool = True) -> str:
+def explain(layer: Linear | ExpertsLinear, tokens: int, training: bool = True) -> str:
     """Print, and return, what a :class:`randlora.Linear` would choose for a call with `tokens` tokens, and why.
+
+    Of a :class:`randlora.Experts` it takes one part, such as ``experts.down_proj``, and the tokens of one expert.
 
     One line per active adapter, pass and strategy: multiply-adds, bytes of temporaries, and the modelled cost relative
     to the cheapest; `training` False counts a forward under ``no_grad``. For Hadamard bases also the group width, and
-    what rank it costs this layer. TypeError, ValueError: `tokens` is no number of tokens.
+    what rank it costs this layer. TypeError, ValueError: `layer` is no adapted layer, `tokens` no number of tokens.
     """
+    if not isinstance(layer, RandLoraLayer):
+        parts = layer.named_modules() if isinstance(layer, nn.Module) else ()
+        inside = [name for name, module in parts if isinstance(module, RandLoraLayer)][:3]
+        raise TypeError(
+            f"layer must be an adapted layer, such as randlora.Linear, got {type(layer).__name__}"
+            + (f": take one of those inside it, such as {', '.join(inside)}" if inside else "")
+        )
     require_int("tokens", tokens, 0)
     lines = []
     dtype, device = layer.compute_dtype_and_device()
@@ -42,6 +55,7 @@ def explain(layer: Linear, tokens: int, training: bool = True) -> str:
             f"adapter {adapter!r}: {layer.in_features} -> {layer.out_features}, {n} bases of rank {r}, {tokens} "
             f"tokens, {str(dtype).removeprefix('torch.')} on {device.type}, "
             f"{'training' if training else 'inference'}"
+            + (f", one of {layer.num_experts} experts" if layer.num_experts is not None else "")
         )
         if bases == "signs" and pattern is not None:
             lines.append(

@@ -49,7 +49,8 @@ def on_bases_of(file: Weights, plan: Plan) -> Plan:
             return plan.on(_given(file.path, plan, projections))
         warnings.warn(
             f"{file.path} holds no projections, and nothing by which the bases made here could be checked: they are "
-            'drawn as PEFT draws them on machines with bfloat16 ("prng": "peft-fp16" in its config: on those without)',
+            'drawn as PEFT draws them on machines with bfloat16 ("prng": "peft-fp16" in its config: on those without), '
+            "with this PyTorch; dense ones differ between PyTorch up to 2.11 and later ones",
             stacklevel=4,
         )
         return plan.on_own_bases()
@@ -70,9 +71,11 @@ def on_bases_of(file: Weights, plan: Plan) -> Plan:
             return plan.on(bases)
     elif file.described["prng"] == "none":
         raise ValueError(f"{file.path} lacks its projections, which cannot be made again")
+    drawn = file.described["prng"] != "philox" and plan.config.kind == "dense"
     raise ValueError(
         f"{file.path}: the random bases made here are not those that it was trained with (fingerprint {made[:16]}..., "
         f"expected {expected[:16]}...)"
+        + (": PEFT's dense ones differ between PyTorch up to 2.11 and later ones" if drawn else "")
     )
 
 

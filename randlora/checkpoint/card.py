@@ -55,13 +55,15 @@ def text_for(
     by_peft = all(kind == PEFT_TYPE for kind in types.values()) and bool(types)
     base = _base_name(model, types)
     data = _data(model.model, base if _is_repository(base) else None, by_peft, tags)
-    here, use = (_use(model.model, base, list(types), by_peft, place) for place in (None, repo_id))
+    use = _use(model.model, base, list(types), by_peft, repo_id)
+    # What it may have said so far; trainers write a card before the adapter.
+    ours = {_use(model.model, base, names, peft, None) for names in (list(types), []) for peft in (True, False)}
     try:
         with contextlib.ExitStack() as stack:
             file = OpenFile.if_there(folder / CARD_NAME, stack)
             old = None if file is None else file.read(_LONGEST).decode()
         new = f"---\n{_yaml(data)}---\n\n{_TEXT}\n{use}"
-        return new if old is None else None if old == new else _updated(old, data, here, use)
+        return new if old is None else None if old == new else _updated(old, data, ours, use)
     except Exception as error:  # whatever YAML makes of a text of the user's
         warnings.warn(f"{folder / CARD_NAME} is left as it is: {error}", stacklevel=2)
         return None
@@ -102,7 +104,8 @@ def _scalar(text: str) -> str:
 _NOT_TEXT = {"true", "false", "yes", "no", "on", "off", "null"}  # in YAML
 
 
-def _updated(old: str, data: Mapping[str, Any], here: str, use: str) -> str | None:
+def _updated(old: str, data: Mapping[str, Any], ours: Iterable[str], use: str) -> str | None:
+    """`ours`: sections that `use` replaces."""
     try:
         from huggingface_hub import ModelCard
     except ImportError:
@@ -114,8 +117,8 @@ def _updated(old: str, data: Mapping[str, Any], here: str, use: str) -> str | No
     found.data["tags"] = sorted({*data["tags"], *(found.data.tags or [])})
     if not found.data.pipeline_tag and "pipeline_tag" in data:
         found.data["pipeline_tag"] = data["pipeline_tag"]
-    if here in found.text:
-        found.text = found.text.replace(here, use)
+    if present := [section for section in ours if section in found.text]:
+        found.text = found.text.replace(max(present, key=len), use)
     elif _USE not in found.text:
         found.text = f"{found.text.rstrip()}\n\n{use}"
     return str(found)
@@ -130,7 +133,7 @@ def _use(model: nn.Module, base: str | None, names: Iterable[str], by_peft: bool
         labels = getattr(model.config, "num_labels", 2) if "Classification" in cls else 2
         more = "" if labels == 2 else f", num_labels={labels}"
         made = f"base = {cls}.from_pretrained({json.dumps(base or '...')}{more})"
-    place, there = json.dumps(repo_id or "."), "" if repo_id else "  # this folder"
+    place, there = json.dumps(repo_id or "."), "" if repo_id else "  # the folder of this file"
     others = [name for name in names if name != "default"]
     paths = {name: place if name == "default" else json.dumps(f"{repo_id or '.'}/{name}") for name in names}
     lines = []

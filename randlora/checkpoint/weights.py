@@ -47,7 +47,13 @@ class Weights:
                     "if you trust it, and save it anew with safe_serialization=True"
                 )
             if file is None:
-                raise ValueError(f"{path}: cannot be read: {os.strerror(errno.ENOENT)}")
+                whole = sorted(p.name for p in folder.glob("model*.safetensors"))
+                hint = "".join(
+                    f". The folder holds a whole model ({name}): if transformers' own Trainer wrote it, "
+                    "randlora.integrations.transformers.Trainer resumes from it, and saves the adapter"
+                    for name in whole[:1]
+                )
+                raise ValueError(f"{path}: cannot be read: {os.strerror(errno.ENOENT)}{hint}")
             yield cls(path, file, described, given)
 
     def shapes(self) -> dict[str, Place]:

@@ -40,7 +40,16 @@ class AdapterCheckpoints(_Trainer):
 
     Raises:
         ValueError: on resuming from adapters that are not those of the model, before anything of it is changed.
+        TypeError: where a class is made that names it behind the Trainer, whose methods it would not replace.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if transformers.Trainer in order[: order.index(AdapterCheckpoints)]:
+            mixin = next(c.__name__ for c in order[1:] if issubclass(c, AdapterCheckpoints))
+            trainer = next(c.__name__ for c in order[1:] if issubclass(c, transformers.Trainer))
+            raise TypeError(f"{mixin} must come before the trainer: class {cls.__name__}({mixin}, {trainer})")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         model = self._adapted(self.model)

@@ -148,7 +148,7 @@ class Experts(nn.Module, zero3.GatheredForCalls):
             hidden, ids, weights = (tensor.to(device) for tensor in args)
         return hidden, ids, weights
 
-    @torch.compiler.disable  # how many tokens an expert gets is known when they are there, and differs in every call
+    @torch.compiler.disable(reason="how many tokens an expert gets differs in every call")
     def _routed(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         base, shape = self.base_layer, ids.shape
         require_no_hooks(base)

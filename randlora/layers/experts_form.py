@@ -24,8 +24,8 @@ from .ordinary import forward_is_replaced
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed")
 FORM = (
-    "an experts module of transformers 5, or of a class that has transformers.integrations.moe."
-    "use_experts_implementation as its decorator"
+    "only the experts modules of transformers 5, and of classes of your own with its decorator transformers."
+    "integrations.moe.use_experts_implementation, say how they compute with their parameters"
 )
 
 
@@ -47,7 +47,7 @@ def check_base(experts: Any, names: tuple[str, ...]) -> None:
     """Raises ``TypeError`` or ``ValueError`` where the parameters `names` of a module cannot be adapted."""
     what = name_of(experts)
     if not is_fused_experts(experts):
-        raise TypeError(f"a {what} is no module of fused experts that can be adapted: {FORM} is")
+        raise TypeError(f"a {what} is no module of fused experts that can be adapted: {FORM}")
     known = weight_names(experts)
     for name in names:
         if name not in known:
@@ -86,7 +86,7 @@ def _check_weight(experts: Any, name: str) -> None:
     if type(weight) not in (nn.Parameter, FakeTensor) and not zero3.is_parameter(weight):
         raise TypeError(f"{what} must be an ordinary torch.nn.Parameter, got {type(weight).__name__}")
     assert isinstance(weight, Tensor)
-    require_dtype(f"{what[:-1]}'s dtype", weight.dtype)
+    require_dtype(f"the dtype of {what[:-1]}", weight.dtype)
     shape = zero3.shape_of(weight)
     if len(shape) != 3 or shape[0] != experts.num_experts or 0 in shape:
         raise ValueError(

@@ -183,13 +183,7 @@ class ExpertsLinear(RandLoraLayer, nn.Module):
         offload.require_numbers(offload.read(base, self.weight_name), what[:-1], "to merge into")
 
     def extra_repr(self) -> str:
-        names = ", ".join(
-            f"{name}: r={self.r[name]}, num_bases={self.num_bases[name]}" for name in self.randlora_lambda
-        )
-        return (
-            f"{self.num_experts} experts, in_features={self.in_features}, out_features={self.out_features}, "
-            f"active={self._active_adapters}, {names}"
-        )
+        return f"{self.num_experts} experts, {self._description()}"
 
 
 # ---- without a layer ----

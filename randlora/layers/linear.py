@@ -248,16 +248,4 @@ class Linear(nn.Linear, RandLoraLayer, CachedForward, Noticed):
         return "randlora.Linear"
 
     def extra_repr(self) -> str:
-        adapters = [
-            f"{name}: r={self.r[name]}, num_bases={self.num_bases[name]}, alpha={self.randlora_alpha[name]:g}, "
-            f"kind={self.bases[name].kind}"
-            for name in self.randlora_lambda
-        ]
-        state = [f"active={self._active_adapters}"]
-        if self.merged:
-            state.append(f"merged={self.merged_adapters}")
-        if self.disable_adapters:
-            state.append("disabled")
-        return f"in_features={self.in_features}, out_features={self.out_features}, {', '.join(state)}\n" + "\n".join(
-            adapters
-        )
+        return self._description()

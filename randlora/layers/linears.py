@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..distributed import zero3
 from . import offload
+from .experts_form import is_fused_experts
 from .ordinary import conv1d_types, has_weight_method, tensor_weight
 from .quantized import is_quantized
 from .quantized.fp8 import is_fp8
@@ -44,6 +45,7 @@ def require_linear(module: nn.Module) -> tuple[int, int]:
     sizes = sizes_of(module)
     if sizes is None or not is_linear(module):
         inside = "" if sizes is None else ", which has linear layers inside: adapt those"
+        inside = ", whose weights randlora.Experts adapts" if is_fused_experts(module) else inside
         raise TypeError(
             "base_layer must be a linear layer: a torch.nn.Linear, transformers' Conv1D, or a module with numbers "
             f"in_features and out_features, got {type(module).__name__}{inside}"

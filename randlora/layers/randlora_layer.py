@@ -271,6 +271,19 @@ class RandLoraLayer(Update, Mergeable, zero3.GatheredForCalls):
         shape = self.out_features, self.in_features
         return self._of_experts(*(shape[::-1] if self.fan_in_fan_out else shape))
 
+    def _description(self) -> str:
+        state = [f"in_features={self.in_features}, out_features={self.out_features}, active={self._active_adapters}"]
+        if self.merged:
+            state.append(f"merged={self.merged_adapters}")
+        if self.disable_adapters:
+            state.append("disabled")
+        adapters = (
+            f"{name}: r={self.r[name]}, num_bases={self.num_bases[name]}, alpha={self.randlora_alpha[name]:g}, "
+            f"kind={self.bases[name].kind}"
+            for name in self.randlora_lambda
+        )
+        return "\n".join([", ".join(state), *adapters])
+
     def _check_adapter(self, adapter_name: str) -> None:
         if adapter_name not in self.randlora_lambda:
             known = ", ".join(self.randlora_lambda) or "none"

@@ -132,7 +132,7 @@ class SavedAdapters(Adapters):
 
         In the form of PEFT's: ``library_name`` (``peft`` where PEFT reads the files, else ``randlora``), ``base_model``
         where that is a repository, and tags, beside those that are there. All other text of an existing card stays; how
-        to load the adapters is added where it does not say so.
+        to load the adapters is added where it does not say so, and follows the files where it is as it was written.
 
         Args:
             repo_id: the repository of the Hub that the folder is for, to load them from; else that is ``"."``.

@@ -14,16 +14,13 @@ from ..layers.experts_form import FORM, check_base, is_fused_experts, weight_nam
 from ..names import is_wrapper, plain_name
 
 
-def find_parameters(
-    model: nn.Module, wanted: list[str], allowed: Callable[[nn.Module, str], bool]
-) -> dict[str, tuple[str, ...]]:
+def find_parameters(model: nn.Module, wanted: list[str], allowed: Callable[[str], bool]) -> dict[str, tuple[str, ...]]:
     """Name of a module -> which of its parameters `wanted` means, in the model's order.
 
     Adapted experts stand for themselves. A module that a model uses under several names is found under the first.
 
     Args:
-        wanted: names, or their last components. allowed: whether a module, and the plain name of a parameter of it, may
-            be meant at all.
+        wanted: names, or their last components. allowed: whether a parameter of this plain name may be meant at all.
 
     Raises:
         ValueError: a name that means nothing, or a parameter that cannot be adapted, with the reason.
@@ -41,7 +38,7 @@ def find_parameters(
                 known.setdefault(".".join(full.rsplit(".", 2)[-2:]), full)
             meant = [target for target in wanted if full == target or full.endswith(f".{target}")]
             used.update(meant)
-            if meant and first and allowed(module, full):
+            if meant and first and allowed(full):
                 _check(module, path, name, full)
                 found.setdefault(path, []).append(name)
     if missing := next((target for target in wanted if target not in used), None):
@@ -54,6 +51,18 @@ def find_parameters(
             "leave out"
         )
     return {path: tuple(names) for path, names in found.items()}
+
+
+def weights_of_experts(model: nn.Module) -> list[str]:
+    """Endings of the names of all parameters that can be adapted, such as ``"experts.down_proj"``."""
+    first = {id(module): (path, module) for path, module in reversed(list(_modules(model)))}
+    found = (
+        ".".join([*plain_name(path).split(".")[-1:], name])
+        for path, module in reversed(first.values())
+        for name, _ in _parameters(module)
+        if path and _is_weight(module, name)
+    )
+    return list(dict.fromkeys(found))
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -92,7 +101,7 @@ def _check(module: Any, path: str, name: str, full: str) -> None:
         shape = "x".join(map(str, dict(_parameters(module))[name].shape))
         raise ValueError(
             f"target_parameters matches {full!r}, a parameter {shape} of a {type(module).__name__}, which cannot be "
-            f"adapted: {FORM} can, as how others compute with their parameters is not known"
+            f"adapted: {FORM}"
         )
     elif isinstance(module, nn.Linear):
         raise ValueError(

@@ -18,7 +18,7 @@ from ..layers.experts_form import is_fused_experts, weight_names
 from ..layers.linears import is_linear, is_sure_to_be_linear, sizes_of
 from ..layers.randlora_layer import RandLoraLayer
 from ..names import is_wrapper, plain_name
-from .target_parameters import find_parameters
+from .target_parameters import find_parameters, weights_of_experts
 
 
 def named_targets(model: nn.Module, config: RandLoraConfig) -> list[str] | str:
@@ -122,7 +122,7 @@ def find_target_parameters(model: nn.Module, config: RandLoraConfig) -> dict[str
     is_excluded = _matcher("exclude_modules", config.exclude_modules)
     saved, has_index = set(config.modules_to_save or ()), _index_matcher(config)
 
-    def allowed(_: nn.Module, name: str) -> bool:
+    def allowed(name: str) -> bool:
         module = name.rpartition(".")[0]
         return not (is_excluded(name) or is_excluded(module) or _inside(name, saved)) and has_index(name)
 
@@ -259,16 +259,19 @@ def _some(
 def _meant(wanted: list[str] | str, model: nn.Module) -> str:
     names = [plain_name(name) for name, module in _named_modules(model) if is_supported(module) and name]
     short = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
+    fused = weights_of_experts(model)
+    beside = f"; target_parameters adapts the weights of its experts: {', '.join(fused[:10])}" if fused else ""
     if not short:
-        return ", which has no layer that could be adapted"
+        return f", which has no layer that could be adapted{beside}"
     listing = ", ".join(short[:20]) + (", ..." if len(short) > 20 else "")
     if isinstance(wanted, str) and wanted in short:
         return f": a string is a regular expression for whole names; did you mean the list [{wanted!r}]?"
     leaf = "" if isinstance(wanted, str) else wanted[0].rsplit(".", 1)[-1][:200]  # comparing is quadratic
     close = [name for name in short if leaf and leaf in name] or difflib.get_close_matches(leaf, short, 3, 0.5)
-    if leaf in short:
-        close = []  # the name is right, another rule leaves it out
-    return (f"; did you mean {' or '.join(map(repr, close))}?" if close else "") + f" (its linear layers: {listing})"
+    if leaf in short or any(name.endswith(f".{leaf}") for name in fused):
+        close = []  # the name is right, another rule leaves it out, or it is no layer's
+    meant = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return f"{meant} (its linear layers: {listing}{beside})"
 
 
 def peft_dims(sizes: Collection[tuple[int, int]]) -> tuple[int, int]:

@@ -105,6 +105,21 @@ def test_a_card_of_the_users_keeps_its_text(tmp_path):
     assert (tmp_path / CARD).read_text().count("How to load it") == 1 and "It is good." in (tmp_path / CARD).read_text()
 
 
+def test_a_card_follows_what_is_in_its_folder(tmp_path):
+    """Trainers write theirs before there is an adapter; later another one comes, which PEFT cannot read."""
+    model = adapt(named(tiny_llama()))
+    (tmp_path / CARD).write_text("# Mine\n")
+    model.create_or_update_model_card(tmp_path)
+    assert data_of(tmp_path)["library_name"] == "randlora" and "PEFT reads" not in (tmp_path / CARD).read_text()
+    model.save_pretrained(tmp_path)
+    assert data_of(tmp_path)["library_name"] == "peft" and "PEFT reads" in (tmp_path / CARD).read_text()
+    add(model, "second", 5, num_bases=1)
+    model.save_pretrained(tmp_path)
+    text = (tmp_path / CARD).read_text()
+    assert data_of(tmp_path)["library_name"] == "randlora" and "PEFT reads" not in text
+    assert text.startswith("---") and text.count("How to load it") == text.count("# Mine") == 1
+
+
 def test_a_card_that_cannot_be_read_is_left_alone(tmp_path):
     (tmp_path / CARD).write_text("---\n[: ]{\n---\nmine")
     model = adapt(net())

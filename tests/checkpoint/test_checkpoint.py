@@ -260,6 +260,21 @@ def test_a_fingerprint_that_does_not_match(tmp_path, monkeypatch):
     load(tmp_path, model)
 
 
+def test_what_pefts_bases_depend_on_is_said(tmp_path, monkeypatch):
+    """Not of philox, which depends on nothing."""
+    adapt(net(), save_projection=False, prng="peft", projection_prng_key=4711).save_pretrained(tmp_path)
+    gc.collect()
+    draw = peft_prng.draw
+
+    def other(*args):
+        A, B = draw(*args)
+        return -A, B
+
+    monkeypatch.setattr(peft_prng, "draw", other)
+    with pytest.raises(ValueError, match=r"trained with .* differ between PyTorch up to 2\.11 and later"):
+        load(tmp_path, net())
+
+
 def test_drawn_bases_that_cannot_be_drawn_again_are_read(tmp_path, monkeypatch):
     """torch may change its generator; the file holds what it gave."""
     model = adapt(net(), prng="peft")

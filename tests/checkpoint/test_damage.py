@@ -154,6 +154,12 @@ def test_no_weights(folder, tmp_path):
     assert_refused(tmp_path / "file", "is a file: the adapter's folder was expected")
 
 
+def test_a_whole_model_is_no_adapter(folder):
+    (folder / WEIGHTS).rename(folder / "model.safetensors")
+    (folder / "adapter_config.json").unlink()  # as transformers' own Trainer leaves it
+    assert_refused(folder, r"holds a whole model \(model.safetensors\).*integrations.transformers.Trainer resumes")
+
+
 def test_a_pickle_is_not_opened(folder):
     class Evil:
         def __reduce__(self):

@@ -40,6 +40,13 @@ def test_a_checkpoint_holds_the_adapter_and_not_the_base(whole):
     RandLoraModel.from_pretrained(tiny_llama(), folder)
 
 
+def test_a_mixin_behind_the_trainer_would_do_nothing():
+    with pytest.raises(TypeError, match=r"before the trainer: class Mine\(AdapterCheckpoints, Seq2SeqTrainer\)"):
+        type("Mine", (transformers.Seq2SeqTrainer, AdapterCheckpoints), {})
+    with pytest.raises(TypeError, match="must come before"):
+        type("Mine", (transformers.Trainer, type("Mixin", (AdapterCheckpoints,), {})), {})
+
+
 @pytest.mark.parametrize("step", [2, 4])
 def test_resuming_gives_the_same_losses_bit_for_bit(whole, tmp_path, step):
     folder, losses, numbers = whole

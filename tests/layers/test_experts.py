@@ -283,8 +283,10 @@ def test_shapes_names_and_matrices():
         first, second = part.get_scaled_bases("default", expert=3)
         torch.testing.assert_close((second @ first) * part.scaling["default"], dW[3], rtol=1e-11, atol=1e-11)
         assert_same_bits(part.get_delta_weight("default", 3), dW[3])
-    assert "5 experts" in repr(layer)
-    assert "kept for backward" in randlora.explain(layer.adapted()[0], 10)
+    assert "5 experts" in repr(layer) and "kind=dense" in repr(layer)
+    assert "one of 5 experts" in randlora.explain(layer.adapted()[0], 10)
+    with pytest.raises(TypeError, match=r"got Experts: take one of those inside it, such as \w+_proj, down_proj"):
+        randlora.explain(layer, 10)
 
 
 # ---- what is refused ----
@@ -307,7 +309,7 @@ def refused():
     linear = torch.nn.Linear(3, 3)
     return [
         (derived, {}, TypeError, "no module of fused experts"),
-        (linear, {}, TypeError, "a Linear is no module of fused experts"),
+        (linear, {}, TypeError, "a Linear is no module of fused experts that can be adapted: .*use_experts_impl"),
         (adapt(copy.deepcopy(base)), {}, TypeError, "adapted already"),
         (3, {}, TypeError, "got int"),
         (parallel, {}, ValueError, "spread over ranks by a parallel plan"),

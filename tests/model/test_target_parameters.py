@@ -260,6 +260,11 @@ def test_endings_of_names(settings, expected):
         ({"target_parameters": ["proj.bias"]}, "bias"),
         ({"target_modules": []}, "at least one layer"),
         ({"target_modules": ["experts"]}, "target_parameters adapts its up_proj and down_proj"),
+        (
+            {"target_modules": ["proj", "down_proj"]},
+            r"'down_proj' matches no layer of this model \(its.* target_parameters adapts the weights of its experts: "
+            r"experts.up_proj, experts.down_proj\)",
+        ),
         ({"target_parameters": ["down_proj"], "modules_to_save": ["experts"]}, "leave out"),
     ],
     ids=str,

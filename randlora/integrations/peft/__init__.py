@@ -205,10 +205,10 @@ def _agrees() -> bool:
         first, last = (".".join(map(str, pair)) for pair in TESTED)
         known = f"randlora.integrations.peft is tested with PEFT {first} to {last}, found is {version}"
         if differences:
-            shown = "; ".join(differences[:2]) + ("; ..." if len(differences) > 2 else "")
+            more = f"; and {len(differences) - 2} more" if len(differences) > 2 else ""
             warnings.warn(
-                f"{known}, and the two differ in {len(differences)} of the things that were compared: {shown}. PEFT's "
-                "own RandLoRA is left as it is. `python -m randlora check-peft` shows all that was compared",
+                f"{known}. PEFT's own RandLoRA is left as it is, because the two differ: "
+                f"{'; '.join(differences[:2])}{more}. `python -m randlora check-peft` shows all that was compared",
                 stacklevel=3,
             )
         else:
