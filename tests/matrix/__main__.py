@@ -22,6 +22,8 @@ from matrix.records import add
 from matrix.rows import Row, choose
 from matrix.trials import TESTS, attempt
 
+WRITTEN = ("tests/matrix/results.jsonl", "docs/versions.md")  # by the matrix
+
 
 def run(row: Row) -> bool:
     say(f"{row.name}: Python {row.python}, {', '.join(row.requirements.values())}")
@@ -30,19 +32,25 @@ def run(row: Row) -> bool:
     except Impossible as error:
         say(f"{row.name}: not run, as {error}")
         return False
-    commit = git("describe", "--always", "--dirty", "--exclude=*")
+    code = commit()
     outcome = attempt(folder / "bin" / "python", TESTS)
     record = {
         "row": row.name,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
         "machine": platform.machine(),
-        "randlora": commit,
+        "randlora": code,
         **describe(folder),
         **outcome.as_dict(),
     }
     add(record)
     say(f"{row.name}: {outcome}")
     return outcome.is_good
+
+
+def commit() -> str | None:
+    """Of the checkout, marked where files are changed, but for those that rows before this one have written."""
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *(f":!{path}" for path in WRITTEN))
+    return git("describe", "--always", "--exclude=*", *(["--dirty"] if changed else []))
 
 
 def say(text: str) -> None:
