@@ -9,8 +9,8 @@ from helpers.common import STRATEGIES, make_layer, normal, on_devices, over, ran
 from helpers.layer_op import draw_layer
 from helpers.models import IDS, net
 from helpers.models import adapt as adapt_model
+from helpers.quantized_layers import kernels, over_kinds  # noqa: F401
 from helpers.quantized_layers import make_layer as make_quantized_layer
-from helpers.quantized_layers import over_kinds
 from helpers.ternary import ALL_FORMS, draw
 from torch import nn
 
