@@ -133,6 +133,12 @@ def _lowest(totals: dict[str, int]) -> str:
     return found
 
 
+def require_strategy(strategy: str) -> None:
+    """Raises ``ValueError`` for what is no strategy of a layer."""
+    if strategy not in ("auto", *STRATEGIES):
+        raise ValueError(f"strategy must be one of auto, {', '.join(STRATEGIES)}, got {strategy!r}")
+
+
 def without_weight(strategy: str) -> str:
     """The strategy that a layer takes in place of its own where the op has no weight to merge into."""
     return "auto" if strategy == "merged" else strategy

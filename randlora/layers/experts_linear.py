@@ -16,9 +16,7 @@ from ..checks import require_dtype
 from ..distributed import zero3
 from ..distributed.fsdp import is_sharded
 from ..distributed.gathering import is_dtensor
-from ..dtypes import at_least_fp32
-from ..functional import compute_dtype, delta_weight, flat_bases, linear_of, sparse_delta_weight
-from ..planner import STRATEGIES
+from ..functional import compute_dtype, flat_bases, linear_of
 from . import offload
 from .base_layer import name_of
 from .experts_form import sizes
@@ -41,8 +39,7 @@ class ExpertsLinear(RandLoraLayer, nn.Module):
         self, experts: nn.Module, weight_name: str, adapter_name: str, strategy: str = "auto", **settings: Any
     ) -> None:
         super().__init__()
-        if strategy not in ("auto", *STRATEGIES):
-            raise ValueError(f"strategy must be one of auto, {', '.join(STRATEGIES)}, got {strategy!r}")
+        planner.require_strategy(strategy)
         self._experts = (experts,)  # a tuple: it is no part of this module
         base = self.get_base_layer()
         self.weight_name, self.num_experts = weight_name, base.num_experts
@@ -104,12 +101,7 @@ class ExpertsLinear(RandLoraLayer, nn.Module):
 
     def _update(self, adapter: str, dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:
         """A function of an expert's number, its tokens, and its weight and bias or None: the product with an update."""
-        found = self._pattern(adapter, device)
-        A = B = pattern = None
-        if found is None:
-            A, B, factor = self._tensors(adapter, dtype, device)
-        else:
-            pattern, factor = found
+        A, B, pattern, factor = self._bases_for_call(adapter, dtype, device)
         # Not one by one: the gradient of a single view would be as large as that of all.
         lam, gamma = (part.unbind() for part in self._trained(adapter, device))
         p, scaling, alone = self.dropout_of(adapter), self.scaling[adapter] * factor, planner.without_weight
@@ -131,30 +123,16 @@ class ExpertsLinear(RandLoraLayer, nn.Module):
         device = self._device(adapter)
         lam, gamma = self._trained_whole(adapter, device)
         if expert is not None:
-            return self._delta(adapter, lam[expert], gamma[expert])
-        return torch.stack([self._delta(adapter, *parts) for parts in zip(lam.unbind(), gamma.unbind(), strict=True)])
-
-    def _delta(self, adapter: str, lam: Tensor, gamma: Tensor) -> Tensor:
-        dtype, scaling, features = (
-            at_least_fp32(lam.dtype),
-            self.scaling[adapter],
-            (self.in_features, self.out_features),
-        )
-        lam, gamma = lam.to(dtype), gamma.to(dtype)
-        found = self._pattern(adapter, lam.device)
-        if found is None:
-            A, B, factor = self._tensors(adapter, dtype, lam.device)
-            update = delta_weight(A, B, lam, gamma, scaling * factor, *features)
-        else:
-            update = sparse_delta_weight(*found, lam, gamma, scaling, *features)
-        return update.T if self.fan_in_fan_out else update
+            return self._delta(adapter, lam[expert], gamma[expert], device)
+        pairs = zip(lam.unbind(), gamma.unbind(), strict=True)
+        return torch.stack([self._delta(adapter, *pair, device) for pair in pairs])
 
     def get_scaled_bases(
         self, adapter: str, device: torch.device | None = None, *, expert: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Those of :meth:`randlora.RandLoraLayer.get_scaled_bases` for one expert."""
         self._check_adapter(adapter)
-        A, B, lam, gamma, factor = self._update_arguments(adapter, 1.0, device)
+        A, B, lam, gamma, factor = self._update_arguments(adapter, device)
         S2, B2 = flat_bases(A, B, lam[expert], gamma[expert], factor, self.in_features, self.out_features)
         return (S2, B2) if self.in_features <= self.out_features else (B2.T, S2.T)
 

@@ -12,7 +12,6 @@ from .. import planner
 from ..bases.random_bases import RandomBases
 from ..distributed.parallelized import distributed_weight
 from ..functional import compute_dtype, linear_of
-from ..planner import STRATEGIES
 from ..private_torch import NonDynamicallyQuantizableLinear
 from ..undo import all_or_nothing
 from . import base_layer as base_layers
@@ -86,8 +85,7 @@ class Linear(nn.Linear, RandLoraLayer, CachedForward, Noticed):
                 'randlora.MultiheadAttention(attention, projections=("out_proj",))'
             )
         features, transposed = require_linear(base_layer), is_transposed(base_layer)
-        if strategy not in ("auto", *STRATEGIES):
-            raise ValueError(f"strategy must be one of auto, {', '.join(STRATEGIES)}, got {strategy!r}")
+        planner.require_strategy(strategy)
         base_layers.check(base_layer, *features, transposed)
         self.strategy, self.workspace = strategy, 0
         self._init_randlora(base_layer, *features, fan_in_fan_out=transposed)
@@ -215,12 +213,7 @@ class Linear(nn.Linear, RandLoraLayer, CachedForward, Noticed):
         self, x: Tensor, dtype: torch.dtype, adapter: str, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
         strategy = self.strategy if weight is not None else planner.without_weight(self.strategy)
-        found = self._pattern(adapter, x.device)
-        A = B = pattern = None
-        if found is None:
-            A, B, factor = self._tensors(adapter, dtype, x.device)
-        else:
-            pattern, factor = found
+        A, B, pattern, factor = self._bases_for_call(adapter, dtype, x.device)
         p = self.dropout_of(adapter)
         return linear_of(
             x, weight, bias, A, B, *self._trained(adapter, x.device), self.scaling[adapter] * factor, p, dtype,

@@ -35,7 +35,7 @@ class Update(SharedState):
         scaled base. fp32 (fp64 for fp64 parameters), on `device` or that of the parameters.
         """
         self._check_adapter(adapter)
-        S2, B2 = flat_bases(*self._update_arguments(adapter, 1.0, device), self.in_features, self.out_features)
+        S2, B2 = flat_bases(*self._update_arguments(adapter, device), self.in_features, self.out_features)
         return (S2, B2) if self.in_features <= self.out_features else (B2.T, S2.T)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -44,16 +44,19 @@ class Update(SharedState):
         fp32 (fp64 for fp64 parameters), whatever the weight's dtype.
         """
         self._check_adapter(adapter)
-        found = self._pattern(adapter)
+        device = self._device(adapter)
+        return self._delta(adapter, *self._trained_whole(adapter, device), device)
+
+    def _delta(self, adapter: str, lam: Tensor, gamma: Tensor, device: torch.device) -> Tensor:
+        """The same for this lambda ``[r, n]`` and gamma ``[n, min_dim]``."""
+        dtype, scaling = at_least_fp32(lam.dtype), self.scaling[adapter]
+        lam, gamma = lam.to(device, dtype), gamma.to(device, dtype)
+        found = self._pattern(adapter, device)
         if found is None:
-            arguments = self._update_arguments(adapter, self.scaling[adapter])
-            update = delta_weight(*arguments, self.in_features, self.out_features)
+            A, B, factor = self._matrix_bases(adapter, dtype, device)
+            update = delta_weight(A, B, lam, gamma, scaling * factor, self.in_features, self.out_features)
         else:
-            lam, gamma = self._trained_whole(adapter, self._device(adapter))
-            dtype = at_least_fp32(lam.dtype)
-            update = sparse_delta_weight(
-                *found, lam.to(dtype), gamma.to(dtype), self.scaling[adapter], self.in_features, self.out_features
-            )
+            update = sparse_delta_weight(*found, lam, gamma, scaling, self.in_features, self.out_features)
         return update.T if self.fan_in_fan_out else update
 
     def pattern(self, adapter: str) -> Pattern | None:
@@ -73,14 +76,28 @@ class Update(SharedState):
         bases = self._bases(adapter)
         return *bases.tensors(dtype, device), bases.scale
 
+    def _bases_for_call(
+        self, adapter: str, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor | None, Tensor | None, Pattern | None, float]:
+        """A and B, or packed bases in their place, and the factor that their product lacks."""
+        found = self._pattern(adapter, device)
+        if found is not None:
+            return None, None, *found
+        A, B, factor = self._tensors(adapter, dtype, device)
+        return A, B, None, factor
+
+    def _matrix_bases(self, adapter: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, float]:
+        """A, B and that factor, where a matrix is built outside of calls."""
+        return self._tensors(adapter, dtype, device)
+
     def _update_arguments(
-        self, adapter: str, scaling: float, device: torch.device | None = None
+        self, adapter: str, device: torch.device | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
         device = self._device(adapter) if device is None else torch.device(device)
         lam, gamma = self._trained_whole(adapter, device)
         dtype = at_least_fp32(lam.dtype)
-        A, B, factor = self._tensors(adapter, dtype, device)
-        return A, B, lam.to(device, dtype), gamma.to(device, dtype), scaling * factor
+        A, B, factor = self._matrix_bases(adapter, dtype, device)
+        return A, B, lam.to(device, dtype), gamma.to(device, dtype), factor
 
     def _device(self, adapter: str) -> torch.device:
         """Where the adapter's numbers are, or would be in a call if they are offloaded."""

@@ -13,7 +13,6 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ...bases.random_bases import RandomBases
-from ...dtypes import at_least_fp32
 from ...layers import offload
 from ...layers.base_layer import first_argument
 from ...layers.linear import Linear
@@ -60,13 +59,9 @@ class AcceleratedLinear(peft_randlora.Linear, Linear):
         if names:
             RandLoraLayer.merge(self, safe_merge, names)
 
-    def _update_arguments(self, adapter: str, scaling: float, device: torch.device | None = None) -> tuple:
-        device = self._device(adapter) if device is None else torch.device(device)
-        lam, gamma = self._trained_whole(adapter, device)
-        dtype = at_least_fp32(lam.dtype)
+    def _matrix_bases(self, adapter: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, float]:
         # In the dtype they are held in: a matrix is built once in a while, and an fp32 copy of them would stay.
-        A, B = self._bases(adapter).tensors(device=device)
-        return A, B, lam.to(device, dtype), gamma.to(device, dtype), scaling
+        return *self._bases(adapter).tensors(device=device), 1.0
 
     def _pair(self, adapter: str) -> Pair:
         return self.randlora_A.pair(adapter)
