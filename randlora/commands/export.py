@@ -1,0 +1,27 @@
+"""``python -m randlora export``: an adapter as LoRA, or a model folder with the adapter merged into its weights."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def add_options(commands: Any) -> None:
+    command = commands.add_parser(
+        "export",
+        help="an adapter as LoRA, or merged into the model's files",
+        description="Writes a saved adapter in a form that others load: as LoRA, which PEFT and servers take, or as a "
+        "whole model with the adapter in its weights.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = command.add_argument
+    add("adapter", help="the adapter's folder, or an id of the Hugging Face hub")
+    into = command.add_mutually_exclusive_group(required=True)
+    into.add_argument("--lora", action="store_true", help="write an adapter of LoRA")
+    into.add_argument("--merged", action="store_true", help="write a model folder, a layer at a time")
+    add("--output", required=True, metavar="FOLDER", help="where to write; it must not exist, or be empty")
+    add("--model", metavar="ID", help="the base model: a folder or an id of the hub (default: the adapter's own)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    raise NotImplementedError("neither --lora nor --merged is written yet")
