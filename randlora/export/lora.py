@@ -87,15 +87,15 @@ def to_lora(
         model = model_of_folder(model_or_folder, adapter, base_model, with_numbers=inputs is not None)
     else:
         raise TypeError(
-            "model_or_folder must be a randlora.RandLoraModel or the folder of a saved adapter, got "
-            f"{type(model_or_folder).__name__}" + _HINTS.get(type(model_or_folder).__name__, "")
+            "model_or_folder must be a randlora.RandLoraModel or the folder of a saved adapter, randlora's or PEFT's, "
+            f"got {type(model_or_folder).__name__}"
         )
     model._check(adapter)
     layers = layers_with(model.model, adapter)
     _check_layers(model.model, layers)
     beside = lora_folder.beside(model, adapter, layers)
     if inputs is not None:
-        on_inputs.check(model, layers)
+        on_inputs.check(model)
 
     with torch.no_grad():
         ranks = _ranks(layers, adapter, rank, energy, progressbar)
@@ -208,8 +208,3 @@ def _bar(layers: Mapping[str, RandLoraLayer], what: str, shown: bool) -> Iterabl
 
     bar: Iterable[tuple[str, RandLoraLayer]] = tqdm(layers.items(), desc=what, unit="layer")
     return bar
-
-
-_HINTS = {
-    "PeftModel": ": save it and give the folder, or use PEFT's own save_as_lora",
-}
