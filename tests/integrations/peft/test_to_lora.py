@@ -1,16 +1,30 @@
-"""PEFT's own conversion to LoRA (``convert_to_lora``, ``save_as_lora``): of accelerated models as of PEFT's own."""
+"""Accelerated models as LoRA: by PEFT's own ``convert_to_lora`` and ``save_as_lora``, and by ``to_lora``."""
 
 import contextlib
 import copy
 
 import pytest
+import safetensors.torch
 import torch
-from helpers.common import reference_update
+from helpers.common import normal, reference_update
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 conversion = pytest.importorskip("peft.tuners.lora.conversion")  # earlier versions of PEFT have none
-from helpers.peft_models import KINDS, adapt, adapted, both, config, conv1d, layers, llama, logits, randomize  # noqa: E402
+from helpers.peft_models import (  # noqa: E402
+    KINDS,
+    adapt,
+    adapted,
+    assert_unchanged,
+    both,
+    config,
+    conv1d,
+    layers,
+    llama,
+    logits,
+    randomize,
+    state,
+)
 
 import randlora  # noqa: E402
 import randlora.integrations.peft as integration  # noqa: E402
@@ -139,3 +153,102 @@ def test_quantised_layers(bits):
     for name, product in products(state).items():
         expected = reference_update(model.get_submodule(name))
         torch.testing.assert_close(product, expected, rtol=1e-5, atol=1e-5)
+
+
+# ---- by randlora.export.to_lora ----
+
+EXPORTED = {
+    **{kind: lambda kind=kind: adapt(llama(), config(*TARGETS.target_modules, **KINDS[kind])) for kind in KINDS},
+    "16-bit": lambda: adapt(llama(torch.bfloat16), TARGETS),
+    "Conv1D": lambda: adapt(conv1d(24, 41), config("layer", fan_in_fan_out=True)),
+    "modules to save": lambda: adapt(llama(), config("q_proj", modules_to_save=["lm_head"], task_type="CAUSAL_LM")),
+    "injected": lambda: injected(True),
+    "accelerated": lambda: integration.accelerate(adapt(llama(), TARGETS, False)),
+}
+
+
+@pytest.mark.parametrize("case", EXPORTED)
+def test_to_lora(case, tmp_path):
+    """As good as PEFT's conversion, in the same layers and files; the model stays as it was."""
+    model = EXPORTED[case]()
+    for module in model.modules():  # so that it is seen whether the trained copy is written
+        if isinstance(module, peft.utils.ModulesToSaveWrapper):
+            torch.nn.init.normal_(module.modules_to_save["default"].weight)
+    before = state(model)
+    exact = randlora.export.to_lora(model, tmp_path / "exact")
+    less = randlora.export.to_lora(model, tmp_path / "less", rank=3)
+    assert_unchanged(model, before)
+    assert exact["exact"] and not less["exact"]
+    settings, expected = conversion.convert_to_lora(model, 3)
+    found = safetensors.torch.load_file(tmp_path / "less" / "adapter_model.safetensors")
+    prefix = "base_model.model." if case == "injected" else ""  # which PEFT's conversion leaves out there
+    expected = {prefix + name: tensor for name, tensor in expected.items()}
+    assert found.keys() == expected.keys()
+    theirs = products(expected)
+    for name, product in products(found).items():
+        assert (product - theirs[name]).norm() <= 2e-5 * product.norm()
+    for name in found:
+        assert "lora_" in name or torch.equal(found[name], expected[name])
+    ours = peft.LoraConfig.from_pretrained(tmp_path / "less")
+    assert (ours.r, ours.lora_alpha, ours.modules_to_save) == (3, 3, settings.modules_to_save)
+    assert ours.task_type == getattr(getattr(model, "active_peft_config", None), "task_type", None)
+    if case not in ("16-bit", "Conv1D", "injected"):
+        loaded = peft.PeftModel.from_pretrained(llama(), tmp_path / "exact")
+        torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
+        # So does the folder that PEFT saves.
+        model.save_pretrained(tmp_path / "saved")
+        randlora.export.to_lora(tmp_path / "saved", tmp_path / "again", rank=3, base_model=llama())
+        again = safetensors.torch.load_file(tmp_path / "again" / "adapter_model.safetensors")
+        for name, product in products(again).items():
+            assert (product - theirs[name]).norm() <= 2e-5 * product.norm()
+
+
+@pytest.mark.parametrize("bias, ours", [("all", "all"), ("randlora_only", "lora_only")])
+def test_to_lora_with_trained_biases(bias, ours, tmp_path):
+    """Which PEFT's conversion refuses."""
+    plain = layers(a=(12, 9), b=(9, 12))
+    model = adapt(plain, config("b", bias=bias, r=3))
+    with torch.no_grad():
+        for i, name in enumerate(("a", "b")):
+            if bias == "all" or name == "b":
+                base = model.get_submodule(f"base_model.model.{name}")
+                getattr(base, "base_layer", base).bias.add_(1 + i)
+    randlora.export.to_lora(model, tmp_path)
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
+    assert loaded.active_peft_config.bias == ours
+    torch.testing.assert_close(loaded(normal(2, 12)), model(normal(2, 12)))
+    assert (model(normal(2, 12)) - plain(normal(2, 12))).abs().max() > 0.1
+
+
+def test_to_lora_of_one_of_several_adapters(tmp_path):
+    """Also of one that not all layers have, which PEFT's conversion cannot take, and that is not active."""
+    model = adapt(llama(), config("q_proj", "v_proj"))
+    model.add_adapter("other", config("k_proj", r=3, sparse=True))
+    randomize(model, 7)
+    exact = randlora.export.to_lora(model, tmp_path, adapter="other")
+    assert [row["name"].rpartition(".")[2] for row in exact["layers"]] == ["k_proj", "k_proj"]
+    model.set_adapter("other")
+    torch.testing.assert_close(logits(peft.PeftModel.from_pretrained(llama(), tmp_path)), logits(model))
+    with pytest.raises(ValueError, match="no adapter named 'another'; it has: default, other"):
+        randlora.export.to_lora(model, tmp_path / "new", adapter="another")
+
+
+def test_to_lora_of_what_randlora_does_not_compute(tmp_path):
+    refused = {
+        r"PEFT's own: call randlora\.integrations\.peft\.accelerate\(model\) first": adapt(llama(), TARGETS, False),
+        "accelerated RandLoRA layers of PEFT, or the folder.*got LlamaForCausalLM": llama(),
+        "got PeftModel": peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"])),
+    }
+    for match, model in refused.items():
+        with pytest.raises(TypeError, match=match):
+            randlora.export.to_lora(model, tmp_path / "new")
+    accelerated = adapt(llama(), TARGETS)
+    with pytest.raises(ValueError, match="base_model is for the folder"):
+        randlora.export.to_lora(accelerated, tmp_path / "new", base_model=llama())
+    with pytest.raises(ValueError, match=r"inputs: .* save the adapter and give its folder"):
+        randlora.export.to_lora(accelerated, tmp_path / "new", inputs=torch.zeros(1, 1, dtype=torch.long))
+    with torch.no_grad():
+        adapted(accelerated)[-1].randlora_gamma["default"][0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"randlora_gamma.*NaN"):
+        randlora.export.to_lora(accelerated, tmp_path / "new")
+    assert not list(tmp_path.iterdir())
