@@ -84,8 +84,9 @@ def to_lora(
     if isinstance(model_or_folder, (str, os.PathLike)):
         model = model_of_folder(model_or_folder, adapter, base_model, with_numbers=inputs is not None)
     else:
-        is_ours = isinstance(model_or_folder, RandLoraModel)
-        model = model_or_folder if is_ours else model_of_peft(model_or_folder, adapter)
+        model = (
+            model_or_folder if isinstance(model_or_folder, RandLoraModel) else model_of_peft(model_or_folder, adapter)
+        )
         if model is None:
             raise TypeError(
                 "model_or_folder must be a randlora.RandLoraModel, a model with accelerated RandLoRA layers of PEFT, "
@@ -98,8 +99,6 @@ def to_lora(
     _check_layers(model.model, layers)
     beside = lora_folder.beside(model, adapter, layers)
     if inputs is not None:
-        if isinstance(model, AdaptedByPeft):
-            raise ValueError("inputs: outputs of PEFT's models are not compared: save the adapter and give its folder")
         on_inputs.check(model, layers)
 
     with torch.no_grad():
