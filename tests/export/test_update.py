@@ -25,7 +25,7 @@ def test_any_layer(in_features, out_features, r, n, form, rank, seed, dtype):
         for parameter in (layer.randlora_lambda["default"], layer.randlora_gamma["default"]):
             parameter.normal_(generator=generator)
         expected = reference_update(layer, "default")
-        U, S, V = torch.linalg.svd(expected, full_matrices=False)
+        S = torch.linalg.svdvals(expected)
         update = LayerUpdate(layer, "default", rank)
         A, B = update.factors(rank)
         norm, lost = update.norms(Factors(A, B))
