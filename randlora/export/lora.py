@@ -96,7 +96,7 @@ def to_lora(
             raise ValueError("base_model is for the folder of an adapter: this model has its own")
     model._check(adapter)
     layers = layers_with(model.model, adapter)
-    _check_layers(model.model, layers)
+    _check_layers(model.model, layers, adapter)
     beside = lora_folder.beside(model, adapter, layers)
     if inputs is not None:
         on_inputs.check(model)
@@ -144,8 +144,11 @@ def _check_arguments(rank: Any, energy: Any, dtype: Any, per_layer: Any) -> None
         raise TypeError(f"per_layer must be True or False, got {per_layer!r}")
 
 
-def _check_layers(model: nn.Module, layers: Mapping[str, RandLoraLayer]) -> None:
-    """Raises ``ValueError`` for layers that cannot be written so that every loader of LoRA computes the same."""
+def _check_layers(model: nn.Module, layers: Mapping[str, RandLoraLayer], adapter: str) -> None:
+    """Raises ``ValueError`` for layers that cannot be written so that every loader of LoRA computes the same.
+
+    So for numbers that are nowhere, or in parts with several processes, which would wait for each other.
+    """
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
@@ -159,6 +162,7 @@ def _check_layers(model: nn.Module, layers: Mapping[str, RandLoraLayer]) -> None
             why = f"is one layer with {' and '.join(known[1:])}, and PEFT's LoRA would be on its first use only"
         if why is not None:
             raise ValueError(f"{path!r} {why}: merge the adapter into the model instead")
+        layer._trained_whole(adapter, torch.device("cpu"))
 
 
 def _ranks(
