@@ -100,7 +100,7 @@ def randomize(model: Any) -> Any:
 
 def providers(case: Case) -> dict[str, Callable[[], Provider]]:
     few = max(1, case.rank // case.r)
-    return {
+    found = {
         BASELINE: case.of_peft,
         # PEFT's bases, lambda and gamma: the same update.
         "randlora to_lora, dense": functools.partial(case.of_randlora, prng="peft"),
@@ -108,10 +108,12 @@ def providers(case: Case) -> dict[str, Callable[[], Provider]]:
         f"randlora to_lora, hadamard, num_bases={4 * few}": functools.partial(
             case.of_randlora, kind="hadamard", num_bases=4 * few
         ),
-        f"randlora to_lora, hadamard, num_bases={few}, exact": functools.partial(
-            case.of_randlora, kind="hadamard", num_bases=few
-        ),
     }
+    if few * case.r == case.rank:
+        found[f"randlora to_lora, hadamard, num_bases={few}, exact"] = functools.partial(
+            case.of_randlora, kind="hadamard", num_bases=few
+        )
+    return found
 
 
 class CpuTime:
@@ -133,7 +135,7 @@ def case(d: int, rank: int, options: argparse.Namespace) -> questions.Case:
         made, clock = Case(d, BASE_RANK, rank, options.device), CpuTime() if options.cpu_time else None
         return questions.Setup(providers(made), baseline=BASELINE, check=lambda folder: None, clock=clock)
 
-    columns = {"d": d, "r": BASE_RANK, "rank": rank, "clock": "cpu" if options.cpu_time else "wall"}
+    columns = {"d": d, "r": BASE_RANK, "rank": rank, "time": "cpu" if options.cpu_time else "wall"}
     return questions.Case(f"export to LoRA of rank {rank}, d={d} r={BASE_RANK}", columns, set_up)
 
 
@@ -148,7 +150,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     options = measure.parse("export", __doc__, argv, add=add_options)
-    book = records.Book("export", ("d", "r", "rank", "clock"), options)
+    book = records.Book("export", ("d", "r", "rank", "time"), options)
     questions.answer(book, [case(options.dim, options.rank, options)], options)
     return 0
 
