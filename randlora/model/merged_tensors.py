@@ -33,13 +33,14 @@ from .original_names import Original
 class Part:
     """A tensor of the merged model.
 
-    ``like`` has its shape and dtype: it itself where merging changes nothing. ``layer``: whose weight it is, if that is
+    ``like`` has its shape and dtype: it itself unless it is ``computed``. ``layer``: whose weight it is, if that is
     adapted and ordinary.
     """
 
     like: Tensor
     make: Callable[[], Tensor]
     layer: RandLoraLayer | None = None
+    computed: bool = False
 
 
 def merged_tensors(
@@ -48,11 +49,11 @@ def merged_tensors(
     """See :meth:`randlora.RandLoraModel.merged_tensors`; `model` is the one inside."""
     parts = parts_of(model, names, safe_merge, dequantize)
     if original_names:
-        return Original(model, {name: part.like for name, part in parts.items()}).tensors(_each(parts))
-    return _each(parts)
+        return Original(model, {name: part.like for name, part in parts.items()}).tensors(each(parts))
+    return each(parts)
 
 
-def _each(parts: dict[str, Part]) -> Iterator[tuple[str, Tensor]]:
+def each(parts: dict[str, Part]) -> Iterator[tuple[str, Tensor]]:
     for name, part in parts.items():
         yield name, part.make()
 
@@ -173,7 +174,7 @@ class Skeleton:
     ) -> nn.Parameter:
         shape = zero3.shape_of(like)
         tensor = nn.Parameter(torch.empty(shape, dtype=dtype or like.dtype, device="meta"), requires_grad=False)
-        self.parts[id(tensor)] = Part(tensor, make, layer)
+        self.parts[id(tensor)] = Part(tensor, make, layer, True)
         self._alive.append(tensor)
         return tensor
 

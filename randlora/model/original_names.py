@@ -20,7 +20,8 @@ _Tensors = dict[str, Tensor]
 class Original:
     """What the tensors of `model`, which are like `likes`, are in files.
 
-    ``likes`` has the names, shapes and dtypes there. ``names_of`` has for each name of the model those in files.
+    ``likes`` has the names, shapes and dtypes there. ``names_of`` has for each name of the model those in files, and
+    ``group_of`` the names of the model that are converted together with it.
 
     Raises:
         ValueError: transformers gives one tensor in files for several that are in different layers.
@@ -30,7 +31,7 @@ class Original:
         self._revert = _reverting(model)
         empty = {key: torch.empty(like.shape, dtype=like.dtype, device="meta") for key, like in likes.items()}
         whole = self._revert(empty)
-        self._group: dict[str, tuple[str, ...]] = {key: (key,) for key in empty}
+        self.group_of: dict[str, tuple[str, ...]] = {key: (key,) for key in empty}
         self.names_of = {key: list(self._alone(key, empty[key], whole)) for key in empty}
         # A tensor in files that is made of several: those of one layer are converted together.
         parted = [key for key, names in self.names_of.items() if not names]
@@ -39,7 +40,7 @@ class Original:
             together.setdefault((re.findall(r".*\.\d+(?=\.)", key) or [""])[0], []).append(key)
         for group in together.values():
             names = list(self._revert({key: empty[key] for key in group}))
-            self._group.update(dict.fromkeys(group, tuple(group)))
+            self.group_of.update(dict.fromkeys(group, tuple(group)))
             self.names_of.update(dict.fromkeys(group, names))
         self.likes = {name: whole[name] for names in self.names_of.values() for name in names if name in whole}
         if missing := sorted(whole.keys() - self.likes.keys()):
@@ -56,21 +57,22 @@ class Original:
         alike = all(name in whole and whole[name].shape == tensor.shape for name, tensor in found.items())
         return found if alike else {}
 
-    def convert(self, key: str, tensor: Tensor) -> _Tensors:
-        """The tensors in files of one that needs no others."""
-        return {key: tensor} if self.names_of[key] == [key] else self._revert({key: tensor})
+    def convert(self, group: Mapping[str, Tensor]) -> _Tensors:
+        """The tensors in files of those that are converted together, by their names in the model."""
+        unchanged = all(self.names_of[key] == [key] for key in group)
+        return dict(group) if unchanged else self._revert(dict(group))
 
     def tensors(self, items: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors of files, from those of the model."""
         waiting: _Tensors = {}
         for key, tensor in items:
-            group = self._group[key]
+            group = self.group_of[key]
             if len(group) == 1:
-                yield from self.convert(key, tensor).items()
+                yield from self.convert({key: tensor}).items()
             else:
                 waiting[key] = tensor
                 if all(other in waiting for other in group):
-                    yield from self._revert({other: waiting.pop(other) for other in group}).items()
+                    yield from self.convert({other: waiting.pop(other) for other in group}).items()
             del tensor
 
 
