@@ -79,11 +79,7 @@ class IntoFiles:
             adapted.load_adapter(folders[name], name)
         adapted.set_adapter(list(self.names), inference_mode=True)
         self._parts = parts_of(adapted.model, self.names, numbers=False)
-        changed = {
-            name: part
-            for name, part in self._parts.items()
-            if part.computed or not (part.like.is_meta or id(part.like) in there)
-        }
+        changed = {name: part for name, part in self._parts.items() if _is_changed(part, there)}
         groups = [names for names in ties.values() if len(names) > 1]
         self.untied = any(_is_broken(names, self._parts, changed) for names in groups)
         if self.untied:
@@ -100,16 +96,11 @@ class IntoFiles:
     def _plan(self, changed: dict[str, Part], ties: dict[str, list[str]], groups: list[list[str]]) -> None:
         for key, part in changed.items():
             group = self._original.group_of[key]
-            if part.computed and part.layer is None:
-                raise ValueError(
-                    f"{key} is of a torch.nn.MultiheadAttention, which is not merged into files: load the model and "
-                    "the adapter, and export the model"
-                )
-            if part.layer is None and len(group) > 1:
+            if part.update is None and len(group) > 1:
                 raise ValueError(
                     f"{key} was trained, and the base's files have it in one with others: export the model"
                 )
-            if part.layer is not None:
+            if part.update is not None:
                 self._plan_sums(key, group, ties.get(key, []))
             else:
                 for name, value in self._original.convert({key: part.make()}).items():
@@ -170,7 +161,8 @@ class IntoFiles:
     def _bring_in_biases(self, model: nn.Module) -> None:
         """The base's biases, as the adapter need not have all of them."""
         for path, parameter in list(model.named_parameters()):
-            found = self._find(path, parameter) if is_bias(path) else None
+            named = is_bias(path) or path.endswith("in_proj_bias")
+            found = self._find(path, parameter) if named else None
             if found is not None:
                 parent, _, name = path.rpartition(".")
                 held = model.get_submodule(parent)._parameters
@@ -203,15 +195,13 @@ class IntoFiles:
 
     def _updates(self, group: tuple[str, ...], adapter: str) -> dict[str, Tensor]:
         """The update of these tensors of the model, as the files have them; nothing if the adapter leaves them out."""
-        layers = {key: self._parts[key].layer for key in group}
-        found = {
-            key: layer.get_delta_weight(adapter)
-            for key, layer in layers.items()
-            if layer is not None and adapter in layer.randlora_lambda
-        }
+        updates = {key: self._parts[key].update for key in group}
+        made = {key: update(adapter) for key, update in updates.items() if update is not None}
+        found = {key: update for key, update in made.items() if update is not None}
         if not found:
             return {}
-        whole = {key: found.get(key, torch.zeros(self._parts[key].like.shape)) for key in group}
+        whole = {key: found[key] if key in found else torch.zeros(self._parts[key].like.shape) for key in group}
+        del made, found
         as_it_is = [found.name for found in self._sums.values() if found.group == group] == list(group)
         return whole if as_it_is else self._original.convert(whole)
 
@@ -222,6 +212,15 @@ class IntoFiles:
         if not torch.isfinite(merged).all():
             raise ValueError(f"{name} is not finite with the adapter in it, in {dtype}: nothing was written")
         return merged
+
+
+def _is_changed(part: Part, there: set[int]) -> bool:
+    """Whether the adapter has something for it, of a model on meta; `there`: tensors that are not its own."""
+    if part.update is not None:
+        return True
+    if part.computed:  # biases of torch's attention, made of others
+        return not part.make().is_meta
+    return not (part.like.is_meta or id(part.like) in there)
 
 
 def _is_broken(tied: list[str], parts: dict[str, Part], changed: dict[str, Part]) -> bool:

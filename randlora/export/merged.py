@@ -19,7 +19,7 @@ from ..checkpoint.replace import new_folder
 from ..distributed import zero3
 from ..distributed.gathering import is_dtensor
 from ..model import ties
-from ..model.merged_tensors import each, parts_of
+from ..model.merged_tensors import Part, each, parts_of
 from ..model.model import RandLoraModel
 from ..model.original_names import Original
 from .base_files import copy
@@ -121,11 +121,10 @@ class _OfModel:
                 "folder with that model as base_model"
             )
         parts = parts_of(model, adapted._names(names), safe_merge=True)
-        shared = [[f"{plain(name)}.{key}".lstrip(".") for name, _, key in owners] for owners in _owners(model)]
-        broken = any(len({id(parts[name].like) for name in names if name in parts}) > 1 for names in shared)
+        broken = _are_untied(model, parts)
         if broken and config is not None:
             require_untied(model)
-        unwanted = set() if broken else _tied(model, shared)
+        unwanted = set() if broken else _tied(model, parts)
         unwanted |= set(getattr(model, "_keys_to_ignore_on_save", None) or ())
         self._parts = {name: part for name, part in parts.items() if name not in unwanted}
         self._original = Original(model, {name: part.like for name, part in self._parts.items()})
@@ -141,28 +140,36 @@ class _OfModel:
             del tensor
 
 
-def _owners(model: Any) -> list[list[tuple]]:
-    return list(ties.shared(model).values())
+def _are_untied(model: Any, parts: dict[str, Part]) -> bool:
+    """Whether weights that were one are several in the merged model."""
+    for owners in ties.shared(model).values():
+        names = [f"{plain(path)}.{key}".lstrip(".") for path, _, key in owners]
+        found = [parts[name] for name in names if name in parts]
+        if any(part.computed or not part.like.is_meta for part in found) and len({id(p.like) for p in found}) > 1:
+            return True
+    return False
 
 
-def _tied(model: Any, shared: list[list[str]]) -> set[str]:
+def _tied(model: Any, parts: dict[str, Part]) -> set[str]:
     """Names of what transformers ties to others when it loads the file, one of each staying."""
     patterns = [
         f"{path}.{key}" if path else key
         for path, module in model.named_modules()
         for key in getattr(module, "_tied_weights_keys", None) or ()
     ]
-    found = set()
-    for names in shared:
+    shared: dict[int, list[str]] = {}
+    for name, part in parts.items():
+        shared.setdefault(id(part.like), []).append(name)
+    found: set[str] = set()
+    for names in shared.values():
         tied = [name for name in names if any(re.search(pattern, name) for pattern in patterns)]
-        found |= set(tied if len(tied) < len(names) else tied[1:])
+        found |= set(tied[1:] if len(tied) == len(names) > 1 else tied if len(names) > 1 else ())
     return found
 
 
 def _text_of(config: Any, model: Any, dtype: torch.dtype | None, untied: bool) -> str:
     said = json.loads(config.to_json_string(use_diff=True))
-    said["architectures"] = [type(model).__name__]
-    return config_text(said, model, dtype or model.dtype, untied)
+    return config_text(said | {"architectures": [type(model).__name__]}, model, dtype or model.dtype, untied)
 
 
 def _check_space(output: Path, needed: int) -> None:

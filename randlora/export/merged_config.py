@@ -27,24 +27,30 @@ class Cast:
 
 
 def require_untied(model: nn.Module) -> None:
-    """Raises ``ValueError`` for a model that would compute something else if its config said that nothing is tied."""
-    if ties.computes_with_flag(model):
+    """Raises ``ValueError`` for a model that is tied again whenever it is loaded.
+
+    Where a model computes with the flag, that must stay; then transformers 5 compares what a file has for both places.
+    """
+    if ties.computes_with_flag(model) and not hasattr(model, "all_tied_weights_keys"):
         raise ValueError(
             f"{type(model).__name__} shares a weight that the adapter changes in one place only, and computes with "
-            f"config.{ties.FLAG}, so that no file can have them apart: leave that layer out of the adapter"
+            f"config.{ties.FLAG}, so that transformers before version 5 would tie them again: leave that layer out of "
+            "the adapter"
         )
 
 
 def config_text(config: dict[str, Any], model: Any, dtype: torch.dtype | None, untied: bool) -> str:
     """`config`, what the base's ``config.json`` says, with `dtype` if there is one, and ties gone if `untied`."""
     config = copy.deepcopy(config)
+    if untied and not ties.computes_with_flag(model):
+        # All of it, as other settings may be taken from the flag where a file does not have them (T5's scale).
+        config |= json.loads(model.config.to_json_string(use_diff=False))
+        config[ties.FLAG] = False
+        _untie(config, model.config)
     if dtype is not None:
         names = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
         config.update(dict.fromkeys(names))
         _set_dtype(config, str(dtype).removeprefix("torch."))
-    if untied:
-        config[ties.FLAG] = False
-        _untie(config, model.config)
     return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 

@@ -28,18 +28,20 @@ from ..layers.randlora_layer import RandLoraLayer
 from . import injection
 from .original_names import Original
 
+Update = Callable[[str], Tensor | None]
+
 
 @dataclass(frozen=True)
 class Part:
     """A tensor of the merged model.
 
-    ``like`` has its shape and dtype: it itself unless it is ``computed``. ``layer``: whose weight it is, if that is
-    adapted and ordinary.
+    ``like`` has its shape and dtype: it itself unless it is ``computed``. ``update(adapter)`` is what one adapter adds
+    to it, None where it adds nothing; there is none where no adapter does.
     """
 
     like: Tensor
     make: Callable[[], Tensor]
-    layer: RandLoraLayer | None = None
+    update: Update | None = None
     computed: bool = False
 
 
@@ -68,7 +70,7 @@ def parts_of(
     """The tensors of the merged model by their names in its state dict, in its order.
 
     Args:
-        numbers: False for a model on the meta device, of which only `layer` and what is not on meta can be used.
+        numbers: False for a model on the meta device, of which only updates and what is not on meta can be used.
 
     Raises:
         ValueError, TypeError: what cannot be merged, or has no numbers.
@@ -161,7 +163,9 @@ class Skeleton:
         for layer in layers:
             if any(name in layer.randlora_lambda for name in self.names):
                 place = next(part for part in held.values() if layer.weight_name in part)
-                place[layer.weight_name] = self._placeholder(place[layer.weight_name], self._maker(layer), layer)
+                place[layer.weight_name] = self._placeholder(
+                    place[layer.weight_name], self._maker(layer), functools.partial(_update_of, layer)
+                )
         return _twin(base, **held)
 
     def _maker(self, layer: Mergeable) -> Callable[[], Tensor]:
@@ -170,22 +174,30 @@ class Skeleton:
         )
 
     def _placeholder(
-        self, like: Tensor, make: Callable[[], Tensor], layer: RandLoraLayer | None = None, dtype: Any = None
+        self, like: Tensor, make: Callable[[], Tensor], update: Update | None = None, dtype: Any = None
     ) -> nn.Parameter:
         shape = zero3.shape_of(like)
         tensor = nn.Parameter(torch.empty(shape, dtype=dtype or like.dtype, device="meta"), requires_grad=False)
-        self.parts[id(tensor)] = Part(tensor, make, layer, True)
+        self.parts[id(tensor)] = Part(tensor, make, update, True)
         self._alive.append(tensor)
         return tensor
 
     # ---- torch's attention ----
 
     def _attention(self, attention: MultiheadAttention) -> nn.Module:
+        weights = {f"{name}_weight": [name] for name in PROJECTIONS[:3]}
+        weights |= {"in_proj_weight": list(PROJECTIONS[:3]), "out_proj.weight": ["out_proj"]}
+
+        def update(path: str) -> Update | None:
+            layers = [getattr(attention, name) for name in weights.get(path, ())]
+            if not any(isinstance(layer, RandLoraLayer) for layer in layers):
+                return None
+            return functools.partial(_update_of_all, layers)
+
         def value(path: str) -> Tensor:
-            if path == "in_proj_weight":
-                return torch.cat([self._weight(attention, name) for name in PROJECTIONS[:3]])
-            if path.endswith("proj_weight") or path == "out_proj.weight":
-                return self._weight(attention, path.removesuffix("weight")[:-1])
+            if path in weights:
+                parts = [self._weight(attention, name) for name in weights[path]]
+                return torch.cat(parts) if path == "in_proj_weight" else parts[0]
             if path == "in_proj_bias":
                 return torch.cat([_AsItIs(getattr(attention, name).bias)() for name in PROJECTIONS[:3]])
             return _AsItIs(attention.out_proj.bias if path == "out_proj.bias" else getattr(attention, path))()
@@ -203,7 +215,7 @@ class Skeleton:
         plain = attention.unwrapped_with(like)
         for path, parameter in list(plain.named_parameters()):
             owner: Any = plain.out_proj if path.startswith("out_proj.") else plain
-            placeholder = self._placeholder(parameter, functools.partial(value, path))
+            placeholder = self._placeholder(parameter, functools.partial(value, path), update(path))
             owner._parameters[path.rpartition(".")[2]] = placeholder
         return plain
 
@@ -253,6 +265,20 @@ class Skeleton:
         elif isinstance(bias, Tensor):
             plain.register_buffer("bias", bias)
         return plain
+
+
+def _update_of(layer: Any, adapter: str) -> Tensor | None:
+    acts = isinstance(layer, RandLoraLayer) and adapter in layer.randlora_lambda
+    return layer.get_delta_weight(adapter) if acts else None
+
+
+def _update_of_all(layers: list[Any], adapter: str) -> Tensor | None:
+    """Of weights that are one tensor, with zeros where the adapter adds nothing."""
+    parts = [_update_of(layer, adapter) for layer in layers]
+    if all(part is None for part in parts):
+        return None
+    shapes = [(layer.out_features, layer.in_features) for layer in layers]
+    return torch.cat([torch.zeros(shape) if p is None else p for p, shape in zip(parts, shapes, strict=True)])
 
 
 def _twin(module: Any, **changed: dict[str, Any]) -> nn.Module:

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from randlora.distributed.gathering import is_dtensor, whole
+from randlora.export import to_merged
 
 
 def everything():
@@ -43,6 +44,8 @@ def sharded():
             found[name] = tensor
             model(IDS)
         assert_same(found, expected)
+    with pytest.raises(ValueError, match="save the adapter, and export its folder"):
+        to_merged(model, "nowhere")
     one_by_one = everything()
     for layer in list(one_by_one.modules()):
         if type(layer) is torch.nn.Linear:

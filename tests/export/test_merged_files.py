@@ -18,6 +18,7 @@ from helpers.models import adapt, add, net, randomize, tiny_gpt2, tiny_llama
 import randlora
 from randlora.export import shards, to_merged
 from randlora.export.base_files import BaseFiles
+from randlora.model import ties
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -168,6 +169,49 @@ def test_tied_weights(tied, tmp_path):
         assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] == (tied == "left")
         assert ("lm_head.weight" in safetensors.load_file(out / "model.safetensors")) == (tied != "left")
     assert model.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("cls", ["T5", "SwitchTransformers"])
+def test_ties_of_models_that_compute_with_the_flag(cls, tmp_path):
+    """T5's config takes another setting from it, and the other one's forward reads it."""
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 19}
+    more = {"num_sparse_encoder_layers": 0, "num_sparse_decoder_layers": 0} if cls == "SwitchTransformers" else {}
+    config = getattr(transformers, f"{cls}Config")(**sizes, **more, decoder_start_token_id=0, pad_token_id=0)
+    plain = getattr(transformers, f"{cls}ForConditionalGeneration")(config)
+    base, adapter, model = saved(plain, tmp_path, target_modules=["lm_head"])
+    said = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({k: v for k, v in said.items() if k != "scale_decoder_outputs"}))
+    expected = merged_model(model).eval()
+    if not hasattr(plain, "all_tied_weights_keys") and ties.computes_with_flag(plain):
+        for given in (adapter, model):
+            with pytest.raises(ValueError, match="leave that layer out"):
+                to_merged(given, tmp_path / "out")
+        return
+    ids = torch.tensor([[1, 5, 2]])
+    for given in (adapter, model):
+        out = tmp_path / type(given).__name__
+        to_merged(given, out)
+        assert_loads_as(out, expected)
+        loaded = type(expected).from_pretrained(out).eval()
+        results = [m(input_ids=ids, decoder_input_ids=ids).logits for m in (loaded, expected)]
+        torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["attention"], ["out_proj", "fc1"]], ids=str)
+def test_attention_of_torch(targets, tmp_path):
+    """SigLIP has one, in whose files q, k and v are one weight."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    plain = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**sizes, image_size=32, patch_size=16))
+    _, adapter, model = saved(plain, tmp_path, target_modules=targets, bias="randlora_only")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") and parameter.requires_grad:
+                parameter.add_(0.5)
+    model.save_pretrained(adapter)
+    expected = merged_model(model)
+    for given in (adapter, model):
+        to_merged(given, tmp_path / type(given).__name__)
+        assert_loads_as(tmp_path / type(given).__name__, expected)
 
 
 def test_biases_and_modules_to_save(tmp_path):

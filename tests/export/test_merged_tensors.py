@@ -7,9 +7,23 @@ import weakref
 
 import pytest
 import torch
-from helpers.models import IDS, adapt, add, assert_unchanged, net, numbered, randomize, snapshot, tiny_gpt2, tiny_llama
+from helpers.models import (
+    IDS,
+    SETTINGS,
+    adapt,
+    add,
+    assert_unchanged,
+    net,
+    numbered,
+    randomize,
+    snapshot,
+    tiny_gpt2,
+    tiny_llama,
+)
 from helpers.partitioned import partitioned
 from helpers.quantized_layers import make_base, over_kinds
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import randlora
@@ -113,8 +127,8 @@ def test_nothing_changes_while_it_runs():
 
 @pytest.mark.parametrize("tied", ["adapted", "saved", "both left"])
 def test_ties(tied):
-    settings = {"adapted": {"target_modules": ["q_proj", "lm_head"]}, "saved": {"modules_to_save": ["lm_head"]}}
-    model = adapt(tiny_llama(tie_word_embeddings=True), **settings.get(tied, {}))
+    which = {"adapted": {"target_modules": ["q_proj", "lm_head"]}, "saved": {"modules_to_save": ["lm_head"]}}
+    model = adapt(tiny_llama(tie_word_embeddings=True), **which.get(tied, {}))
     if tied == "saved":
         with torch.no_grad():
             model.model.lm_head.modules_to_save["default"].weight.add_(1)
@@ -147,6 +161,37 @@ def test_a_module_in_two_places():
     plain = numbered(nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)))
     plain.append(plain[0])
     assert_merges(adapt(plain, target_modules=["0", "2"]))
+
+
+def test_compiled_models():
+    model = adapt(torch.compile(net()))
+    assert all(name.startswith("_orig_mod.") for name in assert_merges(model))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_adapters_of_any_model(data):
+    """Whatever is adapted, merged and asked for, of layers that may share weights."""
+    dtype = data.draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
+    plain = net(dtype)
+    if data.draw(st.booleans()):
+        plain.layers[1].q_proj.weight = plain.layers[0].q_proj.weight
+    if data.draw(st.booleans()):
+        plain.layers[1].up_proj = plain.layers[0].up_proj
+    names, model = ["a", "b", "c"][: data.draw(st.integers(1, 3))], None
+    for i, name in enumerate(names):
+        config = {
+            "r": data.draw(st.integers(1, 5)), "kind": data.draw(st.sampled_from(["dense", "hadamard", "sparse"])),
+            "bias": data.draw(st.sampled_from(["none", "all", "randlora_only"])) if i == 0 else "none",
+            "modules_to_save": ["head"] if data.draw(st.booleans()) else None,
+            "target_modules": data.draw(st.lists(st.sampled_from(SETTINGS["target_modules"]), min_size=1, unique=True)),
+        }  # fmt: skip
+        model = adapt(plain, name, i, **config) if model is None else add(model, name, i, **config)
+    asked = data.draw(st.lists(st.sampled_from(names), unique=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of ties
+        model.merge_adapter(data.draw(st.lists(st.sampled_from(names), unique=True)))
+        assert_merges(model, asked)
 
 
 # ---- experts, and the names of files ----
