@@ -142,7 +142,9 @@ class Mergeable(SharedState):
         base = self.get_base_layer()
         if in_place and is_sharded(self):
             raise ValueError(_SHARDED)
-        if tensor_weight(base, self.weight_name) is not None and not keeps_its_weight(base, self.weight_name):
+        kind = quantized.kind_of(base)  # transformers gives layers of HQQ's an empty `weight`, which is not theirs
+        named = kind is None or self.weight_name in kind.parts
+        if named and tensor_weight(base, self.weight_name) is not None and not keeps_its_weight(base, self.weight_name):
             raise ValueError(_recomputed(base, self.weight_name))
         self._require_mergeable(base, in_place, numbers)
         for name in adapter_names:
