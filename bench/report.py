@@ -33,7 +33,7 @@ errors and loads are in the CSV files. A quick run is a look, not a measurement.
 FILES = {
     "model": "model", "linear": "linear", "linear-grid": "linear", "kinds": "kinds", "density": "kinds",
     "generate": "generate", "generate-layer": "generate", "host": "host", "bases": "bases",
-    "unique_base": "unique_base", "memory": "memory", "fit": "fit", "scaling": "scaling",
+    "unique_base": "unique_base", "memory": "memory", "fit": "fit", "scaling": "scaling", "export": "export",
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 # Up to here LAPACK's SVD of the whole is fast enough, and as good as it gets.
 SMALL = 512
+_BLOCK = 1 << 22  # numbers that are cast at once
 # Of ||G v - w v|| / w, G the Gram matrix, v a vector and w its value. Singular values are as good as its square.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 
@@ -21,18 +22,19 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 def truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """``B [a, rank]``, ``A [rank, b]`` whose product is the best approximation of `matrix` ``[a, b]`` of this rank.
 
-    B's columns are orthogonal, with the singular values, largest first, as their norms; A's rows are orthonormal. The
-    same input gives the same bits on one device. `rank` is below both of ``a`` and ``b``; fp32 or fp64.
+    B's columns are orthogonal, with the singular values, largest first, as their norms; A's rows are orthonormal, or
+    zero where there is nothing left. The same input gives the same bits on one device. `rank` is below both of ``a``
+    and ``b``; fp32 or fp64.
     """
     if matrix.shape[0] < matrix.shape[1]:
         B, A = truncated(matrix.T, rank)
-        norms = B.norm(dim=0).clamp_min(torch.finfo(B.dtype).tiny)
-        return A.T * norms, (B / norms).T
+        norms = B.norm(dim=0)
+        return A.T * norms, (B / norms.clamp_min(torch.finfo(B.dtype).tiny)).T
     if min(matrix.shape) <= SMALL:
         U, S, V = torch.linalg.svd(matrix, full_matrices=False)
         return U[:, :rank] * S[:rank], V[:rank]
     found = _krylov(matrix, rank)
-    V = _of_gram(matrix, rank) if found is None else found
+    V = _of_whole(matrix, rank) if found is None else found
     return _apart(matrix @ V, V)
 
 
@@ -44,8 +46,8 @@ def product_truncated(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, T
 
 
 def singular_values(matrix: Tensor) -> Tensor:
-    """All of them, largest first, in float64; those below 1e-8 of the largest are not exact."""
-    if min(matrix.shape) <= SMALL:
+    """All of them, largest first, in float64; of an fp32 matrix those below 1e-8 of the largest are not exact."""
+    if min(matrix.shape) <= SMALL or matrix.dtype == torch.float64:
         values: Tensor = torch.linalg.svdvals(matrix.double())
     else:
         values = torch.linalg.eigvalsh(_gram(matrix)).flip(0).clamp_min(0).sqrt()
@@ -66,7 +68,7 @@ def rank_for(values: Tensor, energy: float, eps: float) -> int:
     """
     squares = values.double().square()
     left = squares.flip(0).cumsum(0).flip(0)  # [i]: the energy of all from i on, of which small ones are summed first
-    allowed = ((1 - energy) + 16 * len(values) * eps**2) * left[0]
+    allowed = ((1 - energy) + max(16 * len(values) * eps**2, 1e-12)) * left[0]
     return max(1, int((left > allowed).sum()))
 
 
@@ -80,14 +82,13 @@ def _krylov(matrix: Tensor, rank: int) -> Tensor | None:
     generator = torch.Generator().manual_seed(0)
     block = torch.randn(b, width, generator=generator, dtype=torch.float64).to(matrix)
     Q, W = matrix.new_empty(b, most), matrix.new_empty(a, most)  # W = matrix @ Q
-    H = torch.zeros(most, most, dtype=torch.float64, device=matrix.device)  # W^T W
+    H = torch.zeros(most, most, dtype=torch.float64, device=matrix.device)  # W^T W, whose small values count, too
     n, look = 0, rank + 4 * width
     while n < most:
         new, end = slice(n, n + width), n + width
-        for _ in range(2):  # once is not enough where little is left
-            block = torch.linalg.qr(block - Q[:, :n] @ (Q[:, :n].T @ block)).Q
+        block = _orthogonal(block, Q[:, :n])
         Q[:, new], W[:, new] = block, matrix @ block
-        H[:end, new] = W[:, :end].T @ W[:, new]
+        H[:end, new] = _cross(W[:, :end], W[:, new])
         H[new, :end] = H[:end, new].T
         block, n = matrix.T @ W[:, new], end
         if n < look and n < most:
@@ -97,24 +98,44 @@ def _krylov(matrix: Tensor, rank: int) -> Tensor | None:
         # G Q = Q H + rest, where only the last block has a rest.
         rest = block - Q[:, :n] @ (Q[:, :n].T @ block)
         residuals = (torch.linalg.qr(rest, mode="r").R.double() @ vectors[n - width :]).norm(dim=0)
-        if (residuals <= _TOLERANCE[matrix.dtype] * values).all():
+        noise = (32 * torch.finfo(matrix.dtype).eps) ** 2 * values[0]
+        if ((residuals <= _TOLERANCE[matrix.dtype] * values) | (values <= noise)).all():
             found: Tensor = Q[:, :n] @ vectors.to(matrix)
             return found
         look = n + max(width, n // 8)
     return None
 
 
-def _of_gram(matrix: Tensor, rank: int) -> Tensor:
+def _orthogonal(block: Tensor, to: Tensor) -> Tensor:
+    """An orthonormal block of the same size, with the same span beside that of `to`, whose columns are orthonormal."""
+    limit = 8 * torch.finfo(block.dtype).eps
+    for _ in range(5):  # once is not enough where little is left, nor twice where nothing is
+        block = torch.linalg.qr(block - to @ (to.T @ block)).Q
+        if not to.shape[1] or (to.T @ block).abs().max() <= limit:
+            break
+    return block
+
+
+def _of_whole(matrix: Tensor, rank: int) -> Tensor:
+    """The same by decomposing all of it; of fp64, whose Gram matrix would have to be in more bits, by an SVD."""
+    if matrix.dtype == torch.float64:
+        V: Tensor = torch.linalg.svd(matrix, full_matrices=False).Vh[:rank].T
+        return V
     vectors: Tensor = torch.linalg.eigh(_gram(matrix)).eigenvectors
     return vectors[:, -rank:].flip(1).to(matrix)
 
 
 def _gram(matrix: Tensor) -> Tensor:
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
-    total = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=tall.device)
-    for rows in tall.split(4096):
-        rows = rows.double()
-        total.addmm_(rows.T, rows)
+    return _cross(tall, tall)
+
+
+def _cross(left: Tensor, right: Tensor) -> Tensor:
+    """``left^T right`` in float64, whose inputs are cast a few rows at a time."""
+    total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64, device=left.device)
+    step = max(1, _BLOCK // (left.shape[1] + right.shape[1]))
+    for a, b in zip(left.split(step), right.split(step), strict=True):
+        total.addmm_(a.double().T, b.double())
     return total
 
 

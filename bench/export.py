@@ -1,0 +1,139 @@
+"""An adapter as LoRA: PEFT's ``save_as_lora`` against ``randlora.export.to_lora``, singular values checked.
+
+A d -> d layer whose lambda and gamma are random: of all adapters the one that approximates worst, with a spectrum that
+falls slowest. PEFT takes the SVD of the whole update; here it is the block Krylov method of
+``randlora/export/low_rank.py``, and no SVD at all where num_bases * r is the rank asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a file: python bench/export.py
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import peft
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import randlora
+from bench import measure, questions, records
+from bench.measure import Provider
+
+DIM, BASE_RANK, RANK = 4096, 32, 64
+BASELINE = "PEFT save_as_lora"
+TOLERANCE = 1e-5  # of a singular value, relative
+
+
+class Case:
+    """One layer, and the folders that its adapter is written into."""
+
+    def __init__(self, d: int, r: int, rank: int, device: str) -> None:
+        self.d, self.r, self.rank, self.device = d, r, rank, device
+        self.base = nn.Sequential(nn.Linear(d, d, bias=False, device=device))
+        self.folder = tempfile.TemporaryDirectory()
+        self.written = 0
+
+    def new_folder(self) -> Path:
+        self.written += 1
+        return Path(self.folder.name) / str(self.written)
+
+    def of_peft(self) -> Provider:
+        config = peft.RandLoraConfig(r=self.r, target_modules=["0"])
+        model = randomize(peft.get_peft_model(nn.Sequential(self.base[0]), config))
+        layer = model.base_model.model[0]
+        return self.provider(
+            lambda folder: peft.save_as_lora(folder, model, rank=self.rank), layer.get_delta_weight("default")
+        )
+
+    def of_randlora(self, **settings: Any) -> Provider:
+        config = randlora.RandLoraConfig(r=self.r, target_modules=["0"], **settings)
+        model = randomize(randlora.get_peft_model(nn.Sequential(self.base[0]), config))
+        layer: Any = model.model[0]
+        return self.provider(
+            lambda folder: randlora.export.to_lora(model, folder, self.rank), layer.get_delta_weight("default")
+        )
+
+    def provider(self, write: Callable[[Path], Any], update: Tensor) -> Provider:
+        expected = singular_values(update)[: self.rank]
+        del update
+
+        def run(folder: Path) -> Path:
+            write(folder)
+            return folder
+
+        return Provider(run, prepare=self.new_folder, check=functools.partial(self.check, expected))
+
+    def check(self, expected: Tensor, folder: Path) -> float:
+        tensors = load_file(folder / "adapter_model.safetensors")
+        A, B = (tensors[f"base_model.model.0.lora_{which}.weight"].double() for which in "AB")
+        # Those of the product, from the R of two QR decompositions.
+        core = torch.linalg.qr(B, mode="r").R @ torch.linalg.qr(A.T, mode="r").R.T
+        found = torch.linalg.svdvals(core)[: len(expected)]
+        error = ((found - expected).abs() / expected).max().item()
+        assert error < TOLERANCE, f"singular values differ by {error:.1e} of themselves"
+        return error
+
+
+def singular_values(update: Tensor) -> Tensor:
+    """All of them, in float64, from the Gram matrix: those that count are far from its rounding."""
+    D = update.detach().double().cpu()
+    return torch.linalg.eigvalsh(D.T @ D).flip(0).clamp_min(0).sqrt()
+
+
+def randomize(model: Any) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "randlora_lambda" in name or "randlora_gamma" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def providers(case: Case) -> dict[str, Callable[[], Provider]]:
+    few = max(1, case.rank // case.r)
+    return {
+        BASELINE: case.of_peft,
+        # PEFT's bases, lambda and gamma: the same update.
+        "randlora to_lora, dense": functools.partial(case.of_randlora, prng="peft"),
+        "randlora to_lora, hadamard": functools.partial(case.of_randlora, kind="hadamard"),
+        f"randlora to_lora, hadamard, num_bases={4 * few}": functools.partial(
+            case.of_randlora, kind="hadamard", num_bases=4 * few
+        ),
+        f"randlora to_lora, hadamard, num_bases={few}, exact": functools.partial(
+            case.of_randlora, kind="hadamard", num_bases=few
+        ),
+    }
+
+
+def case(d: int, rank: int, options: argparse.Namespace) -> questions.Case:
+    def set_up() -> questions.Setup:
+        torch.manual_seed(0)
+        made = Case(d, BASE_RANK, rank, options.device)
+        return questions.Setup(providers(made), baseline=BASELINE, check=lambda folder: None)
+
+    columns = {"d": d, "r": BASE_RANK, "rank": rank}
+    return questions.Case(f"export to LoRA of rank {rank}, d={d} r={BASE_RANK}", columns, set_up)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dim", type=int, default=DIM, help="size of the layer (default: %(default)s)")
+    parser.add_argument("--rank", type=int, default=RANK, help="of LoRA (default: %(default)s)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = measure.parse("export", __doc__, argv, add=add_options)
+    book = records.Book("export", ("d", "r", "rank"), options)
+    questions.answer(book, [case(options.dim, options.rank, options)], options)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
