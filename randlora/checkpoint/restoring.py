@@ -101,8 +101,8 @@ def _copy(model: Adapters, found: dict[str, Loaded]) -> None:
         for path, module in modules_with(model.model, name).items():
             if any(map(offload.hooks, module.modules_to_save[name].modules())):
                 raise ValueError(
-                    f"adapter {name!r} has a copy of {path!r} that is offloaded, so that its calls would go on with the "
-                    f"old numbers: call {offload.REAL_AGAIN} first"
+                    f"adapter {name!r} has a copy of {path!r} that is offloaded, and calls would go on with its old "
+                    f"numbers: call {offload.REAL_AGAIN} first"
                 )
     hold_parts(model.modules())
     numbers = [tensor for name, loaded in found.items() for tensor in _numbers(model, name, loaded)]

@@ -222,7 +222,7 @@ def test_an_offloaded_copy_of_a_module_is_refused(tmp_path):
     with torch.no_grad():
         before = model(IDS)
         for replace in (model.hotswap, lambda folder: restore(model, folder)):
-            with pytest.raises(ValueError, match="has a copy of 'head' that is offloaded.*remove_hook_from_submodules"):
+            with pytest.raises(ValueError, match=r"copy of .head. that is offloaded, .*remove_hook_from"):
                 replace(tmp_path)
             assert torch.equal(model(IDS), before)
 
@@ -236,9 +236,7 @@ def test_the_meta_device(tmp_path):
         twin = layers_of(elsewhere)[path]
         assert torch.equal(layer.get_delta_weight("default"), twin.get_delta_weight("default"))
     model = other.to("meta")
-    with pytest.raises(
-        ValueError, match=r"randlora_lambda\['default'\] is on the meta device: it has no numbers to re"
-    ):
+    with pytest.raises(ValueError, match=r"randlora_lambda\['default'\] is on the meta device: it has no numbers to"):
         model.hotswap(tmp_path / "b")
 
 
