@@ -203,7 +203,7 @@ def test_another_file_in_the_same_parameters(tmp_path):
     other.save_pretrained(tmp_path)
     model = adapt(llama(), config(*TARGETS)).eval()
     hotswap = pytest.importorskip("peft.utils.hotswap")
-    with pytest.raises(ValueError, match="Hotswapping only supports .*LORA.* but RANDLORA"):
+    with pytest.raises(ValueError, match=r"Hotswapping only supports .*LORA.* but RANDLORA"):
         hotswap.hotswap_adapter(model, str(tmp_path), "default", "cpu")
     before = [(id(p), p.data_ptr()) for p in model.parameters()]
     assert not torch.equal(logits(model), logits(other))
