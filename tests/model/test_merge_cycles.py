@@ -24,6 +24,10 @@ def assert_same_bits(model, before):
     assert {name: int((now[name] != value).sum()) for name, value in before.items()} == dict.fromkeys(before, 0)
 
 
+def plain(name):
+    return name.removeprefix("model.").replace(".base_layer", "")
+
+
 def train(model, optimizer):
     loss = model(input_ids=IDS, labels=IDS).loss
     loss.backward()
@@ -40,7 +44,7 @@ def trained(model, lr=0.01):
 
 @over_dtypes
 def test_several_adapters_and_a_module_of_its_own(dtype):
-    """All that act are merged, or one of two, or one after the other; the model is called meanwhile."""
+    """All that act are merged, or one of two, or one after the other; the merged model is read meanwhile, too."""
     model = adapt(tiny_llama(num_hidden_layers=1).to(dtype), modules_to_save=["norm"], randlora_alpha=0.5)
     add(model, "b", 2, r=3, kind="hadamard", target_modules=["q_proj", "o_proj"], randlora_alpha=0.5)
     model.set_adapter(["default", "b"])
@@ -50,12 +54,14 @@ def test_several_adapters_and_a_module_of_its_own(dtype):
     for i in range(CYCLES):
         if i % 10 == 0:
             losses.append(train(model, optimizer))
+        sent = dict(model.merged_tensors()) if i % 4 == 0 else {}
         for names in ((None,), (["b"],), (["default"],), (["default"], ["b"]))[i % 4]:
             model.merge_adapter(names)
         if i % 4 == 0:
             now = frozen(model)
             different.add(hash(now[merged[0]].numpy().tobytes()))
             assert not any(torch.equal(now[name], before[name]) for name in merged)
+            assert all(torch.equal(now[name], sent[plain(name)].view(torch.uint8)) for name in merged)
         model.unmerge_adapter()
     assert_same_bits(model, before)
     assert losses[-1] < losses[0] and len(different) == CYCLES // 10
