@@ -9,7 +9,7 @@ from helpers.servers import ServedLlama
 
 pytest.importorskip("transformers")
 
-from randlora.export.sync import weights_to_send  # noqa: E402
+from randlora.export.sync import weights_to_send
 
 TARGETS = {"target_modules": ["q_proj", "k_proj", "o_proj", "gate_proj", "down_proj"], "randlora_alpha": 0.5}
 
