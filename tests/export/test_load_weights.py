@@ -1,4 +1,4 @@
-"""Stand-ins for the Llamas of vLLM and SGLang take every tensor of a merged model by name and shape; none is missing."""
+"""Stand-ins for the Llamas of vLLM and SGLang take each tensor of a merged model by name and shape; none is missing."""
 
 import copy
 
