@@ -4,7 +4,7 @@ from . import _load
 
 _C = _load.load()  # registers torch.ops.randlora, or says what is missing
 
-from . import functional  # noqa: E402
+from . import export, functional  # noqa: E402
 from .bases.random_bases import RandomBases  # noqa: E402
 from .config import RandLoraConfig  # noqa: E402
 from .estimation.estimate import Estimate, estimate  # noqa: E402
@@ -34,6 +34,7 @@ __all__ = [
     "disable_fast_path",
     "estimate",
     "explain",
+    "export",
     "functional",
     "get_peft_model",
     "inference_cache",

@@ -73,6 +73,22 @@ def text_for(
         return None
 
 
+def text_for_lora(model: nn.Module, base: str | None, lost: str) -> str:
+    """The text of a card for a folder with an adapter of LoRA that was one of RandLoRA. `lost`: what it is of it."""
+    data = _data(model, base if _is_repository(base) else None, True, ["lora"])
+    cls = _named_class(model).__name__
+    of_transformers = _is_of_transformers(model)
+    lines = ["from peft import PeftModel", *([f"from transformers import {cls}"] if of_transformers else []), ""]
+    made = f"{cls}.from_pretrained({_quoted(base or '...')})" if of_transformers else f"...  # the {cls}"
+    lines += [f"base = {made}", 'model = PeftModel.from_pretrained(base, ".")  # the folder of this file']
+    code = "\n".join(lines)
+    return f"---\n{_yaml(data)}---\n\n{_TEXT_OF_LORA.format(lost=lost)}\n## How to load it\n\n```python\n{code}\n```\n"
+
+
+_TEXT_OF_LORA = """# LoRA adapter
+
+Trained as RandLoRA with randlora ([arXiv 2502.00987](https://arxiv.org/abs/2502.00987)) and exported as LoRA: {lost}.
+"""
 _TEXT = """# RandLoRA adapter
 
 Trained with randlora: full-rank parameter-efficient fine-tuning ([arXiv 2502.00987](https://arxiv.org/abs/2502.00987)).

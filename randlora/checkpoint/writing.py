@@ -125,7 +125,7 @@ def _write_all(
         settings = json.dumps(config, indent=2, sort_keys=True) + "\n"
         complete = copied[name] | _apart(projections())
         writers: dict[str, Callable[[Path], Any]] = {
-            WEIGHTS_NAME: functools.partial(_write, tensors=complete, metadata=metadata),
+            WEIGHTS_NAME: functools.partial(write_tensors, tensors=complete, metadata=metadata),
             CONFIG_NAME: functools.partial(Path.write_text, data=settings, encoding="utf-8"),
         }
         if folder_of(folder, name) == folder:
@@ -177,7 +177,8 @@ _NOT_HERE = {
 }
 
 
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """safetensors' ``save_file``, whose errors of the system are ``OSError`` here."""
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as error:  # what the system says is in its text

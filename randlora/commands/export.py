@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from . import export_lora
+from .options import DTYPES
+
 
 def add_options(commands: Any) -> None:
     command = commands.add_parser(
@@ -12,6 +15,7 @@ def add_options(commands: Any) -> None:
         help="an adapter as LoRA, or merged into the model's files",
         description="Writes a saved adapter in a form that others load: as LoRA, which PEFT and servers take, or as a "
         "whole model with the adapter in its weights.",
+        epilog=f"example:\n  {export_lora.EXAMPLE}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = command.add_argument
@@ -21,7 +25,11 @@ def add_options(commands: Any) -> None:
     into.add_argument("--merged", action="store_true", help="write a model folder, a layer at a time")
     add("--output", required=True, metavar="FOLDER", help="where to write; it must not exist, or be empty")
     add("--model", metavar="ID", help="the base model: a folder or an id of the hub (default: the adapter's own)")
+    add("--dtype", choices=DTYPES, help="of the numbers that are written (default: float32 for LoRA)")
+    export_lora.add_options(command.add_argument_group("with --lora"))
 
 
 def run(arguments: argparse.Namespace) -> int:
-    raise NotImplementedError("neither --lora nor --merged is written yet")
+    if arguments.lora:
+        return export_lora.run(arguments)
+    raise NotImplementedError("--merged is not written yet")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+from ..tables import aligned
 
 MIB, MILLION, GIGA = 1 << 20, 10**6, 10**9
 ROWS = (
@@ -30,7 +32,7 @@ def table(result: Mapping[str, Any]) -> str:
         rows.append([label, unit, *(_number(values[key] / size) for values in methods.values())])
     forms = [values["bases_form"] or "-" for values in methods.values()]
     rows.insert(3, ["  kept as", "", *forms])
-    parts = [title, "", *_aligned(rows, left=2), ""]
+    parts = [title, "", *aligned(rows, left=2), ""]
 
     shapes = [["layers", "calls", "bases", "kind", "forward", "backward"]]
     before: tuple[str, ...] = ()
@@ -41,7 +43,7 @@ def table(result: Mapping[str, Any]) -> str:
         )  # fmt: skip
         shapes.append([*(named if named != before else ("", "", "")), kind, row["forward"], row["backward"]])
         before = named
-    parts += _aligned(shapes, left=1, words=3)
+    parts += aligned(shapes, left=1, words=3)
     parts += ["", *(f"- {note}" for note in result["notes"])]
     return "\n".join(parts)
 
@@ -60,16 +62,3 @@ def _by_shape(methods: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Mappi
 def _number(value: float) -> str:
     """Three digits that count, and no more than that after the point."""
     return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 or value == 0 else 3}f}"
-
-
-def _aligned(rows: Sequence[Sequence[str]], left: int, words: int | None = None) -> Iterable[str]:
-    """Columns two spaces apart: the first `left` and those from `words` on flush left, the others flush right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for i, row in enumerate(rows):
-        cells = [
-            cell.ljust(width) if at < left or (words is not None and at >= words) else cell.rjust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        yield "  ".join(cells).rstrip()
-        if i == 0:
-            yield "-" * (sum(widths) + 2 * (len(widths) - 1))

@@ -1,1 +1,6 @@
 """Where an adapter goes after training: into LoRA's format, and into the weights of the model."""
+
+from .lora import to_lora
+from .table import LoraExport
+
+__all__ = ["LoraExport", "to_lora"]

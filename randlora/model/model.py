@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ..checkpoint import reading
 from ..config import RandLoraConfig
 from ..distributed import zero3
-from ..export.merged import merged_tensors
 from ..layers.bypassed import first_calls
 from ..layers.mixed_batch import Mixable, mixed_batch
 from ..layers.update_cache import inference_cache
@@ -26,6 +25,7 @@ from . import forward_signature, injection
 from .adapter_plan import Plan, plan_adapter
 from .delegation import Delegating
 from .files import SavedAdapters
+from .merged_tensors import merged_tensors
 from .parts import adapted_layers, saved_modules
 from .training_step import at_training_step
 

@@ -25,7 +25,7 @@ from ..layers.merging import Mergeable, added
 from ..layers.modules_to_save import ModuleToSave
 from ..layers.quantized.fp8 import is_fp8
 from ..layers.randlora_layer import RandLoraLayer
-from ..model import injection
+from . import injection
 from .original_names import Original
 
 

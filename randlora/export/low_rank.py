@@ -1,0 +1,125 @@
+"""The best approximation of a matrix that has a given rank, and the rank that keeps a given share of its energy.
+
+A full SVD of a d x d matrix takes some 20 d^3 multiply-adds, half of them at the speed of memory. LoRA's ranks are far
+below d, and for these a block Krylov method finds the same singular vectors by some hundred products with the matrix:
+every step multiplies a block of vectors with the matrix and its transpose and makes it orthogonal to all before it,
+and the best approximation within the span of all of them is taken. It ends when the residuals of the singular triplets
+are small, which bounds how far these are from true ones; where that takes too long, the Gram matrix is decomposed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Up to here LAPACK's SVD of the whole is fast enough, and as good as it gets.
+SMALL = 512
+# Of ||G v - w v|| / w, G the Gram matrix, v a vector and w its value. Singular values are as good as its square.
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+
+
+def truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """``B [a, rank]``, ``A [rank, b]`` whose product is the best approximation of `matrix` ``[a, b]`` of this rank.
+
+    B's columns are orthogonal, with the singular values, largest first, as their norms; A's rows are orthonormal. The
+    same input gives the same bits on one device. `rank` is below both of ``a`` and ``b``; fp32 or fp64.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        B, A = truncated(matrix.T, rank)
+        norms = B.norm(dim=0).clamp_min(torch.finfo(B.dtype).tiny)
+        return A.T * norms, (B / norms).T
+    if min(matrix.shape) <= SMALL:
+        U, S, V = torch.linalg.svd(matrix, full_matrices=False)
+        return U[:, :rank] * S[:rank], V[:rank]
+    found = _krylov(matrix, rank)
+    V = _of_gram(matrix, rank) if found is None else found
+    return _apart(matrix @ V, V)
+
+
+def product_truncated(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The same for the matrix ``left [a, P] @ right [P, b]`` with P below a and b, which is not built."""
+    (Q1, R1), (Q2, R2) = torch.linalg.qr(left), torch.linalg.qr(right.T)
+    B, A = truncated(R1 @ R2.T, rank)
+    return Q1 @ B, A @ Q2.T
+
+
+def singular_values(matrix: Tensor) -> Tensor:
+    """All of them, largest first, in float64; those below 1e-8 of the largest are not exact."""
+    if min(matrix.shape) <= SMALL:
+        values: Tensor = torch.linalg.svdvals(matrix.double())
+    else:
+        values = torch.linalg.eigvalsh(_gram(matrix)).flip(0).clamp_min(0).sqrt()
+    return values
+
+
+def product_singular_values(left: Tensor, right: Tensor) -> Tensor:
+    """Those of ``left [a, P] @ right [P, b]`` with P below a and b."""
+    R1, R2 = (torch.linalg.qr(t, mode="r").R for t in (left, right.T))
+    return singular_values(R1 @ R2.T)
+
+
+def rank_for(values: Tensor, energy: float, eps: float) -> int:
+    """The smallest rank, at least 1, that keeps the share `energy` of the squares of these singular values.
+
+    Args:
+        eps: of the dtype that the matrix was made in: what rounding makes of nothing counts as nothing.
+    """
+    squares = values.double().square()
+    left = squares.flip(0).cumsum(0).flip(0)  # [i]: the energy of all from i on, of which small ones are summed first
+    allowed = ((1 - energy) + 16 * len(values) * eps**2) * left[0]
+    return max(1, int((left > allowed).sum()))
+
+
+def _krylov(matrix: Tensor, rank: int) -> Tensor | None:
+    """The first right singular vectors ``[b, rank]`` of `matrix` ``[a, b]``, None if they are not found in time."""
+    a, b = matrix.shape
+    width = 16 if rank <= 32 else 32 if rank <= 128 else 64
+    most = min(b // 2, 6 * rank + 16 * width) // width * width
+    if most < rank + 4 * width:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    block = torch.randn(b, width, generator=generator, dtype=torch.float64).to(matrix)
+    Q, W = matrix.new_empty(b, most), matrix.new_empty(a, most)  # W = matrix @ Q
+    H = torch.zeros(most, most, dtype=torch.float64, device=matrix.device)  # W^T W
+    n, look = 0, rank + 4 * width
+    while n < most:
+        new, end = slice(n, n + width), n + width
+        for _ in range(2):  # once is not enough where little is left
+            block = torch.linalg.qr(block - Q[:, :n] @ (Q[:, :n].T @ block)).Q
+        Q[:, new], W[:, new] = block, matrix @ block
+        H[:end, new] = W[:, :end].T @ W[:, new]
+        H[new, :end] = H[:end, new].T
+        block, n = matrix.T @ W[:, new], end
+        if n < look and n < most:
+            continue
+        values, vectors = torch.linalg.eigh(H[:n, :n])
+        values, vectors = values[-rank:].flip(0), vectors[:, -rank:].flip(1)
+        # G Q = Q H + rest, where only the last block has a rest.
+        rest = block - Q[:, :n] @ (Q[:, :n].T @ block)
+        residuals = (torch.linalg.qr(rest, mode="r").R.double() @ vectors[n - width :]).norm(dim=0)
+        if (residuals <= _TOLERANCE[matrix.dtype] * values).all():
+            found: Tensor = Q[:, :n] @ vectors.to(matrix)
+            return found
+        look = n + max(width, n // 8)
+    return None
+
+
+def _of_gram(matrix: Tensor, rank: int) -> Tensor:
+    vectors: Tensor = torch.linalg.eigh(_gram(matrix)).eigenvectors
+    return vectors[:, -rank:].flip(1).to(matrix)
+
+
+def _gram(matrix: Tensor) -> Tensor:
+    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
+    total = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=tall.device)
+    for rows in tall.split(4096):
+        rows = rows.double()
+        total.addmm_(rows.T, rows)
+    return total
+
+
+def _apart(W: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """``W V^T`` with W ``[a, k]`` turned so that its columns are orthogonal, which they are but for rounding."""
+    values, turn = torch.linalg.eigh(_gram(W))
+    turn = turn[:, values.argsort(descending=True)].to(W)
+    return W @ turn, (V @ turn).T

@@ -1,0 +1,65 @@
+"""The adapted model that a folder with an adapter stands for."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoint.hub import find_folder
+from ..checkpoint.layout import folder_of
+from ..config import RandLoraConfig
+from ..model.model import RandLoraModel
+from ..model.of_config import load_model, model_of_config
+from ..model.parts import is_bias
+
+
+def model_of_folder(
+    path: str | os.PathLike, adapter: str, base_model: nn.Module | str | os.PathLike | None, with_numbers: bool
+) -> RandLoraModel:
+    """The adapter that :meth:`randlora.RandLoraModel.save_pretrained` wrote into `path`, on its base model.
+
+    Args:
+        base_model: the model, which is not changed, or its name or folder; default: what the adapter's config says.
+        with_numbers: False: the base weights may stay on the meta device, as the adapter does not need them.
+
+    Raises:
+        ValueError: a folder or a base model that is not there, or that do not fit each other.
+    """
+    folder = folder_of(find_folder(path), adapter)
+    if not folder.is_dir():
+        raise ValueError(f"{path} has no adapter {adapter!r}: there is no folder {folder}")
+    config = RandLoraConfig.from_pretrained(folder)
+    if isinstance(base_model, nn.Module):
+        base = _twin(base_model, with_numbers)
+    else:
+        name = config.base_model_name_or_path if base_model is None else os.fspath(base_model)
+        if not name:
+            raise ValueError(f"{folder} does not say which model it adapts: give base_model=, the model or its name")
+        base = load_model(name) if with_numbers else model_of_config(name)
+    if config.bias != "none":
+        _make_room_for_biases(base)
+    return RandLoraModel.from_pretrained(base, folder, adapter)
+
+
+def _twin(model: nn.Module, with_numbers: bool) -> nn.Module:
+    """A copy of the modules that shares the numbers, or has none; only biases, which may be loaded, are copied."""
+    known: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    for name, parameter in model.named_parameters():
+        known[id(parameter)] = parameter
+        if type(parameter) is nn.Parameter:
+            tensor = parameter.detach()
+            tensor = tensor.clone() if is_bias(name) else tensor if with_numbers else tensor.to("meta")
+            known[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
+    return copy.deepcopy(model, known)
+
+
+def _make_room_for_biases(model: nn.Module) -> None:
+    for name, parameter in list(model.named_parameters()):
+        if is_bias(name) and parameter.is_meta:
+            parent, _, leaf = name.rpartition(".")
+            empty = nn.Parameter(torch.zeros_like(parameter, device="cpu"), requires_grad=False)
+            setattr(model.get_submodule(parent), leaf, empty)
