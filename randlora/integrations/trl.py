@@ -19,7 +19,6 @@ import trl
 from torch import nn
 
 from ..checkpoint.layout import folder_of
-from ..export.sync import weights_to_send
 from ..layers.modules_to_save import ModuleToSave
 from ..layers.randlora_layer import RandLoraLayer
 from ..model.model import RandLoraModel
@@ -41,7 +40,7 @@ class TrainsAdapters(AdapterCheckpoints):
     that another trainer loads while it is made is dropped. With any other model nothing is changed.
 
     With ``use_vllm`` (GRPO, RLOO) vLLM gets the merged model before it generates, tensor by tensor, by the names that
-    its files have (:func:`randlora.export.sync.weights_to_send`); the model that is trained does not change, and has
+    its files have (:meth:`randlora.RandLoraModel.merged_tensors`); the model that is trained does not change, and has
     one merged weight beside its own at a time. Quantised weights are sent as the numbers that they stand for, with the
     updates added.
 
@@ -109,7 +108,8 @@ def _send_merged(engine: Any, model: RandLoraModel) -> None:
             f"use_vllm: how TRL {trl.__version__} sends weights to vLLM is not known here, and by itself it would send "
             "layers without their adapters. That of TRL 1.16 is known"
         )
-    engine.model, engine._iter_named_params = model, functools.partial(weights_to_send, model)
+    engine.model = model
+    engine._iter_named_params = functools.partial(model.merged_tensors, original_names=True, dequantize=True)
 
 
 class _Placeholder(nn.Module):

@@ -9,7 +9,6 @@ from helpers.servers import ServedLlama
 
 pytest.importorskip("transformers")
 
-from randlora.export.sync import weights_to_send
 
 TARGETS = {"target_modules": ["q_proj", "k_proj", "o_proj", "gate_proj", "down_proj"], "randlora_alpha": 0.5}
 
@@ -38,7 +37,6 @@ def test_every_tensor_has_its_place(dtype, tied):
     ways = (
         model.merged_tensors,
         lambda: model.merged_tensors(original_names=True),
-        lambda: weights_to_send(model),
         lambda: ((name, tensor) for name, tensor in merged(model).items()),
     )
     for active in (["default"], ["default", "b"], ["b"]):
@@ -47,7 +45,7 @@ def test_every_tensor_has_its_place(dtype, tied):
     model.merge_adapter(["b"])
     assert_served(model, *ways)
     # What modules share comes once, and nothing else is left out.
-    names, sent = [n for n, _ in model.merged_tensors()], [n for n, _ in weights_to_send(model)]
+    names, sent = ([n for n, _ in model.merged_tensors(original_names=original)] for original in (False, True))
     assert sorted(sent) == sorted(set(names) - ({"lm_head.weight"} if tied else set())) and len(set(sent)) == len(sent)
 
 
@@ -76,5 +74,5 @@ def test_a_head_that_is_trained_apart_comes_on_its_own():
     model = adapt(tiny_llama(tie_word_embeddings=True), modules_to_save=["lm_head"], **TARGETS)
     with torch.no_grad():
         model.model.lm_head.modules_to_save["default"].weight.mul_(2)
-    sent = dict(weights_to_send(model))
+    sent = dict(model.merged_tensors(original_names=True))
     assert torch.equal(sent["lm_head.weight"], 2 * sent["model.embed_tokens.weight"])
