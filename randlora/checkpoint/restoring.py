@@ -19,7 +19,7 @@ from ..model.adapters import Adapters
 from ..model.parts import layers_with, modules_with
 from ..undo import all_or_nothing
 from . import biases, reading
-from .layout import PARAMETERS, WEIGHTS_NAME, folder_of
+from .layout import PARAMETERS, WEIGHTS_NAME, check_numbers, folder_of
 from .reading import Loaded
 
 
@@ -97,16 +97,22 @@ def _at_alpha(
 
 
 def _copy(model: Adapters, found: dict[str, Loaded]) -> None:
-    for name in found:
+    for name, loaded in found.items():
         for path, module in modules_with(model.model, name).items():
             if any(map(offload.hooks, module.modules_to_save[name].modules())):
                 raise ValueError(
                     f"adapter {name!r} has a copy of {path!r} that is offloaded, and calls would go on with its old "
                     f"numbers: call {offload.REAL_AGAIN} first"
                 )
+        for slot, parts in loaded.parameters.items():
+            layer = model.model.get_submodule(slot)
+            for part, tensor in parts.items():
+                check_numbers(f"{part} of {slot!r}", tensor, getattr(layer, part)[name].dtype)
     hold_parts(model.modules())
     numbers = [tensor for name, loaded in found.items() for tensor in _numbers(model, name, loaded)]
-    with all_or_nothing(model, values=numbers):
+    # Inference tensors can be written in inference mode alone.
+    mode = torch.is_inference_mode_enabled() or any(tensor.is_inference() for tensor in numbers)
+    with torch.inference_mode(mode), all_or_nothing(model, values=numbers):
         for name, loaded in found.items():
             loaded.copy_into(model.model, name)
 

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from helpers.experts_cases import tiny
 from helpers.models import IDS, adapt, add, tiny_gpt2, tiny_llama
 
 CYCLES = 200
@@ -75,6 +76,24 @@ def test_transposed_weights_and_a_tied_head(dtype):
     for i in range(CYCLES):
         if i % 10 == 0:
             train(model, optimizer)
+        model.merge_adapter()
+        model.unmerge_adapter()
+    assert_same_bits(model, before)
+
+
+@pytest.mark.parametrize("what", ["attention", "experts"])
+def test_several_weights_in_a_module(what):
+    if what == "attention":
+        torch.manual_seed(0)
+        model = torch.nn.TransformerEncoderLayer(12, 2, 20, batch_first=True, dtype=torch.bfloat16)
+        model = adapt(model, target_modules=["self_attn"], randlora_alpha=0.5)
+    else:
+        model, names = tiny("Mixtral", torch.bfloat16, num_hidden_layers=1), ["experts.gate_up_proj"]
+        model = adapt(model, target_modules=[], target_parameters=names, randlora_alpha=0.5)
+    before, lam = frozen(model), [p for n, p in model.named_parameters() if "randlora_lambda" in n]
+    for _ in range(CYCLES):
+        with torch.no_grad():
+            torch._foreach_mul_(lam, 1.01)
         model.merge_adapter()
         model.unmerge_adapter()
     assert_same_bits(model, before)
