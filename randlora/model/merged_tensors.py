@@ -51,6 +51,8 @@ def merged_tensors(
     """See :meth:`randlora.RandLoraModel.merged_tensors`; `model` is the one inside."""
     parts = parts_of(model, names, safe_merge, dequantize)
     if original_names:
+        first = {id(part.like): name for name, part in reversed(parts.items())}
+        parts = {name: part for name, part in parts.items() if first[id(part.like)] == name}  # tied ones come once
         return Original(model, {name: part.like for name, part in parts.items()}).tensors(each(parts))
     return each(parts)
 

@@ -142,7 +142,8 @@ class RandLoraModel(Delegating, SavedAdapters):
             dequantize: for models with quantised layers, whose weights are given as numbers, under their plain names
                 and with the updates added: in this dtype, or with True in the model's.
             original_names: names and shapes of the files of the Hugging Face hub instead, which servers read: what
-                transformers' ``save_pretrained`` writes. Of fused experts these are the weights of every single one.
+                transformers' ``save_pretrained`` writes. Of fused experts these are the weights of every single one;
+                what several modules share, as tied embeddings, comes once, under its first name.
 
         Raises:
             ValueError, TypeError: as :meth:`merge_and_unload` before the first tensor, though not for sharded models.

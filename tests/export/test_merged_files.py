@@ -281,6 +281,25 @@ def test_fused_experts(family, tmp_path):
     } == names
 
 
+def test_names_that_differ_in_files(tmp_path):
+    """LLaVA's language model has another name in its files than among its modules."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = transformers.LlamaConfig(**sizes, vocab_size=19, pad_token_id=0)
+    vision = transformers.CLIPVisionConfig(**sizes, image_size=32, patch_size=16)
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=5)
+    base, adapter, model = saved(
+        transformers.LlavaForConditionalGeneration(config), tmp_path, target_modules="all-linear",
+        modules_to_save=["multi_modal_projector"],
+    )  # fmt: skip
+    names = sorted(safetensors.load_file(base / "model.safetensors"))
+    assert set(names) != set(merged_model(model).state_dict())
+    for given in (adapter, model):
+        out = tmp_path / type(given).__name__
+        to_merged(given, out)
+        assert_loads_as(out, merged_model(model))
+        assert sorted(safetensors.load_file(out / "model.safetensors")) == names
+
+
 def test_a_model_that_is_not_of_transformers(tmp_path):
     model = adapt(net(torch.bfloat16))
     to_merged(model, tmp_path / "out")
