@@ -36,8 +36,10 @@ class BaseFiles:
         ValueError: a folder without safetensors' files, or with quantised ones. ImportError: safetensors is missing.
     """
 
-    def __init__(self, name: str | os.PathLike) -> None:
-        self.folder = _folder(name)
+    def __init__(self, name: str | os.PathLike, revision: str | None = None) -> None:
+        self.folder = _folder(name, revision)
+        if not (self.folder / "config.json").is_file():
+            raise ValueError(f"the folder {str(self.folder)!r} has no config.json")
         self.config: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         if self.config.get("quantization_config") is not None:
             raise ValueError(
@@ -93,7 +95,8 @@ class BaseFiles:
         found = {}
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder)
-            if path.is_file() and not any(part.startswith(".") for part in name.parts) and not _is(path, _WEIGHTS):
+            hidden = any(part.startswith((".", "checkpoint-")) for part in name.parts)
+            if path.is_file() and not hidden and not _is(path, _WEIGHTS):
                 found[name.as_posix()] = path
         found |= {path.name: path for path in sorted(adapter.iterdir()) if path.is_file() and _is(path, _TOKENIZER)}
         return {name: path for name, path in found.items() if not _is(path, _ADAPTER) and name != "config.json"}
@@ -109,17 +112,16 @@ def _is(path: Path, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns)
 
 
-def _folder(name: str | os.PathLike) -> Path:
+def _folder(name: str | os.PathLike, revision: str | None) -> Path:
     folder = Path(name)
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"the folder {str(folder)!r} has no config.json")
         return folder
     from huggingface_hub import snapshot_download
 
     unwanted = [pattern for pattern in _WEIGHTS if pattern not in ("*.safetensors", "*.index.json")]
     try:
-        return Path(snapshot_download(str(name), ignore_patterns=[*unwanted, "consolidated*", "original/*"]))
+        unwanted += ["consolidated*", "original/*"]
+        return Path(snapshot_download(str(name), revision=revision, ignore_patterns=unwanted))
     except Exception as error:  # of huggingface_hub's HTTP library
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import RandLoraConfig
+from ..dtypes import FLOATS
 from ..layers import offload
 from ..layers.merging import added
 from ..model.merged_tensors import Part, parts_of
@@ -57,7 +58,8 @@ class IntoFiles:
         folders = {name: adapter_folder(self.path, name) for name in self.names}
         configs = {name: RandLoraConfig.from_pretrained(folder) for name, folder in folders.items()}
         first, *others = self.names
-        self.base = BaseFiles(base_name(folders[first], configs[first], self.base_model))
+        revision = configs[first].revision if self.base_model is None else None
+        self.base = BaseFiles(base_name(folders[first], configs[first], self.base_model), revision)
         model = model_of_config(str(self.base.folder))
         state = model.state_dict(keep_vars=True)
         there = {id(tensor) for tensor in state.values() if not tensor.is_meta}
@@ -104,11 +106,14 @@ class IntoFiles:
                 self._plan_sums(key, group, ties.get(key, []))
             else:
                 for name, value in self._original.convert({key: part.make()}).items():
-                    found = self._find(name, value)
-                    like = value if found is None else self.base.likes[found]
-                    if found is None and key not in ties:
+                    file = self._find(name, value)
+                    like = value if file is None else self.base.likes[file]
+                    if file is None and key not in ties:
                         self._require_new(name)
-                    self._values[found or name] = value.to(like.dtype)
+                    self._values[file or name] = value.to(like.dtype)
+        for name, found in self._sums.items():
+            if (dtype := self.base.likes[found.source].dtype) not in FLOATS:
+                raise ValueError(f"{self.base.folder}: {name} is of {dtype}, which updates cannot be added to")
         self._copies = {name: name for name in self.base.likes if name not in self._sums and name not in self._values}
         for names in groups if self.untied else ():
             for name in names:
@@ -126,7 +131,7 @@ class IntoFiles:
         elif tied and names == [key]:
             self._sums[key] = Sum(self._partner(key, tied), group, key)
         else:
-            missing = next(name for name, file in found.items() if file is None)
+            missing = next((name for name, file in found.items() if file is None), key)
             raise ValueError(
                 f"{self.base.folder} has no {missing} of shape {list(self._original.likes[missing].shape)} that {key} "
                 "could be merged into: load the model and the adapter, and export the model"

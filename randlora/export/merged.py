@@ -22,6 +22,7 @@ from ..model import ties
 from ..model.merged_tensors import Part, each, parts_of
 from ..model.model import RandLoraModel
 from ..model.original_names import Original
+from ..names import plain_name
 from .base_files import copy
 from .into_files import IntoFiles
 from .lora_folder import check_output
@@ -107,7 +108,7 @@ class _OfModel:
     files: dict[str, Path] = {}  # noqa: RUF012
 
     def __init__(self, adapted: RandLoraModel, names: Sequence[str] | None, dtype: torch.dtype | None) -> None:
-        model: Any = adapted.model
+        model: Any = getattr(adapted.model, "_orig_mod", adapted.model)  # of torch.compile
         if any(is_dtensor(p) or zero3.is_parameter(p) for p in model.parameters()):
             raise ValueError(
                 "processes hold parts of this model's weights (FSDP2, tensor parallel, ZeRO-3): save the adapter, and "
@@ -126,7 +127,7 @@ class _OfModel:
             require_untied(model)
         unwanted = set() if broken else _tied(model, parts)
         unwanted |= set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-        self._parts = {name: part for name, part in parts.items() if name not in unwanted}
+        self._parts = {plain_name(name): part for name, part in parts.items() if name not in unwanted}
         self._original = Original(model, {name: part.like for name, part in self._parts.items()})
         cast = Cast(model, dtype)
         self.likes = {name: cast.like(name, like) for name, like in self._original.likes.items()}

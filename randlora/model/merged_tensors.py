@@ -25,6 +25,7 @@ from ..layers.merging import Mergeable, added
 from ..layers.modules_to_save import ModuleToSave
 from ..layers.quantized.fp8 import is_fp8
 from ..layers.randlora_layer import RandLoraLayer
+from ..names import plain_name
 from . import injection
 from .original_names import Original
 
@@ -52,7 +53,8 @@ def merged_tensors(
     parts = parts_of(model, names, safe_merge, dequantize)
     if original_names:
         first = {id(part.like): name for name, part in reversed(parts.items())}
-        parts = {name: part for name, part in parts.items() if first[id(part.like)] == name}  # tied ones come once
+        # What is tied comes once, and no file knows of torch.compile.
+        parts = {plain_name(name): part for name, part in parts.items() if first[id(part.like)] == name}
         return Original(model, {name: part.like for name, part in parts.items()}).tensors(each(parts))
     return each(parts)
 

@@ -77,6 +77,7 @@ class Original:
 
 
 def _reverting(model: Any) -> Callable[[_Tensors], _Tensors]:
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
         return lambda tensors: tensors

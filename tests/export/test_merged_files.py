@@ -12,7 +12,7 @@ import weakref
 
 import pytest
 import torch
-from helpers.failing import Failure
+from helpers.failing import Failure, calls_of, fail_at
 from helpers.models import adapt, add, net, randomize, tiny_gpt2, tiny_llama
 
 import randlora
@@ -307,6 +307,18 @@ def test_a_model_that_is_not_of_transformers(tmp_path):
     assert left(tmp_path / "out") == ["model.safetensors"]
 
 
+def test_compiled_models(tmp_path):
+    model = tiny_llama()
+    model.model.layers[1] = torch.compile(model.model.layers[1])
+    whole = adapt(torch.compile(model))
+    expected = safetensors.load_file
+    to_merged(whole, tmp_path / "out")
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    found = merged_model(whole).state_dict()
+    assert_same(loaded.state_dict(), {name.replace("_orig_mod.", ""): tensor for name, tensor in found.items()})
+    assert_same(dict(whole.merged_tensors(original_names=True)), expected(tmp_path / "out" / "model.safetensors"))
+
+
 # ---- memory ----
 
 
@@ -424,6 +436,30 @@ def test_what_raises_leaves_nothing(error, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("of", ["folder", "model"])
+def test_a_call_that_fails_leaves_all_or_nothing(of, tmp_path):
+    """At calls all over the work, whatever is done in them."""
+    _, adapter, model = saved(tiny_llama(num_hidden_layers=1), tmp_path)
+    given, out = adapter if of == "folder" else model, tmp_path / "out"
+
+    def write():
+        try:
+            to_merged(given, out)
+        except ValueError as error:  # what libraries raise is told as such
+            raise Failure(str(error)) if "has failed" in str(error) else error from error
+
+    calls = calls_of(write)
+    complete = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    shutil.rmtree(out)
+    for k in [int(calls * share) for share in (0.1, 0.5, 0.8, 0.9, 0.95)] + [calls - i for i in range(1, 160, 12)]:
+        if fail_at(k, write) is not None and not out.exists():
+            assert left(tmp_path) == [], k
+        else:
+            assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == complete
+            assert left(tmp_path) == ["out"], k
+            shutil.rmtree(out)
+
+
 def test_a_process_that_is_killed_leaves_what_is_marked_as_incomplete(process):
     folder, adapter, model, result = process
     assert result.returncode == -signal.SIGKILL, result.stderr
@@ -480,6 +516,9 @@ def test_refused(tmp_path, monkeypatch):
     name = "model.layers.1.mlp.down_proj.weight"
     safetensors.save_file({k: t for k, t in state.items() if k != name}, base / "model.safetensors", {"format": "pt"})
     refuses(f"has no {name}")
+    coarse = {k: t.to(torch.float8_e4m3fn) if k == name else t for k, t in state.items()}
+    safetensors.save_file(coarse, base / "model.safetensors", {"format": "pt"})
+    refuses(f"{name} is of torch.float8_e4m3fn")
     os.remove(base / "model.safetensors")
     refuses("has no model.safetensors, but pytorch_model.bin")
 
