@@ -10,7 +10,19 @@ import importlib
 
 from bench import ROOT
 
-QUESTIONS = ("bases", "unique_base", "linear", "kinds", "model", "generate", "host", "memory", "fit", "scaling", "export")
+QUESTIONS = (
+    "bases",
+    "unique_base",
+    "linear",
+    "kinds",
+    "model",
+    "generate",
+    "host",
+    "memory",
+    "fit",
+    "scaling",
+    "export",
+)
 COMMANDS = (*QUESTIONS, "correct", "kernels", "launches", "gpu", "plots", "report")
 
 

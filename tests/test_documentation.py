@@ -299,13 +299,13 @@ def test_the_rooms_are_described_by_their_own_words():
 def public_names():
     others = [
         importlib.import_module(f"randlora.{name}")
-        for name in ("distributed", "integrations.accelerate", "integrations.peft")
+        for name in ("distributed", "export", "integrations.accelerate", "integrations.peft")
     ]
     others += [
         importlib.import_module(f"randlora.integrations.{name}") for name in ("transformers", "trl") if installed(name)
     ]
     return {
-        *(f"randlora.{name}" for name in randlora.__all__ if name != "functional"),
+        *(f"randlora.{name}" for name in randlora.__all__ if name not in ("export", "functional")),
         *(f"randlora.functional.{name}" for name in randlora.functional.__all__),
         *(f"{module.__name__}.{name}" for module in others for name in module.__all__),
     }

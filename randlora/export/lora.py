@@ -99,7 +99,7 @@ def to_lora(
     _check_layers(model.model, layers)
     beside = lora_folder.beside(model, adapter, layers)
     if inputs is not None:
-        on_inputs.check(model, layers)
+        on_inputs.check(model)
 
     with torch.no_grad():
         ranks = _ranks(layers, adapter, rank, energy, progressbar)

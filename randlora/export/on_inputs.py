@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from ..layers.randlora_layer import RandLoraLayer
 from ..model.adapters import restore
 from ..model.model import RandLoraModel
+from ..model.parts import adapted_layers
 from .source import AdaptedByPeft
 from .update import Factors
 
 
-def check(model: RandLoraModel | AdaptedByPeft, layers: Mapping[str, RandLoraLayer]) -> None:
+def check(model: RandLoraModel | AdaptedByPeft) -> None:
     """Raises ``ValueError`` for a model that cannot be called with LoRA in the place of its adapter."""
     if isinstance(model, AdaptedByPeft):
         raise ValueError("inputs: outputs of PEFT's models are not compared: save the adapter and give its folder")
-    if merged := [name for name, layer in layers.items() if layer.merged]:
+    if merged := [name for name, layer in adapted_layers(model.model).items() if layer.merged]:
         raise ValueError(f"inputs: adapters are merged into {merged[0]!r}: call unmerge_adapter() first")
 
 

@@ -55,7 +55,7 @@ def notes_of(result: Mapping[str, Any], settings: Mapping[str, Any], energy: flo
     notes, largest = [], result["rank"]
     needed = max(layer["rank"] for layer in result["layers"])
     if not result["exact"]:
-        notes.append(f"energy: of the sum of squares of an update {result['energy']:.2%} is kept, of all layers")
+        notes.append("energy: the share of the squares of an update's numbers; error: |dW - BA| / |dW|, as written")
     if needed < largest:
         notes.append(f"no layer needs more than rank {needed}: rank={needed} gives the same in a smaller file")
     if energy is not None and result["dtype"] in ("bfloat16", "float16"):

@@ -2,9 +2,11 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
+from helpers import pages
 from helpers.common import KINDS, over, reference_update
 from helpers.models import IDS, adapt, add, assert_unchanged, layers_of, net, snapshot, tiny_gpt2, tiny_llama
 from safetensors.torch import load_file
@@ -305,6 +307,27 @@ def test_the_update_of_one_layer_is_in_memory(tmp_path, monkeypatch):
     assert len(most) == 16 and max(most) == 1
 
 
+def test_compiled(tmp_path):
+    compiled = adapt(net(), num_bases=2)
+    to_lora(compiled, tmp_path / "a")
+    compiled.model = torch.compile(compiled.model, backend="eager")
+    to_lora(compiled, tmp_path / "b")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_offloaded(tmp_path):
+    from helpers.offloading import offloaded
+
+    model = adapt(net(), num_bases=2)
+    expected = to_lora(model, tmp_path / "a", dtype=torch.float64, inputs=IDS)
+    model = offloaded(model, "cpu", tmp_path)
+    assert to_lora(model, tmp_path / "b", dtype=torch.float64, inputs=IDS) == expected
+    assert any(p.is_meta for p in model.parameters()) and expected["logits"]["largest_difference"] < 1e-12
+    first, second = (written(tmp_path / folder)[0] for folder in "ab")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 # ---- what is refused ----
 
 
@@ -389,3 +412,24 @@ def test_output_folder(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         to_lora(model, tmp_path / "other" / "folder")
     assert not (tmp_path / "other").exists()
+
+
+# ---- the documentation's numbers ----
+
+
+def test_the_table_of_what_num_bases_trains(tmp_path):
+    """docs/export.md: numbers of one layer, 4096 x 4096, and the file that a small one gives."""
+    page = pages.text_of("docs/export.md")
+    rows = [
+        [float(cell.split()[0].replace(",", "")) for cell in line.strip("| ").split("|")]
+        for line in page.splitlines()
+        if re.match(r"\| \d+ \| \d+ \| \d+ \|", line)
+    ]
+    assert len(rows) == 6
+    for r, n, rank, trained, of_lora, same, mebibytes in rows:
+        d, r, n = 4096, int(r), int(n)
+        with torch.device("meta"):
+            layer = randlora.Linear(nn.Linear(d, d), r=r, num_bases=n, bases=randlora.RandomBases(1, 1, r))
+        assert trained == sum(p.numel() for p in layer.parameters() if p.requires_grad)
+        assert rank == n * r and of_lora == 2 * d * rank and same == round(trained / (2 * d), 1)
+        assert mebibytes == 2 * of_lora / 2**20
