@@ -234,6 +234,20 @@ def test_to_lora_of_one_of_several_adapters(tmp_path):
         randlora.export.to_lora(model, tmp_path / "new", adapter="another")
 
 
+def test_offloaded_models(tmp_path):
+    """PEFT's own RandLoRA cannot be built or called there."""
+    accelerate = pytest.importorskip("accelerate")
+    here, away = adapt(llama(), TARGETS), adapt(llama(), TARGETS)
+    accelerate.cpu_offload(away, "cpu")
+    assert all(parameter.is_meta for parameter in away.parameters())
+    assert_converts_as(here, away, 3)
+    files = []
+    for i, model in enumerate((here, away)):
+        randlora.export.to_lora(model, tmp_path / str(i), rank=3)
+        files.append((tmp_path / str(i) / "adapter_model.safetensors").read_bytes())
+    assert files[0] == files[1]
+
+
 def test_to_lora_of_what_randlora_does_not_compute(tmp_path):
     refused = {
         r"PEFT's own: call randlora\.integrations\.peft\.accelerate\(model\) first": adapt(llama(), TARGETS, False),
