@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import stat
 import tempfile
@@ -55,6 +56,32 @@ def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], Any]], de
                 _sync(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `path`, new or empty, when the block is left; if it raises, it is removed.
+
+    Meanwhile, and if the process is killed, it is ``<name>.incomplete-<digits>`` beside it.
+
+    Raises:
+        OSError: no access, a full disk, or somebody has put something into `path` meanwhile.
+    """
+    with _made(path.parent):
+        temporary = path.with_name(f"{path.name}.incomplete-{secrets.token_hex(4)}")
+        temporary.mkdir()
+        try:
+            yield temporary
+            for found in temporary.rglob("*"):
+                _sync(found)
+            _sync(temporary)
+            if os.name == "nt" and path.is_dir():  # there a folder takes no other's place, be it empty
+                path.rmdir()
+            os.rename(temporary, path)
+            _sync(path.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def is_replacing(folder: Path) -> bool:

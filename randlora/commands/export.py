@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from . import export_lora
+from . import export_lora, export_merged
 from .options import DTYPES
 
 
@@ -15,7 +15,7 @@ def add_options(commands: Any) -> None:
         help="an adapter as LoRA, or merged into the model's files",
         description="Writes a saved adapter in a form that others load: as LoRA, which PEFT and servers take, or as a "
         "whole model with the adapter in its weights.",
-        epilog=f"example:\n  {export_lora.EXAMPLE}",
+        epilog=f"examples:\n  {export_lora.EXAMPLE}\n  {export_merged.EXAMPLE}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = command.add_argument
@@ -25,11 +25,16 @@ def add_options(commands: Any) -> None:
     into.add_argument("--merged", action="store_true", help="write a model folder, a layer at a time")
     add("--output", required=True, metavar="FOLDER", help="where to write; it must not exist, or be empty")
     add("--model", metavar="ID", help="the base model: a folder or an id of the hub (default: the adapter's own)")
-    add("--dtype", choices=DTYPES, help="of the numbers that are written (default: float32 for LoRA)")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        help="of the numbers that are written (default: float32 for LoRA, the base's for --merged)",
+    )
     export_lora.add_options(command.add_argument_group("with --lora"))
+    export_merged.add_options(command.add_argument_group("with --merged"))
 
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.lora:
         return export_lora.run(arguments)
-    raise NotImplementedError("--merged is not written yet")
+    return export_merged.run(arguments)

@@ -8,6 +8,7 @@ at parameters or changes them asks for the parts first.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -18,6 +19,11 @@ from .gathering import is_dtensor
 def is_sharded(module: nn.Module) -> bool:
     """Whether FSDP2 shards parameters of this module or of those inside it."""
     return any(map(is_put_together, module.modules()))
+
+
+def is_hook(hook: Any) -> bool:
+    """Whether a module's `hook` is one of those by which FSDP2 puts parameters together."""
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp.")
 
 
 def hold_parts(modules: Iterable[nn.Module]) -> None:

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,20 +60,32 @@ def model_of_folder(
     Raises:
         ValueError: a folder or a base model that is not there, or that do not fit each other.
     """
-    folder = folder_of(find_folder(path), adapter)
-    if not folder.is_dir():
-        raise ValueError(f"{path} has no adapter {adapter!r}: there is no folder {folder}")
+    folder = adapter_folder(path, adapter)
     config = RandLoraConfig.from_pretrained(folder)
     if isinstance(base_model, nn.Module):
         base = _twin(base_model, with_numbers)
     else:
-        name = config.base_model_name_or_path if base_model is None else os.fspath(base_model)
-        if not name:
-            raise ValueError(f"{folder} does not say which model it adapts: give base_model=, the model or its name")
+        name = base_name(folder, config, base_model)
         base = load_model(name) if with_numbers else model_of_config(name)
     if config.bias != "none":
         _make_room_for_biases(base)
     return RandLoraModel.from_pretrained(base, folder, adapter)
+
+
+def adapter_folder(path: str | os.PathLike, adapter: str) -> Path:
+    """Where the files of an adapter of this name are, in a folder or a repository. Raises ``ValueError``."""
+    folder = folder_of(find_folder(path), adapter)
+    if not folder.is_dir():
+        raise ValueError(f"{path} has no adapter {adapter!r}: there is no folder {folder}")
+    return folder
+
+
+def base_name(folder: Path, config: RandLoraConfig, given: str | os.PathLike | None) -> str:
+    """The name or folder of the base model: the one that is given, or what the adapter says."""
+    name = config.base_model_name_or_path if given is None else os.fspath(given)
+    if not name:
+        raise ValueError(f"{folder} does not say which model it adapts: give base_model=, the model or its name")
+    return name
 
 
 def _twin(model: nn.Module, with_numbers: bool) -> nn.Module:

@@ -7,6 +7,7 @@ place would do nothing. Here the module is taken apart into four linear layers t
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -134,18 +135,21 @@ class MultiheadAttention(nn.MultiheadAttention):
         of its own and no hooks.
         """
         self.check_unwrap()
+        return self.unwrapped_with(lambda name: operator.attrgetter(name)(self))
+
+    def unwrapped_with(self, value: Callable[[str], Tensor]) -> nn.MultiheadAttention:
+        """The same with copies of ``value(name)`` as parameters, by their names in the state dict of torch's module."""
         origin = self._origin
         module = origin.cls.__new__(origin.cls)
         nn.Module.__init__(module)
         settings = {k: v for k, v in vars(self).items() if k not in OF_EVERY_MODULE and k != "_origin"}
         vars(module).update(settings, _qkv_same_embed_dim=origin.packed)
-        for name, flag in origin.requires_grad.items():
-            if not name.startswith("out_proj."):
-                module.register_parameter(name, None if flag is None else copied(getattr(self, name), flag))
-        out_proj: Any = linear_of(origin.out_proj_cls, self.out_proj.weight, self.out_proj.bias)
+        out_proj: Any = origin.out_proj_cls(1, 1, bias=False, device="meta")
+        out_proj.in_features = out_proj.out_features = self.embed_dim
         module.out_proj = out_proj
-        for name, parameter in out_proj.named_parameters():
-            parameter.requires_grad_(bool(origin.requires_grad[f"out_proj.{name}"]))
+        for path, flag in origin.requires_grad.items():
+            owner, name = (out_proj if path.startswith("out_proj.") else module), path.rpartition(".")[2]
+            owner.register_parameter(name, None if flag is None else copied(value(path), flag))
         return module.train(self.training)
 
     def check_unwrap(self) -> None:

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..checks import require_dtype
-from ..distributed import zero3
+from ..distributed import fsdp, zero3
 from ..distributed.parallelized import cut_by_a_plan
 from ..private_torch import unsafe_view
 from . import offload, quantized
@@ -143,8 +143,13 @@ def require_weight(weight: Tensor, bias: Tensor | None, x: Tensor, shape: tuple[
             offload.require_numbers(bias, "the base layer's bias", "to compute with")
 
 
-def require_mergeable(base_layer: nn.Module, shape: tuple[int, ...], transposed: bool) -> None:
+def require_mergeable(
+    base_layer: nn.Module, shape: tuple[int, ...], transposed: bool, in_place: bool = True, numbers: bool = True
+) -> None:
     """Raises unless adding to the layer's weight adds as much to what it computes.
+
+    Args:
+        in_place: False where the weight is only to be read. numbers: False where it may have none.
 
     Raises:
         TypeError: the weight is no tensor, or of a dtype that updates cannot be added to. ValueError: it has no numbers
@@ -166,13 +171,15 @@ def require_mergeable(base_layer: nn.Module, shape: tuple[int, ...], transposed:
             require_dtype("the base weight's dtype", weight.dtype)
         except TypeError as error:
             raise TypeError(f"{error}: {_MERGE_BEFORE}") from error
-    zero3.require_whole(weight, "the base layer's weight", "to merge into", writing=True)
-    if weight.shape != shape:
+    if in_place:
+        zero3.require_whole(weight, "the base layer's weight", "to merge into", writing=True)
+    if zero3.shape_of(weight) != shape:
         raise ValueError(
             f"the base layer, a {name}, must have a weight of shape {list(shape)} to merge into, got "
-            f"{list(weight.shape)}"
+            f"{list(zero3.shape_of(weight))}"
         )
-    offload.require_numbers(offload.read(base_layer, "weight"), "the base layer's weight", "to merge into")
+    if numbers:
+        offload.require_numbers(offload.read(base_layer, "weight"), "the base layer's weight", "to merge into")
     peculiar = None if cut_by_a_plan(base_layer) else _peculiarity(base_layer)
     if peculiar and (reason := _other_use_of_weight(base_layer, transposed)):
         raise ValueError(
@@ -193,7 +200,7 @@ def _peculiarity(base_layer: nn.Module) -> str | None:
         if has_own_forward(base_layer) or forward_is_replaced(base_layer):
             return "a forward of its own"
     hooks = *base_layer._forward_hooks.values(), *base_layer._forward_pre_hooks.values()
-    return "hooks" if any(not zero3.is_hook(hook) for hook in hooks) else None
+    return "hooks" if any(not (zero3.is_hook(hook) or fsdp.is_hook(hook)) for hook in hooks) else None
 
 
 @contextlib.contextmanager
@@ -213,9 +220,12 @@ def _without_accelerate(base_layer: nn.Module) -> Iterator[None]:
 def _other_use_of_weight(base_layer: nn.Module, transposed: bool) -> str | None:
     """Why ``W + D`` in place of W would not add ``x D^T`` to what the layer computes; None if it does."""
     held = {**base_layer._parameters, **base_layer._buffers}
-    tensors = {name: offload.read(base_layer, name).detach() for name, tensor in held.items() if tensor is not None}
-    weight = tensors["weight"]
     generator = torch.Generator().manual_seed(0)
+    tensors = {name: offload.read(base_layer, name).detach() for name, tensor in held.items() if tensor is not None}
+    for name, tensor in tensors.items():
+        if tensor.is_meta and tensor.is_floating_point():  # any numbers will tell
+            tensors[name] = torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+    weight = tensors["weight"]
     in_features = weight.shape[0 if transposed else 1]
     x, change = (torch.randn(*size, generator=generator) for size in ((3, in_features), weight.shape))
     # What is cast for every call does not say into what.

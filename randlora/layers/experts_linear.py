@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +18,7 @@ from ..functional import compute_dtype, flat_bases, linear_of
 from . import offload
 from .base_layer import name_of
 from .experts_form import sizes
+from .merging import Trained, added
 from .randlora_layer import RandLoraLayer
 
 
@@ -138,27 +137,30 @@ class ExpertsLinear(RandLoraLayer, nn.Module):
 
     # ---- merging ----
 
-    def _merged(self, weight: Tensor, names: list[str]) -> Tensor:
+    def _merged(self, weight: Tensor, names: list[str], trained: Trained | None = None) -> Tensor:
         merged = torch.empty_like(weight)
+        given = trained or {name: self._trained_whole(name, self._device(name)) for name in names}
         for i, (old, new) in enumerate(zip(weight, merged, strict=True)):  # one expert's update at a time
-            updates = (self.get_delta_weight(name, i).to(weight.device) for name in names)
-            new.copy_(functools.reduce(operator.add, updates, old))
+            updates = (self._delta(name, lam[i], gamma[i], lam.device) for name, (lam, gamma) in given.items())
+            new.copy_(added(old, (update.to(weight.device) for update in updates)))
         return merged
 
-    def _require_mergeable(self, base: nn.Module) -> None:
+    def _require_mergeable(self, base: nn.Module, in_place: bool, numbers: bool) -> None:
         what = f"the {self.weight_name} of the experts, a {name_of(base)},"
         weight = base._parameters.get(self.weight_name)
-        if is_sharded(base) or is_dtensor(weight):
+        if in_place and (is_sharded(base) or is_dtensor(weight)):
             raise ValueError(
                 f"{what} is kept in parts by several processes: save the adapter and merge it into a model that is not"
             )
         if weight is None:
             raise TypeError(f"{what} must be a parameter to merge into: was the module replaced?")
         require_dtype(f"the dtype of {what[:-1]}", weight.dtype)
-        zero3.require_whole(weight, what[:-1], "to merge into", writing=True)
-        if weight.shape != self._weight_shape:
-            raise ValueError(f"{what} must have shape {list(self._weight_shape)}, got {list(weight.shape)}")
-        offload.require_numbers(offload.read(base, self.weight_name), what[:-1], "to merge into")
+        if in_place:
+            zero3.require_whole(weight, what[:-1], "to merge into", writing=True)
+        if zero3.shape_of(weight) != self._weight_shape:
+            raise ValueError(f"{what} must have shape {list(self._weight_shape)}, got {list(zero3.shape_of(weight))}")
+        if numbers:
+            offload.require_numbers(offload.read(base, self.weight_name), what[:-1], "to merge into")
 
     def extra_repr(self) -> str:
         return f"{self.num_experts} experts, {self._description()}"

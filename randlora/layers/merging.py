@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..distributed import zero3
-from ..distributed.fsdp import is_sharded
-from ..distributed.gathering import is_dtensor, split_as
+from ..distributed.fsdp import hold_parts, is_sharded
+from ..distributed.gathering import is_dtensor, split_as, whole
 from ..distributed.parallelized import all_finite
 from . import base_layer as base_layers
 from . import offload, quantized
 from .ordinary import keeps_its_weight, tensor_weight
 from .shared_state import SharedState
+
+Trained = Mapping[str, tuple[Tensor, Tensor]]  # adapter -> lambda and gamma
 
 
 class Mergeable(SharedState):
@@ -79,13 +82,42 @@ class Mergeable(SharedState):
             self.merged_adapters.extend(names)
             _put(self, merged)
 
-    def _merged(self, weight: Tensor, names: list[str]) -> Tensor:
-        """`weight` with the updates of these adapters in it, rounded once."""
-        merged: Tensor = sum((self._delta_for(weight, name) for name in names), start=weight)
-        return merged.to(weight.dtype)
+    def merged_weight(self, adapter_names: Sequence[str], safe_merge: bool = False) -> Tensor:
+        """The base weight with the updates of these adapters in it, as :meth:`merge` would leave it; nothing changes.
 
-    def _delta_for(self, weight: Tensor, name: str) -> Tensor:
+        Adapters that are merged already are not added again. What several processes hold parts of (FSDP2, a parallel
+        plan, ZeRO-3) comes whole, and all of them must make this call. An ordinary weight only.
+
+        Raises:
+            ValueError: with `safe_merge`, if it is not finite.
+        """
+        base, names = self.get_base_layer(), [name for name in adapter_names if name not in self.merged_adapters]
+        sharded = is_sharded(self) or is_sharded(base)
+        if sharded:
+            hold_parts([base, *self.trained_parts()])
+        held = {name: self._held(name) for name in names}
+        with torch.no_grad(), zero3.gathered([getattr(base, self.weight_name), *itertools.chain(*held.values())]):
+            weight = offload.read(base, self.weight_name)
+            if sharded:
+                trained = {name: (whole(lam), whole(gamma)) for name, (lam, gamma) in held.items()}
+                merged = self._merged(whole(weight), names, trained)
+            else:
+                merged = whole(self._merged(weight, names))
+            if safe_merge and names and not all_finite(merged):
+                raise _not_finite(names)
+            return merged.clone() if merged is weight and zero3.is_parameter(weight) else merged.detach()
+
+    def _merged(self, weight: Tensor, names: list[str], trained: Trained | None = None) -> Tensor:
+        """`weight` with the updates of these adapters in it, rounded once.
+
+        `trained`: their whole lambda and gamma, where the layer holds parts of them.
+        """
+        return added(weight, (self._delta_for(weight, name, trained) for name in names))
+
+    def _delta_for(self, weight: Tensor, name: str, trained: Trained | None) -> Tensor:
         """``dW`` of one adapter where `weight` is; of a weight that is cut over ranks, this rank's part."""
+        if trained is not None:
+            return self._delta(name, *trained[name], weight.device)
         if is_dtensor(weight):
             from ..distributed import tensor_parallel  # which imports torch.distributed
 
@@ -93,8 +125,12 @@ class Mergeable(SharedState):
             return tensor_parallel.delta_like(layer, name, weight)
         return self.get_delta_weight(name).to(weight.device)
 
-    def check_merge(self, adapter_names: Sequence[str]) -> None:
+    def check_merge(self, adapter_names: Sequence[str], in_place: bool = True, numbers: bool = True) -> None:
         """Raise what :meth:`merge` would raise whatever the numbers are; for a look at all layers before the first.
+
+        Args:
+            in_place: False for :meth:`merged_weight`, which may be asked for weights that processes hold in parts.
+            numbers: False for a model on the meta device, whose weights are somewhere else.
 
         Raises:
             ValueError: a weight that is made anew at every call, such as a parametrised or pruned one, or one that
@@ -104,13 +140,15 @@ class Mergeable(SharedState):
             TypeError: a weight that is no tensor, or of a dtype that updates cannot be added to.
         """
         base = self.get_base_layer()
-        if is_sharded(self):
+        if in_place and is_sharded(self):
             raise ValueError(_SHARDED)
-        if tensor_weight(base, self.weight_name) is not None and not keeps_its_weight(base, self.weight_name):
+        kind = quantized.kind_of(base)  # transformers gives layers of HQQ's an empty `weight`, which is not theirs
+        named = kind is None or self.weight_name in kind.parts
+        if named and tensor_weight(base, self.weight_name) is not None and not keeps_its_weight(base, self.weight_name):
             raise ValueError(_recomputed(base, self.weight_name))
-        self._require_mergeable(base)
+        self._require_mergeable(base, in_place, numbers)
         for name in adapter_names:
-            self._trained_whole(name, torch.device("cpu"))
+            (self._trained_whole if in_place else self._trained)(name, torch.device("cpu"))
         if getattr(self, "bypassed", False) and any(
             self.randlora_lambda[n].any() and self.randlora_gamma[n].any() for n in adapter_names
         ):
@@ -118,9 +156,9 @@ class Mergeable(SharedState):
         if self._unmerged_weight is None and self.merged and self._is_quantized():
             raise ValueError(_NOT_KEPT)
 
-    def _require_mergeable(self, base: nn.Module) -> None:
+    def _require_mergeable(self, base: nn.Module, in_place: bool, numbers: bool) -> None:
         """Raises as :meth:`check_merge` for a weight that cannot be merged into."""
-        base_layers.require_mergeable(base, self._weight_shape, self.fan_in_fan_out)
+        base_layers.require_mergeable(base, self._weight_shape, self.fan_in_fan_out, in_place, numbers)
 
     def _is_quantized(self) -> bool:
         return isinstance(self._unmerged_weight, tuple) or quantized.is_quantized(self.get_base_layer())
@@ -160,6 +198,12 @@ class Mergeable(SharedState):
     def forget_unmerged_weight(self) -> None:
         """Free the weight as it was before merging: :meth:`unmerge` cannot give it back any more."""
         self._unmerged_weight = None
+
+
+def added(weight: Tensor, updates: Iterable[Tensor]) -> Tensor:
+    """`weight` with these updates, rounded once to its dtype."""
+    merged: Tensor = sum(updates, start=weight)
+    return merged.to(weight.dtype)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checkpoint import card, hub, reading, writing
+from ..checkpoint import card, hub, reading, restoring, writing
 from ..undo import all_or_nothing
 from . import injection, written_whole
 from .adapters import Adapters
@@ -150,3 +150,27 @@ class SavedAdapters(Adapters):
         with all_or_nothing(self, values=loaded.overwritten(self.model)):
             self._add(adapter_name, loaded.plan)
             loaded.copy_into(self.model, adapter_name)
+
+    def hotswap(self, path: str | os.PathLike, adapter_name: str = "default") -> None:
+        """Replace the numbers of an adapter by those in the folder `path`, in place.
+
+        For a server that changes adapters: no module, parameter or graph is made anew. All tensors stay where they are,
+        so that compiled models run the same code, without compiling again, and captured CUDA graphs compute with the
+        new numbers. Written are lambda and gamma, the adapter's copies of ``modules_to_save``, and trained biases.
+
+        The file may be PEFT's, or ``"user/repository"`` of the Hub. It must have the same layers, rank, numbers of
+        bases and bases. With another ``randlora_alpha`` its lambda is multiplied by what the two differ by, rounded
+        once to the parameter's dtype (exact where that is a power of two): the adapter keeps its own alpha, as all of
+        its other settings, dropout included. Saved afterwards it is the adapter in `path`.
+
+        What was trained before is lost: gradients and the state of an optimizer are of the old numbers. Whether
+        parameters require gradients does not change. Where processes hold parts of the adapter (FSDP2), all of them
+        make this call. An adapter that was offloaded together with the model is in memory afterwards.
+
+        Raises:
+            ValueError: an unknown name; an adapter that is merged, or on the meta device; a file that is missing or
+                damaged, that is of other layers, rank, bases or modules to save, or trains other biases. The message
+                names the file, what differs, and what to do. Nothing is changed then, or if copying fails.
+        """
+        self._check(adapter_name)
+        restoring.hotswap(self, path, adapter_name)

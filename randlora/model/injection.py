@@ -85,15 +85,20 @@ def _check_sharded(model: nn.Module, plan: Plan) -> None:
                 require_unsharded(module, repr(name))
 
 
-def to_merge(model: nn.Module, names: Sequence[str]) -> dict[RandLoraLayer, list[str]]:
-    """Layer -> which of the adapters `names` are to be merged into it; checked for all layers first."""
+def to_merge(
+    model: nn.Module, names: Sequence[str], in_place: bool = True, numbers: bool = True
+) -> dict[RandLoraLayer, list[str]]:
+    """Layer -> which of the adapters `names` are to be merged into it; checked for all layers first.
+
+    `in_place`, `numbers`: as for :meth:`randlora.layers.merging.Mergeable.check_merge`.
+    """
     found = {}
     for path, layer in adapted_layers(model).items():
         wanted = [name for name in names if name in layer.randlora_lambda and name not in layer.merged_adapters]
         if wanted:
             found[layer] = wanted
             try:
-                layer.check_merge(wanted)
+                layer.check_merge(wanted, in_place, numbers)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{path!r} cannot be merged into: {error}") from error
     return found

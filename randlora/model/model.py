@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..checkpoint import reading
 from ..config import RandLoraConfig
@@ -24,6 +25,7 @@ from . import forward_signature, injection
 from .adapter_plan import Plan, plan_adapter
 from .delegation import Delegating
 from .files import SavedAdapters
+from .merged_tensors import merged_tensors
 from .parts import adapted_layers, saved_modules
 from .training_step import at_training_step
 
@@ -119,6 +121,35 @@ class RandLoraModel(Delegating, SavedAdapters):
             ValueError, TypeError: as :meth:`merge_adapter`.
         """
         return injection.unload(self.model, self._names(adapter_names), progressbar, safe_merge, low_memory)
+
+    def merged_tensors(
+        self, adapter_names: Sequence[str] | None = None, *, safe_merge: bool = False,
+        dequantize: bool | torch.dtype = False, original_names: bool = False,
+    ) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+        """Names and tensors of the merged plain model, one after the other; this model does not change.
+
+        ``dict(model.merged_tensors())`` is the state dict of ``copy.deepcopy(model).merge_and_unload()``: the same
+        names, order, shapes, dtypes and bits. Each merged weight is made when it is asked for, and not kept; all
+        others are the model's own, detached and not copied. So a loop has two merged weights at a time at most, its own
+        and the next, or one if it deletes its own before.
+
+        Weights that accelerate offloads are brought in. Those of which processes hold parts (FSDP2, tensor parallel,
+        ZeRO-3) come whole: all processes must take all tensors, in this order.
+
+        Args:
+            adapter_names: default: the active ones.
+            safe_merge: raise ``ValueError`` instead of a merged weight that is not finite.
+            dequantize: for models with quantised layers, whose weights are given as numbers, under their plain names
+                and with the updates added: in this dtype, or with True in the model's.
+            original_names: names and shapes of the files of the Hugging Face hub instead, which servers read: what
+                transformers' ``save_pretrained`` writes. Of fused experts these are the weights of every single one;
+                what several modules share, as tied embeddings, comes once, under its first name.
+
+        Raises:
+            ValueError, TypeError: as :meth:`merge_and_unload` before the first tensor, though not for sharded models.
+                ValueError for quantised layers without `dequantize`, and for tensors without numbers.
+        """
+        return merged_tensors(self.model, self._names(adapter_names), safe_merge, dequantize, original_names)
 
     def unload(self) -> nn.Module:
         """The model as it was before, without adapters; this object is of no use afterwards."""

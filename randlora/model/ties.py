@@ -54,6 +54,11 @@ def _equal(owner: tuple[str, nn.Module, str], other: tuple[str, nn.Module, str])
     return torch.equal(offload.read(*owner[1:]), offload.read(*other[1:]))
 
 
+def computes_with_flag(model: nn.Module) -> bool:
+    """Whether the model uses the flag in a call, as T5 does to scale its output, so that it cannot be changed."""
+    return any(_reads_flag(module) for module in model.modules() if hasattr(getattr(module, "config", None), FLAG))
+
+
 def _are_apart(found: list[tuple[str, nn.Module, str]]) -> bool:
     if all(_is_offloaded(module, key) for _, module, key in found):
         return not all(_equal(found[0], other) for other in found[1:])

@@ -337,3 +337,28 @@ def _load(model, weights):
 def test_models_on_meta(two_ranks, tmp_path):
     """Sharded before they have numbers: bases are made as ever, adapters have those of their file, or new ones."""
     two_ranks(on_meta, folder=str(tmp_path))
+
+
+def swapped(folder):
+    """Each rank takes its parts, with modules to save, biases and another alpha."""
+    settings = {"modules_to_save": ["head"], "bias": "randlora_only"}
+    single = adapt(net(), seed=8, **settings | {"randlora_alpha": 7})
+    with torch.no_grad():
+        single.model.head.modules_to_save["default"].weight.mul_(-1)
+        single.model.layers[1].up_proj.bias.mul_(2)
+    if distributed.get_rank() == 0:
+        single.save_pretrained(folder)
+    distributed.barrier()
+    for wrap in (shard, fully_shard):
+        model = wrap(adapt(net(), **settings))
+        with torch.no_grad():
+            model(IDS)
+        reshard(model)
+        before = [id(p) for p in model.parameters()]
+        model.hotswap(folder)
+        assert [id(p) for p in model.parameters()] == before and with_gradients(model) == trained(model)
+        torch.testing.assert_close(model(IDS), single(IDS))
+
+
+def test_another_adapter_in_the_same_parts(two_ranks, tmp_path):
+    two_ranks(swapped, folder=str(tmp_path))

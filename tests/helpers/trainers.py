@@ -1,6 +1,7 @@
 """Short runs of transformers' Trainer on a tiny Llama, of randlora or of PEFT accelerated, which can be resumed."""
 
 import contextlib
+import functools
 import io
 
 import torch
@@ -66,3 +67,17 @@ def train(trainer, resume=None):
 
 def trained(model):
     return {name: whole(p.detach()).clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@functools.cache
+def tokenizer():
+    """A word each for the ids of a tiny Llama."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<pad>", "<eos>", "<unk>", *"abcdefghijklmnop"]
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )

@@ -1,13 +1,12 @@
 """TRL's trainers around models of randlora."""
 
-import functools
 import os
 
 import pytest
 import torch
 from helpers.checkpoints import keys_of
 from helpers.models import IDS, add, tiny_llama
-from helpers.trainers import SETTINGS, our_model, train
+from helpers.trainers import SETTINGS, our_model, tokenizer, train
 
 import randlora
 
@@ -23,18 +22,6 @@ ARGUMENTS = {
     "max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 0.02, "logging_steps": 1, "report_to": [],
     "use_cpu": True, "save_steps": 2, "disable_tqdm": True, "bf16": False, "max_length": 8,
 }  # fmt: skip
-
-
-@functools.cache
-def tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = ["<pad>", "<eos>", "<unk>", *"abcdefghijklmnop"]
-    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
 
 
 def make(cls, model, folder, ref_model=None, **settings):

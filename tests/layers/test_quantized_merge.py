@@ -9,6 +9,7 @@ from helpers.common import make_bases, normal, randomize, reference_update
 from helpers.quantized_layers import (
     DTYPES,
     HERE,
+    HQQLinear,
     allowed,
     ao,
     assert_same_weight,
@@ -276,3 +277,15 @@ def test_merging_in_inference_mode(kind):
     with torch.inference_mode():
         layer.unmerge()
     assert_same_weight(layer.base_layer, before)
+
+
+@pytest.mark.skipif(HQQLinear is None, reason="hqq is not installed")
+def test_hqq_has_a_weight_that_is_none(monkeypatch):
+    """transformers gives HQQ's layers an empty property of this name, for models that ask it for its dtype."""
+    monkeypatch.setattr(HQQLinear, "weight", property(lambda self: torch.empty(0)), raising=False)
+    layer = make_layer("hqq8")
+    before = [part.clone() for part in parts(layer.base_layer)]
+    layer.merge()
+    assert layer.merged
+    layer.unmerge()
+    assert all(map(torch.equal, parts(layer.base_layer), before))

@@ -195,3 +195,18 @@ def test_loaded_twice(tmp_path):
     model.set_adapter("two")
     torch.testing.assert_close(logits(model), expected)
     torch.testing.assert_close(logits(load(llama(), tmp_path, False)), expected)
+
+
+def test_another_file_in_the_same_parameters(tmp_path):
+    """PEFT's own hotswap_adapter knows LoRA alone; what it offers beside that writes in place."""
+    other = randomize(adapt(llama(), config(*TARGETS)), 700).eval()
+    other.save_pretrained(tmp_path)
+    model = adapt(llama(), config(*TARGETS)).eval()
+    hotswap = pytest.importorskip("peft.utils.hotswap")
+    with pytest.raises(ValueError, match=r"Hotswapping only supports .*LORA.* but RANDLORA"):
+        hotswap.hotswap_adapter(model, str(tmp_path), "default", "cpu")
+    before = [(id(p), p.data_ptr()) for p in model.parameters()]
+    assert not torch.equal(logits(model), logits(other))
+    peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(tmp_path), device="cpu"))
+    assert [(id(p), p.data_ptr()) for p in model.parameters()] == before
+    assert torch.equal(logits(model), logits(other))
