@@ -17,9 +17,11 @@ from randlora.export import to_merged
 
 
 def everything():
-    model = add(adapt(net(), modules_to_save=["head"], bias="all"), "second", 2, target_modules=["q_proj"])
+    """Of the root itself, which stays put together after a call, the head is adapted, and the embeddings are saved."""
+    model = adapt(net(), modules_to_save=["embed"], bias="all", target_modules=["q_proj", "up_proj", "head"])
+    model = add(model, "second", 2, target_modules=["q_proj"])
     with torch.no_grad():
-        model.model.head.modules_to_save["default"].weight.add_(0.5)
+        model.model.embed.modules_to_save["default"].weight.add_(0.5)
     model.set_adapter(["default", "second"])
     return model
 
