@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +103,14 @@ def to_lora(
         on_inputs.check(model)
 
     with torch.no_grad():
-        ranks = _ranks(layers, adapter, rank, energy, progressbar)
-        common = None if per_layer else _common(rank, ranks)
-        rows, factors = [], {}
-        for name, layer in _bar(layers, "factors", progressbar):
-            wanted = ranks[name] if common is None else common
-            row, factors[name] = _exported(name, layer, adapter, wanted, dtype, padded=common is not None)
-            rows.append(row)
+        with _without_autocast(layers):
+            ranks = _ranks(layers, adapter, rank, energy, progressbar)
+            common = None if per_layer else _common(rank, ranks)
+            rows, factors = [], {}
+            for name, layer in _bar(layers, "factors", progressbar):
+                wanted = ranks[name] if common is None else common
+                row, factors[name] = _exported(name, layer, adapter, wanted, dtype, padded=common is not None)
+                rows.append(row)
         found = {} if inputs is None else {"logits": on_inputs.compare(model, adapter, layers, factors, inputs)}
     tensors = lora_folder.tensors_of(factors) | beside
     settings = lora_folder.settings(model, adapter, layers, {name: len(f.A) for name, f in factors.items()})
@@ -183,6 +185,16 @@ def _ranks(
             f"energy=, which approximate (rank={largest} is exact), or merge the adapter into the model"
         )
     return {name: most if rank is None else min(most, rank) for name, most in full.items()}
+
+
+@contextlib.contextmanager
+def _without_autocast(layers: Mapping[str, RandLoraLayer]) -> Iterator[None]:
+    """Neither factors nor what they lose may be computed in 16 bits."""
+    devices = {parameter.device.type for layer in layers.values() for parameter in layer.parameters()}
+    with contextlib.ExitStack() as stack:
+        for device in sorted({"cpu", *devices} - {"meta"}):  # there is no autocast for meta
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def _common(rank: int | None, ranks: Mapping[str, int]) -> int:

@@ -26,8 +26,15 @@ def truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     zero where there is nothing left. The same input gives the same bits on one device. `rank` is below both of ``a``
     and ``b``; fp32 or fp64.
     """
+    # What follows squares numbers: at a power of two near 1 they stay within the range of fp32.
+    exponent = torch.frexp(matrix.abs().amax()).exponent.clamp(-100, 100)  # torch.ldexp makes the power itself
+    B, A = _truncated(torch.ldexp(matrix, -exponent), rank)
+    return torch.ldexp(B, exponent), A
+
+
+def _truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if matrix.shape[0] < matrix.shape[1]:
-        B, A = truncated(matrix.T, rank)
+        B, A = _truncated(matrix.T, rank)
         norms = B.norm(dim=0)
         return A.T * norms, (B / norms.clamp_min(torch.finfo(B.dtype).tiny)).T
     if min(matrix.shape) <= SMALL:
@@ -100,6 +107,8 @@ def _krylov(matrix: Tensor, rank: int) -> Tensor | None:
         residuals = (torch.linalg.qr(rest, mode="r").R.double() @ vectors[n - width :]).norm(dim=0)
         noise = (32 * torch.finfo(matrix.dtype).eps) ** 2 * values[0]
         if ((residuals <= _TOLERANCE[matrix.dtype] * values) | (values <= noise)).all():
+            if matrix.dtype == torch.float64:  # H, which has the squares, ends at 1e-8 of the largest value
+                vectors = torch.linalg.svd(torch.linalg.qr(W[:, :n], mode="r").R).Vh[:rank].T
             found: Tensor = Q[:, :n] @ vectors.to(matrix)
             return found
         look = n + max(width, n // 8)

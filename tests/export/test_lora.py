@@ -282,6 +282,17 @@ def test_same_bytes_again(tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+def test_autocast_rounds_nothing(tmp_path):
+    model = adapt(net(torch.float32))
+    for i, asked in enumerate(({"rank": 3}, {"energy": 0.9}, {"rank": 13})):
+        expected = to_lora(model, tmp_path / f"{i}", **asked)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert to_lora(model, tmp_path / f"{i} in 16 bits", **asked) == expected
+            assert torch.is_autocast_enabled("cpu")
+        first, second = (tmp_path / folder / "adapter_model.safetensors" for folder in (f"{i}", f"{i} in 16 bits"))
+        assert first.read_bytes() == second.read_bytes()
+
+
 def test_update_of_zero(tmp_path):
     model = randlora.get_peft_model(net(), randlora.RandLoraConfig(r=4, target_modules=["q_proj"]))
     for i, asked in enumerate(({"rank": 2}, {"energy": 0.9}, {})):

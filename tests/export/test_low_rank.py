@@ -29,11 +29,11 @@ def matrix(a, b, spectrum, dtype=torch.float64):
     return ((U * spectrum) @ V.T).to(dtype)
 
 
-def assert_best(B, A, M, rank):
+def assert_best(B, A, M, rank, computed_in=None):
     """The product is as near to `M` as the best of this rank, and B's columns have the singular values as norms."""
     dtype, M = M.dtype, M.double()
     S = torch.linalg.svdvals(M)
-    noise = 40 * torch.finfo(dtype).eps * M.norm()
+    noise = 40 * torch.finfo(computed_in or dtype).eps * M.norm()
     assert B.shape == (len(M), rank) and A.shape == (rank, M.shape[1]) and B.dtype == A.dtype == dtype
     # Norms are taken of columns that were made orthogonal by their Gram matrix.
     torch.testing.assert_close(B.double().norm(dim=0), S[:rank], rtol=1e-5, atol=max(noise, 1e-8 * M.norm()))
@@ -78,6 +78,20 @@ def test_krylov_finds_it_without_the_whole(dtype, small):
     assert (B.double() @ A.double() - best).norm() < (1e-3 if dtype == torch.float32 else 1e-8) * best.norm()
     again = low_rank.truncated(M.clone(), 12)
     assert torch.equal(B, again[0]) and torch.equal(A, again[1])
+
+
+@over("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("base", [0.5, 0.9])
+def test_neither_the_size_of_numbers_nor_how_they_fall_matters(base, dtype, small):
+    """Squares of them leave the range of fp32, and the accuracy of fp64, long before they do."""
+    spectrum = base ** torch.arange(200, dtype=torch.float64)
+    for scale in (1e-36, 1e-25, 1.0, 1e25, 1e37) if dtype == torch.float32 else (1.0,):
+        for a, b in ((220, 200), (200, 220)):
+            M = matrix(a, b, scale * spectrum).to(dtype)
+            for rank in (1, 12, 30):
+                B, A = low_rank.truncated(M, rank)
+                assert_best(B.double() / scale, A.double(), M.double() / scale, rank, dtype)
+    assert not small
 
 
 @over("dtype", [torch.float32, torch.float64])
