@@ -40,7 +40,7 @@ class BaseFiles:
         self.folder = _folder(name, revision)
         if not (self.folder / "config.json").is_file():
             raise ValueError(f"the folder {str(self.folder)!r} has no config.json")
-        self.config: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        self.config = _json(self.folder / "config.json")
         if self.config.get("quantization_config") is not None:
             raise ValueError(
                 f"{self.folder} holds quantised weights: name the model that they were made of, by base_model= or "
@@ -62,7 +62,9 @@ class BaseFiles:
     def _where(self) -> dict[str, Path]:
         index = self.folder / INDEX
         if index.is_file():
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = _json(index).get("weight_map")
+            if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
+                raise ValueError(f"{index} has no weight_map, which says where the weights are: copy it once more")
             return {key: self.folder / file for key, file in names.items()}
         path = self.folder / "model.safetensors"
         if path.is_file():
@@ -100,6 +102,16 @@ class BaseFiles:
                 found[name.as_posix()] = path
         found |= {path.name: path for path in sorted(adapter.iterdir()) if path.is_file() and _is(path, _TOKENIZER)}
         return {name: path for name, path in found.items() if not _is(path, _ADAPTER) and name != "config.json"}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also of bytes that are no text
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no JSON object, but a {type(found).__name__}")
+    return found
 
 
 def copy(files: dict[str, Path], folder: Path) -> None:

@@ -18,6 +18,7 @@ from ..checkpoint.biases import plain
 from ..checkpoint.replace import new_folder
 from ..distributed import zero3
 from ..distributed.gathering import is_dtensor
+from ..dtypes import FLOATS
 from ..model import ties
 from ..model.merged_tensors import Part, each, parts_of
 from ..model.model import RandLoraModel
@@ -54,13 +55,14 @@ def to_merged(
     Args:
         model_or_folder: the folder of a saved adapter (or an id of the Hugging Face hub), or an adapted model. A model
             brings its config along, if it is one of transformers, but no tokenizer.
-        output: the folder to write, which must not exist or be empty.
+        output: the folder to write, which must not exist or be empty; links are followed. Not the current folder, nor
+            where a disk is mounted, as no other folder can be put in its place.
         adapter_names: those to merge. Default: ``"default"`` of a folder, the active ones of a model.
         base_model: for a folder: name or folder of the model that it adapts; default: what the adapter's config says.
             It is read from safetensors' files.
-        dtype: of all weights with a floating dtype. Default: each has the one that it has. A model's are merged in
-            their own dtype and then cast, those of files rounded once.
-        max_shard_size: of one file, in bytes or as a text.
+        dtype: of all weights with a floating dtype: float32, bfloat16, float16 or float64. Default: each has the one
+            that it has. A model's are merged in their own dtype and then cast, those of files rounded once.
+        max_shard_size: of one file, above 0, in bytes or as a text.
         progressbar: show one, by tqdm.
 
     Raises:
@@ -69,10 +71,9 @@ def to_merged(
             left then.
         OSError: too little space on the disk, which is looked at first, or no access.
     """
-    output = Path(output)
-    check_output(output)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype must be a floating dtype of torch, got {dtype!r}")
+    output = _place(output)
+    if dtype is not None and dtype not in FLOATS:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype!r}")
     names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
     source: IntoFiles | _OfModel
     if isinstance(model_or_folder, RandLoraModel):
@@ -171,6 +172,16 @@ def _tied(model: Any, parts: dict[str, Part]) -> set[str]:
 def _text_of(config: Any, model: Any, dtype: torch.dtype | None, untied: bool) -> str:
     said = json.loads(config.to_json_string(use_diff=True))
     return config_text(said | {"architectures": [type(model).__name__]}, model, dtype or model.dtype, untied)
+
+
+def _place(output: str | os.PathLike) -> Path:
+    """Where the folder will be renamed to, links followed: at the end of all the work that must not fail."""
+    path = Path(output).resolve()
+    check_output(path)
+    why = "is the current folder" if path == Path.cwd() else "is where a disk is mounted" if path.is_mount() else None
+    if why is not None:
+        raise ValueError(f"output {str(output)!r} {why}, in whose place no other can be put: name a folder in it")
+    return path
 
 
 def _check_space(output: Path, needed: int) -> None:

@@ -8,6 +8,7 @@ shapes and dtypes are known, the header can be written first, and the tensors co
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -44,11 +45,10 @@ class Shards:
         for name, like in self.likes.items():
             if like.dtype not in _NAMES:
                 raise ValueError(f"{name} cannot be written: safetensors has no {like.dtype}")
-        if isinstance(max_shard_size, bool) or not isinstance(max_shard_size, (int, str)) or max_shard_size in (0, ""):
-            raise ValueError(f"max_shard_size must be a number of bytes or a text like '5GB', got {max_shard_size!r}")
+        size = _size(max_shard_size)
         empty = {key: torch.empty(like.shape, dtype=like.dtype, device="meta") for key, like in self.likes.items()}
         split = split_torch_state_dict_into_shards(
-            empty, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+            empty, filename_pattern="model{suffix}.safetensors", max_shard_size=size
         )
         self.files: dict[str, list[str]] = split.filename_to_tensors
         self.bytes = sum(map(_bytes, self.likes.values()))
@@ -87,6 +87,18 @@ class Shards:
                 "weight_map": {name: file for file, names in self.files.items() for name in sorted(names)},
             }
             (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _size(given: Any) -> int:
+    """In bytes. Raises ``ValueError`` for what is no size above 0."""
+    found = re.fullmatch(r"(\d+(?:\.\d*)?) *([KMGT]?)B?", given.strip().upper()) if isinstance(given, str) else None
+    if found is not None:
+        size = int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " "))
+    else:
+        size = given if isinstance(given, int) and not isinstance(given, bool) else 0
+    if size < 1:
+        raise ValueError(f"max_shard_size must be a number of bytes above 0, or a text like '5GB', got {given!r}")
+    return size
 
 
 def _header(path: Path, likes: Mapping[str, Tensor]) -> tuple[dict[str, int], int]:

@@ -478,6 +478,22 @@ def test_a_process_that_is_killed_leaves_what_is_marked_as_incomplete(process):
 # ---- refused before anything is written ----
 
 
+def test_links_and_sizes(tmp_path):
+    """An output that links to another folder, there or not; and sizes of files as they are written."""
+    _, adapter, _ = saved(tiny_llama(num_hidden_layers=1), tmp_path)
+    (tmp_path / "there").mkdir()
+    for i, (name, size, more) in enumerate(
+        [("there", "20000", True), ("new", " 20 kb", True), ("other", "1.5G", False)]
+    ):
+        link = tmp_path / f"link{i}"
+        link.symlink_to(tmp_path / name)
+        to_merged(adapter, link, max_shard_size=size)
+        assert link.is_symlink() and (tmp_path / name / "config.json").is_file()
+        assert (tmp_path / name / shards.INDEX).is_file() == more
+        assert more or (tmp_path / name / "model.safetensors").is_file()
+    assert left(tmp_path) == ["link0", "link1", "link2", "new", "other", "there"]
+
+
 def test_refused(tmp_path, monkeypatch):
     base, adapter, model = saved(tiny_llama(), tmp_path)
     out = tmp_path / "out"
@@ -490,16 +506,27 @@ def test_refused(tmp_path, monkeypatch):
 
     refuses("holds 'config.json' already", adapter, base)
     refuses("is a file", adapter, base / "config.json")
-    refuses("floating dtype", dtype=torch.int8)
+    for dtype in (torch.int8, torch.float8_e4m3fn, "float16"):
+        refuses("dtype must be one of", dtype=dtype)
     refuses("has no adapter 'c'", adapter, out, "c")
     refuses("at least one", adapter, out, [])
     refuses("has its own", model, out, base_model=base)
     refuses("must be a RandLoraModel or a folder", 3, out, error=TypeError)
-    refuses("max_shard_size", max_shard_size=0)
+    for size in (0, -1, "0KB", "-5GB", "many", "", 1.5, None, True):
+        refuses("max_shard_size must be", max_shard_size=size)
     refuses("no config", adapter, out, base_model=adapter)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 0, 10))
     refuses("make room", error=OSError)
     monkeypatch.undo()
+    out.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: os.fspath(path) == str(out))  # pathlib asks it since 3.12
+    monkeypatch.setattr(type(out), "is_mount", lambda path: path == out)
+    refuses("is where a disk is mounted")
+    monkeypatch.undo()
+    monkeypatch.chdir(out)
+    refuses("is the current folder", adapter, ".")
+    monkeypatch.undo()
+    out.rmdir()
     with torch.no_grad():
         broken = copy.deepcopy(model)
         next(iter(broken.model.model.layers[0].mlp.down_proj.randlora_lambda.values())).fill_(1e30)
@@ -514,7 +541,18 @@ def test_refused(tmp_path, monkeypatch):
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
     refuses("quantised weights")
+    for text, match in (("{", "config.json cannot be read"), ("[]", "config.json holds no JSON object, but a list")):
+        (base / "config.json").write_text(text)
+        refuses(match)
     (base / "config.json").write_text(json.dumps(config))
+    for text, match in (
+        ("{", "index.json cannot be read"),
+        ("{}", "no weight_map"),
+        ('{"weight_map": []}', "no weight"),
+    ):
+        (base / shards.INDEX).write_text(text)
+        refuses(match)
+    (base / shards.INDEX).unlink()
     state = safetensors.load_file(base / "model.safetensors")
     name = "model.layers.1.mlp.down_proj.weight"
     safetensors.save_file({k: t for k, t in state.items() if k != name}, base / "model.safetensors", {"format": "pt"})
