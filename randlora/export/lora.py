@@ -17,7 +17,7 @@ from ..layers.randlora_layer import RandLoraLayer
 from ..model.model import RandLoraModel
 from ..model.parts import layers_with
 from . import lora_folder, on_inputs
-from .source import AdaptedByPeft, model_of_folder, model_of_peft
+from .source import NO_ADAPTER, AdaptedByPeft, model_of_folder, model_of_peft
 from .table import VLLM_RANKS, LoraExport, notes_of
 from .update import Factors, LayerUpdate
 
@@ -74,7 +74,8 @@ def to_lora(
     Raises:
         TypeError, ValueError: arguments that do not fit; layers that LoRA's format does not have (weights of fused
             experts, projections of a ``nn.MultiheadAttention``, one layer in several places); numbers that are not
-            finite, are missing, or do not fit into `dtype`. Nothing is written then.
+            finite, are missing, or do not fit into `dtype`; inputs that the model cannot be called on. Nothing is
+            written then.
         OSError: the folder cannot be written; what was there is there again.
     """
     output = Path(output)
@@ -90,7 +91,7 @@ def to_lora(
         if model is None:
             raise TypeError(
                 "model_or_folder must be a randlora.RandLoraModel, a model with accelerated RandLoRA layers of PEFT, "
-                f"or the folder of a saved adapter, got {type(model_or_folder).__name__}"
+                f"or the folder of a saved adapter, got {type(model_or_folder).__name__}{NO_ADAPTER}"
             )
         if base_model is not None:
             raise ValueError("base_model is for the folder of an adapter: this model has its own")
@@ -126,7 +127,7 @@ def to_lora(
         layers=rows,
         **found,
     )
-    result["notes"] = notes_of(result, settings, energy)
+    result["notes"] = notes_of(result, settings, energy, zero=not any(energies))
     lora_folder.write(output, model, settings, tensors, result)
     return result
 

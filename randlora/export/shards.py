@@ -24,6 +24,7 @@ DTYPES = {
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
+_WRONG_SIZE = "max_shard_size must be a number of bytes or a text such as '5GB' or '500MB'"
 
 
 class Shards:
@@ -45,11 +46,14 @@ class Shards:
             if like.dtype not in _NAMES:
                 raise ValueError(f"{name} cannot be written: safetensors has no {like.dtype}")
         if isinstance(max_shard_size, bool) or not isinstance(max_shard_size, (int, str)) or max_shard_size in (0, ""):
-            raise ValueError(f"max_shard_size must be a number of bytes or a text like '5GB', got {max_shard_size!r}")
+            raise ValueError(f"{_WRONG_SIZE}, got {max_shard_size!r}")
         empty = {key: torch.empty(like.shape, dtype=like.dtype, device="meta") for key, like in self.likes.items()}
-        split = split_torch_state_dict_into_shards(
-            empty, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
-        )
+        try:
+            split = split_torch_state_dict_into_shards(
+                empty, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+            )
+        except ValueError as error:  # of a text
+            raise ValueError(f"{_WRONG_SIZE}, got {max_shard_size!r}") from error
         self.files: dict[str, list[str]] = split.filename_to_tensors
         self.bytes = sum(map(_bytes, self.likes.values()))
 

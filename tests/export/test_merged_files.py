@@ -491,7 +491,7 @@ def test_refused(tmp_path, monkeypatch):
     refuses("has no adapter 'c'", adapter, out, "c")
     refuses("at least one", adapter, out, [])
     refuses("has its own", model, out, base_model=base)
-    refuses("must be a RandLoraModel or a folder", 3, out, error=TypeError)
+    refuses("must be a randlora.RandLoraModel or the folder", 3, out, error=TypeError)
     refuses("max_shard_size", max_shard_size=0)
     refuses("no config", adapter, out, base_model=adapter)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 0, 10))
