@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from . import export_lora, export_merged
-from .options import DTYPES
+from .options import DTYPES, Failed
 
 
 def add_options(commands: Any) -> None:
@@ -25,6 +25,7 @@ def add_options(commands: Any) -> None:
     into.add_argument("--merged", action="store_true", help="write a model folder, a layer at a time")
     add("--output", required=True, metavar="FOLDER", help="where to write; it must not exist, or be empty")
     add("--model", metavar="ID", help="the base model: a folder or an id of the hub (default: the adapter's own)")
+    add("--adapter-name", default="default", metavar="NAME", help="of several in the folder: the one of this name")
     add(
         "--dtype",
         choices=DTYPES,
@@ -35,6 +36,10 @@ def add_options(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.lora:
-        return export_lora.run(arguments)
-    return export_merged.run(arguments)
+    way, other, name = (
+        (export_lora, export_merged, "--merged") if arguments.lora else (export_merged, export_lora, "--lora")
+    )
+    for option in other.OPTIONS:
+        if (given := getattr(arguments, option)) is not None and given is not False:
+            raise Failed(f"--{option.replace('_', '-')} is for {name}")
+    return way.run(arguments)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -13,3 +16,8 @@ class Failed(Exception):
 
 def names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def progressbar() -> bool:
+    """Whether somebody looks on, and tqdm is there to show one."""
+    return sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None

@@ -25,7 +25,7 @@ from ..model.original_names import Original
 from ..model.parts import is_bias
 from .base_files import BaseFiles
 from .merged_config import Cast, config_text, require_untied
-from .source import adapter_folder, base_name
+from .source import adapter_folder, base_name, explained
 
 
 @dataclass
@@ -59,7 +59,9 @@ class IntoFiles:
         configs = {name: RandLoraConfig.from_pretrained(folder) for name, folder in folders.items()}
         first, *others = self.names
         revision = configs[first].revision if self.base_model is None else None
-        self.base = BaseFiles(base_name(folders[first], configs[first], self.base_model), revision)
+        name = base_name(folders[first], configs[first], self.base_model)
+        with explained(name, folders[first], self.base_model):
+            self.base = BaseFiles(name, revision)
         model = model_of_config(str(self.base.folder))
         state = model.state_dict(keep_vars=True)
         there = {id(tensor) for tensor in state.values() if not tensor.is_meta}
@@ -74,8 +76,9 @@ class IntoFiles:
             adapted = RandLoraModel.from_pretrained(model, folders[first], first)
         except ValueError as error:
             raise ValueError(
-                f"{error}. The base is a {type(model).__name__}, as its config says: for an adapter of a model with "
-                "another head, load that model and the adapter, and export the model"
+                f"{error}. The base is {self.base.folder}, by its config a {type(model).__name__}: name another by "
+                "base_model= or --model; for an adapter of a model with another head, load that model and the adapter, "
+                "and export the model"
             ) from error
         for name in others:
             adapted.load_adapter(folders[name], name)

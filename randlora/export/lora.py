@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checks import require_float, require_int
+from ..checks import require_float, require_size
 from ..dtypes import FLOATS
 from ..layers.attention import MultiheadAttention
 from ..layers.randlora_layer import RandLoraLayer
 from ..model.model import RandLoraModel
 from ..model.parts import layers_with
 from . import lora_folder, on_inputs
-from .source import AdaptedByPeft, model_of_folder, model_of_peft
-from .table import LoraExport, notes_of
+from .source import NO_ADAPTER, AdaptedByPeft, model_of_folder, model_of_peft
+from .table import VLLM_RANKS, LoraExport, notes_of
 from .update import Factors, LayerUpdate
 
-SERVED = 512  # the largest rank that vLLM serves
+SERVED = VLLM_RANKS[-1]
 
 
 def to_lora(
@@ -75,11 +75,12 @@ def to_lora(
     Raises:
         TypeError, ValueError: arguments that do not fit; layers that LoRA's format does not have (weights of fused
             experts, projections of a ``nn.MultiheadAttention``, one layer in several places); numbers that are not
-            finite, are missing, or do not fit into `dtype`. Nothing is written then.
+            finite, are missing, or do not fit into `dtype`; inputs that the model cannot be called on. Nothing is
+            written then.
         OSError: the folder cannot be written; what was there is there again.
     """
     output = Path(output)
-    _check_arguments(rank, energy, dtype, per_layer)
+    rank = _check_arguments(rank, energy, dtype, per_layer)
     lora_folder.check_output(output)
     model: RandLoraModel | AdaptedByPeft | None
     if isinstance(model_or_folder, (str, os.PathLike)):
@@ -91,7 +92,7 @@ def to_lora(
         if model is None:
             raise TypeError(
                 "model_or_folder must be a randlora.RandLoraModel, a model with accelerated RandLoRA layers of PEFT, "
-                f"or the folder of a saved adapter, got {type(model_or_folder).__name__}"
+                f"or the folder of a saved adapter, got {type(model_or_folder).__name__}{NO_ADAPTER}"
             )
         if base_model is not None:
             raise ValueError("base_model is for the folder of an adapter: this model has its own")
@@ -128,22 +129,22 @@ def to_lora(
         layers=rows,
         **found,
     )
-    result["notes"] = notes_of(result, settings, energy)
+    result["notes"] = notes_of(result, settings, energy, zero=not any(energies))
     lora_folder.write(output, model, settings, tensors, result)
     return result
 
 
-def _check_arguments(rank: Any, energy: Any, dtype: Any, per_layer: Any) -> None:
+def _check_arguments(rank: Any, energy: Any, dtype: Any, per_layer: Any) -> int | None:
+    """`rank` as a number of Python."""
     if rank is not None and energy is not None:
         raise ValueError(f"give rank or energy, not both, got rank={rank!r} and energy={energy!r}")
-    if rank is not None:
-        require_int("rank", rank, 1)
     if energy is not None and not 0 < require_float("energy", energy) <= 1:
         raise ValueError(f"energy must be above 0 and at most 1, the share of the update that is kept, got {energy!r}")
     if not isinstance(dtype, torch.dtype) or dtype not in FLOATS:
         raise TypeError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype!r}")
     if not isinstance(per_layer, bool):
         raise TypeError(f"per_layer must be True or False, got {per_layer!r}")
+    return None if rank is None else require_size("rank", rank)
 
 
 def _check_layers(model: nn.Module, layers: Mapping[str, RandLoraLayer], adapter: str) -> None:

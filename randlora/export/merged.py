@@ -29,6 +29,7 @@ from .into_files import IntoFiles
 from .lora_folder import check_output
 from .merged_config import Cast, config_text, require_untied
 from .shards import Shards
+from .source import NO_ADAPTER
 
 
 def to_merged(
@@ -75,20 +76,26 @@ def to_merged(
     if dtype is not None and dtype not in FLOATS:
         raise ValueError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype!r}")
     names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+    if names is not None and not (isinstance(names, Sequence) and all(isinstance(name, str) for name in names)):
+        raise TypeError(f"adapter_names must be a name or names of adapters, got {adapter_names!r}")
     source: IntoFiles | _OfModel
     if isinstance(model_or_folder, RandLoraModel):
         if base_model is not None:
             raise ValueError("base_model is for an adapter in a folder: an adapted model has its own")
         source = _OfModel(model_or_folder, names, dtype)
     elif isinstance(model_or_folder, (str, os.PathLike)):
+        if not (base_model is None or isinstance(base_model, (str, os.PathLike))):
+            raise TypeError(
+                f"base_model must be a name or a folder, as its files are read, got {type(base_model).__name__}"
+            )
         chosen = ["default"] if names is None else list(dict.fromkeys(names))
         if not chosen:
             raise ValueError("adapter_names must name at least one adapter of the folder")
         source = IntoFiles(model_or_folder, chosen, base_model, dtype)
     else:
         raise TypeError(
-            f"model_or_folder must be a RandLoraModel or a folder, got {type(model_or_folder).__name__}: a model of "
-            "PEFT's can be saved, and the folder exported"
+            "model_or_folder must be a randlora.RandLoraModel or the folder of a saved adapter, got "
+            f"{type(model_or_folder).__name__}{NO_ADAPTER}; save a model of PEFT, and export the folder"
         )
     shards = Shards(source.likes, max_shard_size)
     others = sum(path.stat().st_size for path in source.files.values())

@@ -50,10 +50,13 @@ def compare(
 
 
 def _output(model: nn.Module, inputs: Any) -> Tensor:
-    if isinstance(inputs, Mapping):
-        output = model(**inputs)
-    else:
-        output = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    try:
+        if isinstance(inputs, Mapping):
+            output = model(**inputs)
+        else:
+            output = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        raise ValueError(f"inputs: the model cannot be called on these: {error}") from error
     found = getattr(output, "logits", output)
     if not isinstance(found, Tensor):
         values = found.values() if isinstance(found, Mapping) else found if isinstance(found, (tuple, list)) else ()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,16 @@ import torch
 from torch import nn
 
 from ..checkpoint.hub import find_folder
-from ..checkpoint.layout import folder_of
+from ..checkpoint.layout import CONFIG_NAME, WEIGHTS_NAME, folder_of
 from ..config import RandLoraConfig
 from ..model.model import RandLoraModel
 from ..model.of_config import load_model, model_of_config
 from ..model.parts import is_bias
+
+NO_ADAPTER = (
+    ": give what get_peft_model() or from_pretrained() returned, as it was before merge_and_unload(), which leaves no "
+    "adapter"
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,8 @@ def model_of_folder(
         base = _twin(base_model, with_numbers)
     else:
         name = base_name(folder, config, base_model)
-        base = load_model(name) if with_numbers else model_of_config(name)
+        with explained(name, folder, base_model):
+            base = load_model(name) if with_numbers else model_of_config(name)
     if config.bias != "none":
         _make_room_for_biases(base)
     return RandLoraModel.from_pretrained(base, folder, adapter)
@@ -74,18 +81,41 @@ def model_of_folder(
 
 def adapter_folder(path: str | os.PathLike, adapter: str) -> Path:
     """Where the files of an adapter of this name are, in a folder or a repository. Raises ``ValueError``."""
-    folder = folder_of(find_folder(path), adapter)
-    if not folder.is_dir():
-        raise ValueError(f"{path} has no adapter {adapter!r}: there is no folder {folder}")
-    return folder
+    whole = find_folder(path)
+    if _holds_adapter(folder := folder_of(whole, adapter)):
+        return folder
+    known = ["default"] if _holds_adapter(whole) else []
+    known += sorted(part.name for part in whole.iterdir() if _holds_adapter(part))
+    if known:
+        raise ValueError(
+            f"{path} has no adapter {adapter!r}; it has: {', '.join(known)}. Name it by adapter=, adapter_names= or "
+            "--adapter-name"
+        )
+    model = ", but a whole model" if (whole / "config.json").is_file() else f": there is no {CONFIG_NAME}"
+    raise ValueError(f"{path} holds no adapter{model}")
+
+
+def _holds_adapter(folder: Path) -> bool:
+    return (folder / CONFIG_NAME).is_file() or (folder / WEIGHTS_NAME).is_file()
 
 
 def base_name(folder: Path, config: RandLoraConfig, given: str | os.PathLike | None) -> str:
     """The name or folder of the base model: the one that is given, or what the adapter says."""
     name = config.base_model_name_or_path if given is None else os.fspath(given)
     if not name:
-        raise ValueError(f"{folder} does not say which model it adapts: give base_model=, the model or its name")
+        raise ValueError(f"{folder} does not say which model it adapts: give base_model= or --model")
     return name
+
+
+@contextlib.contextmanager
+def explained(name: str, folder: Path, given: Any) -> Iterator[None]:
+    """Errors about a base that is not there say where its name comes from, if it was not given."""
+    try:
+        yield
+    except ValueError as error:
+        if given is not None or os.path.isdir(name):
+            raise
+        raise ValueError(f"{error}. {folder} names it as its base: give another by base_model= or --model") from error
 
 
 def _twin(model: nn.Module, with_numbers: bool) -> nn.Module:

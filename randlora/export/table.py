@@ -16,7 +16,7 @@ class LoraExport(dict):
     def __str__(self) -> str:
         lines = [
             f"adapter {self['adapter']!r} as LoRA of rank {self['rank']}, {len(self['layers'])} layers, "
-            f"{self['dtype']}, {self['file_bytes'] / MIB:,.1f} MiB",
+            f"{self['dtype']}, {_size(self['file_bytes'])}",
             "",
             *aligned(_rows(self), left=1),
             "",
@@ -24,8 +24,8 @@ class LoraExport(dict):
         if "logits" in self:
             logits = self["logits"]
             lines += [
-                f"on the inputs: outputs differ by {logits['largest_difference']:.3g} at most, of "
-                f"{logits['largest']:.3g}; the largest is at the same place in {logits['same_largest']:.1%}",
+                f"on the inputs: outputs differ by {logits['largest_difference']:.3g} at most, and go up to "
+                f"{logits['largest']:.3g}; {logits['same_largest']:.1%} of the places have the same argmax",
                 "",
             ]
         return "\n".join([*lines, *(f"- {note}" for note in self["notes"])])
@@ -46,18 +46,26 @@ def _rows(result: Mapping[str, Any]) -> list[list[str]]:
     return [head, *rows]
 
 
+def _size(number: int) -> str:
+    return f"{number / MIB:,.1f} MiB" if number >= MIB else f"{number / 1024:,.1f} KiB"
+
+
 def _share(energy: float, exact: bool) -> str:
     return "exact" if exact else f"{100 * energy:.2f}%"
 
 
-def notes_of(result: Mapping[str, Any], settings: Mapping[str, Any], energy: float | None) -> list[str]:
+def notes_of(
+    result: Mapping[str, Any], settings: Mapping[str, Any], energy: float | None, zero: bool = False
+) -> list[str]:
     """What is lost, and what servers take and refuse: what was read in vLLM and llama.cpp's converter."""
     notes, largest = [], result["rank"]
     needed = max(layer["rank"] for layer in result["layers"])
-    if not result["exact"]:
+    if zero:
+        notes.append("all updates are zero: this adapter was not trained")
+    elif not result["exact"]:
         notes.append("energy: the share of the squares of an update's numbers; error: |dW - BA| / |dW|, as written")
     if needed < largest:
-        notes.append(f"no layer needs more than rank {needed}: rank={needed} gives the same in a smaller file")
+        notes.append(f"no layer needs more than rank {needed}: rank {needed} gives the same in a smaller file")
     if energy is not None and result["dtype"] in ("bfloat16", "float16"):
         notes.append("ranks were chosen before numbers were rounded to 16 bits, energy and errors were measured after")
     served = next((rank for rank in VLLM_RANKS if rank >= largest), None)

@@ -25,7 +25,7 @@ def model_of_config(name: str, dtype: torch.dtype | None = None) -> nn.Module:
         with torch.device("meta"):
             model: nn.Module = cls.from_config(config) if cls.__name__.startswith("AutoModel") else cls(config)
     except Exception as error:  # whatever a class makes of the config
-        raise ValueError(f"no model can be made of the config of {name!r}: {_first_line(error)}") from error
+        raise ValueError(f"no model can be made of the config of {name!r}: {first_line(error)}") from error
     said = vars(config).get("dtype", vars(config).get("torch_dtype"))  # the first since transformers 4.56
     return model.to(dtype or (said if isinstance(said, torch.dtype) else torch.float32))
 
@@ -40,7 +40,7 @@ def load_model(name: str) -> nn.Module:
     try:
         model: nn.Module = cls.from_pretrained(name, torch_dtype="auto")
     except Exception as error:  # of transformers, huggingface_hub or the network
-        raise ValueError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise ValueError(f"the model {name!r} cannot be loaded: {first_line(error)}") from error
     return model
 
 
@@ -56,7 +56,7 @@ def transformers_config(name: str) -> Any:
         return transformers.AutoConfig.from_pretrained(name)
     except Exception as error:  # of transformers, huggingface_hub or the network
         where = "" if os.path.isdir(name) else "; it is no folder here, and the hub could not give it"
-        raise ValueError(f"no config for {name!r}{where}: {_first_line(error)}") from error
+        raise ValueError(f"no config for {name!r}{where}: {first_line(error)}") from error
 
 
 def _class_of(config: Any) -> Any:
@@ -68,5 +68,5 @@ def _class_of(config: Any) -> Any:
     return named or (transformers.AutoModelForCausalLM if causal else transformers.AutoModel)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

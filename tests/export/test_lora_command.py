@@ -96,7 +96,7 @@ def test_command(saved, capsys):
     assert json.loads(capsys.readouterr().out) == expected == json.loads(json.dumps(expected))
     assert files(folder / "a") == files(folder / "b")
     assert run(*arguments, "--output", folder / "c", "--model", folder / "base") == 0
-    assert capsys.readouterr().out == f"{expected}\n"
+    assert capsys.readouterr().out == f"{expected}\n\n{folder / 'c'} has the adapter of LoRA\n"
     table = str(expected).splitlines()
     head = next(line for line in table if line.startswith("layer"))
     rows = [line for line in table if "q_proj" in line or "down_proj" in line]

@@ -511,7 +511,7 @@ def test_refused(tmp_path, monkeypatch):
     refuses("has no adapter 'c'", adapter, out, "c")
     refuses("at least one", adapter, out, [])
     refuses("has its own", model, out, base_model=base)
-    refuses("must be a RandLoraModel or a folder", 3, out, error=TypeError)
+    refuses("must be a randlora.RandLoraModel or the folder", 3, out, error=TypeError)
     for size in (0, -1, "0KB", "-5GB", "many", "", 1.5, None, True):
         refuses("max_shard_size must be", max_shard_size=size)
     refuses("no config", adapter, out, base_model=adapter)
