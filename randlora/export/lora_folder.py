@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..checkpoint import card, trained
@@ -42,10 +43,11 @@ def beside(
     """
     saved = model.saved if isinstance(model, AdaptedByPeft) else None
     found = trained.sources(model.model, adapter, model.peft_config[adapter], layers, saved)
-    values = trained.values(model.model, adapter, found, None)
-    trained.check(adapter, values, found)
-    others = {key: value for key, value in values.items() if key.rpartition(".")[2] not in PARAMETERS}
-    return trained.copies(others)
+    with torch.no_grad():  # inference tensors are not for autograd
+        values = trained.values(model.model, adapter, found, None)
+        trained.check(adapter, values, found)
+        others = {key: value for key, value in values.items() if key.rpartition(".")[2] not in PARAMETERS}
+        return trained.copies(others)
 
 
 def tensors_of(factors: Mapping[str, Factors]) -> dict[str, Tensor]:

@@ -91,9 +91,9 @@ class Shards:
 
 def _size(given: Any) -> int:
     """In bytes. Raises ``ValueError`` for what is no size above 0."""
-    found = re.fullmatch(r"(\d+(?:\.\d*)?) *([KMGT]?)B?", given.strip().upper()) if isinstance(given, str) else None
+    found = re.fullmatch(r"(\d+(?:\.\d*)?) *([KMGT])B", given.strip().upper()) if isinstance(given, str) else None
     if found is not None:
-        size = int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " "))
+        size = int(float(found[1]) * 1000 ** " KMGT".index(found[2]))
     else:
         size = given if isinstance(given, int) and not isinstance(given, bool) else 0
     if size < 1:

@@ -89,8 +89,10 @@ class Mergeable(SharedState):
         plan, ZeRO-3) comes whole, and all of them must make this call. An ordinary weight only.
 
         Raises:
-            ValueError: with `safe_merge`, if it is not finite.
+            ValueError: an adapter that is not there; with `safe_merge`, a weight that is not finite.
         """
+        for name in adapter_names:
+            self._check_adapter(name)
         base, names = self.get_base_layer(), [name for name in adapter_names if name not in self.merged_adapters]
         sharded = is_sharded(self) or is_sharded(base)
         if sharded:

@@ -173,9 +173,8 @@ class Skeleton:
         return _twin(base, **held)
 
     def _maker(self, layer: Mergeable) -> Callable[[], Tensor]:
-        return lambda: layer.merged_weight(
-            [name for name in self.names if name in layer.randlora_lambda], self.safe_merge
-        )
+        names = [name for name in self.names if name in layer.randlora_lambda]
+        return lambda: layer.merged_weight(names, self.safe_merge)
 
     def _placeholder(
         self, like: Tensor, make: Callable[[], Tensor], update: Update | None = None, dtype: Any = None
@@ -243,11 +242,15 @@ class Skeleton:
                 f"offloaded ({offload.REAL_AGAIN} brings it back) nor while FSDP2 shards it"
             )
 
+        added_here = [] if layer is None else [n for n in self.names if n in layer.randlora_lambda]
+
         def make() -> Tensor:
             kept = None if layer is None else layer._unmerged_weight
             held = kept[0] if isinstance(kept, tuple) else None
-            names = [] if layer is None else [n for n in self.names if n in layer.randlora_lambda]
+            names = added_here
             if layer is not None:
+                for name in names:
+                    layer._check_adapter(name)
                 merged = layer.merged_adapters
                 names = [*(merged if held is not None else ()), *(n for n in names if n not in merged)]
             with torch.no_grad():

@@ -293,6 +293,13 @@ def test_autocast_rounds_nothing(tmp_path):
         assert first.read_bytes() == second.read_bytes()
 
 
+def test_models_made_in_inference_mode(tmp_path):
+    expected = to_lora(adapt(net(torch.float32)), tmp_path / "a", rank=3)
+    with torch.inference_mode():
+        model = adapt(net(torch.float32))
+    assert to_lora(model, tmp_path / "b", rank=3) == expected
+
+
 def test_update_of_zero(tmp_path):
     model = randlora.get_peft_model(net(), randlora.RandLoraConfig(r=4, target_modules=["q_proj"]))
     for i, asked in enumerate(({"rank": 2}, {"energy": 0.9}, {})):

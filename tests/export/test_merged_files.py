@@ -483,7 +483,7 @@ def test_links_and_sizes(tmp_path):
     _, adapter, _ = saved(tiny_llama(num_hidden_layers=1), tmp_path)
     (tmp_path / "there").mkdir()
     for i, (name, size, more) in enumerate(
-        [("there", "20000", True), ("new", " 20 kb", True), ("other", "1.5G", False)]
+        [("there", 20000, True), ("new", " 20 kb", True), ("other", "1.5GB", False)]
     ):
         link = tmp_path / f"link{i}"
         link.symlink_to(tmp_path / name)
@@ -512,7 +512,7 @@ def test_refused(tmp_path, monkeypatch):
     refuses("at least one", adapter, out, [])
     refuses("has its own", model, out, base_model=base)
     refuses("must be a randlora.RandLoraModel or the folder", 3, out, error=TypeError)
-    for size in (0, -1, "0KB", "-5GB", "many", "", 1.5, None, True):
+    for size in (0, -1, "0KB", "-5GB", "5", "many", "", 1.5, None, True):
         refuses("max_shard_size must be", max_shard_size=size)
     refuses("no config", adapter, out, base_model=adapter)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 0, 10))

@@ -125,6 +125,22 @@ def test_nothing_changes_while_it_runs():
     assert seen == [True] * 5
 
 
+def test_what_happens_to_the_model_meanwhile():
+    """Merging and unmerging change no number that is still to come; an adapter that is gone is missed."""
+    model = add(adapt(net()), "other", 2)
+    expected = merged(model)
+    for change in (model.merge_adapter, model.unmerge_adapter, lambda: model.set_adapter("other")):
+        tensors = model.merged_tensors(["default"])
+        got = dict([next(tensors)])
+        change()
+        assert_same(got | dict(tensors), expected)
+    tensors = model.merged_tensors(["default"])
+    next(tensors)
+    model.delete_adapter("default")
+    with pytest.raises(ValueError, match="no adapter named 'default'"):
+        dict(tensors)
+
+
 @pytest.mark.parametrize("tied", ["adapted", "saved", "both left"])
 def test_ties(tied):
     which = {"adapted": {"target_modules": ["q_proj", "lm_head"]}, "saved": {"modules_to_save": ["lm_head"]}}
