@@ -24,7 +24,7 @@ from ..model.of_config import model_of_config
 from ..model.original_names import Original
 from ..model.parts import is_bias
 from .base_files import BaseFiles
-from .merged_config import Cast, config_text, require_untied
+from .merged_config import Cast, cast, config_text, require_untied
 from .source import adapter_folder, base_name, explained
 
 
@@ -51,7 +51,8 @@ class IntoFiles:
     dtype: torch.dtype | None
     likes: dict[str, Tensor] = field(default_factory=dict)
     _sums: dict[str, Sum] = field(default_factory=dict)
-    _values: dict[str, Tensor] = field(default_factory=dict)
+    _values: dict[str, Tensor] = field(default_factory=dict)  # not rounded yet
+    _dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     _copies: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -63,6 +64,8 @@ class IntoFiles:
         with explained(name, folders[first], self.base_model):
             self.base = BaseFiles(name, revision)
         model = model_of_config(str(self.base.folder))
+        self._dtypes = {key: tensor.dtype for key, tensor in model.state_dict().items()}
+        _widen(model)
         state = model.state_dict(keep_vars=True)
         there = {id(tensor) for tensor in state.values() if not tensor.is_meta}
         ties: dict[int, list[str]] = {}
@@ -91,8 +94,10 @@ class IntoFiles:
             require_untied(adapted.model)
         self._plan(changed, {name: names for names in groups for name in names}, groups)
         self._cast = Cast(model, self.dtype)
-        dtypes = {name: self.base.likes[source] for name, source in self._sources().items()} | self._values
-        self.likes = {name: self._cast.like(name, like) for name, like in dtypes.items()}
+        likes = {name: self.base.likes[source] for name, source in self._sources().items()}
+        for name, value in self._values.items():
+            likes[name] = torch.empty(value.shape, dtype=self._dtypes[name], device="meta")
+        self.likes = {name: self._cast.like(name, like) for name, like in likes.items()}
         self.config = config_text(self.base.config, adapted.model, self.dtype, self.untied)
         self.files = self.base.others(folders[first])
 
@@ -110,10 +115,10 @@ class IntoFiles:
             else:
                 for name, value in self._original.convert({key: part.make()}).items():
                     file = self._find(name, value)
-                    like = value if file is None else self.base.likes[file]
                     if file is None and key not in ties:
                         self._require_new(name)
-                    self._values[file or name] = value.to(like.dtype)
+                    self._values[file or name] = value
+                    self._dtypes[file or name] = self._dtypes[key] if file is None else self.base.likes[file].dtype
         for name, found in self._sums.items():
             if (dtype := self.base.likes[found.source].dtype) not in FLOATS:
                 raise ValueError(f"{self.base.folder}: {name} is of {dtype}, which updates cannot be added to")
@@ -197,9 +202,9 @@ class IntoFiles:
                 yield name, self._sum(name, [u.pop(self._sums[name].name) for u in updates if u])
             del updates
         for name, source in self._copies.items():
-            yield name, self.base.get(source).to(self.likes[name].dtype)
+            yield name, cast(name, self.base.get(source), self.likes[name].dtype)
         for name, value in self._values.items():
-            yield name, value.to(self.likes[name].dtype)
+            yield name, cast(name, value, self.likes[name].dtype)
 
     def _updates(self, group: tuple[str, ...], adapter: str) -> dict[str, Tensor]:
         """The update of these tensors of the model, as the files have them; nothing if the adapter leaves them out."""
@@ -220,6 +225,13 @@ class IntoFiles:
         if not torch.isfinite(merged).all():
             raise ValueError(f"{name} is not finite with the adapter in it, in {dtype}: nothing was written")
         return merged
+
+
+def _widen(model: nn.Module) -> None:
+    """Parameters of 16 bits on meta in fp32: what the adapter has of them is rounded when it is written, once."""
+    for parameter in model.parameters():
+        if parameter.is_meta and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
 
 
 def _is_changed(part: Part, there: set[int]) -> bool:

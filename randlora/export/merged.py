@@ -27,7 +27,7 @@ from ..names import plain_name
 from .base_files import copy
 from .into_files import IntoFiles
 from .lora_folder import check_output
-from .merged_config import Cast, config_text, require_untied
+from .merged_config import Cast, cast, config_text, require_untied
 from .shards import Shards
 from .source import NO_ADAPTER
 
@@ -102,12 +102,12 @@ def to_merged(
     _check_space(output, shards.bytes + others)
     with new_folder(output) as folder, _bar(shards.bytes, progressbar) as report:
         copy(source.files, folder)
+        generation = getattr(source, "generation_config", None)
+        if generation is not None:  # first, as transformers refuses to write some
+            generation.save_pretrained(folder)
         shards.write(folder, source.tensors(), report)
         if source.config is not None:
             (folder / "config.json").write_text(source.config, encoding="utf-8")
-        generation = getattr(source, "generation_config", None)
-        if generation is not None:
-            generation.save_pretrained(folder)
 
 
 class _OfModel:
@@ -145,7 +145,7 @@ class _OfModel:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self._original.tensors(each(self._parts)):
-            yield name, tensor.to(self.likes[name].dtype)
+            yield name, cast(name, tensor, self.likes[name].dtype)
             del tensor
 
 

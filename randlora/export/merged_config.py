@@ -26,6 +26,15 @@ class Cast:
         return torch.empty(like.shape, dtype=self.dtype if casts else like.dtype, device="meta")
 
 
+def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` in `dtype`. Raises ``ValueError`` where that makes infinity of numbers."""
+    result = tensor.to(dtype)
+    narrower = dtype.is_floating_point and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
+    if narrower and not torch.equal(result.isfinite(), tensor.isfinite()):
+        raise ValueError(f"{name} has numbers that are too large for {dtype}: give another dtype; nothing was written")
+    return result
+
+
 def require_untied(model: nn.Module) -> None:
     """Raises ``ValueError`` for a model that is tied again whenever it is loaded.
 

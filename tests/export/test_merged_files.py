@@ -230,6 +230,24 @@ def test_biases_and_modules_to_save(tmp_path):
         assert_loads_as(tmp_path / type(given).__name__, expected)
 
 
+def test_what_is_trained_beside_is_rounded_once(tmp_path):
+    """An adapter trained in fp32 on files in bf16: a copy of the head, and biases."""
+    tiny_llama(attention_bias=True).bfloat16().save_pretrained(tmp_path / "base")
+    plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base", torch_dtype=torch.float32)
+    model = adapt(plain, target_modules=["q_proj"], modules_to_save=["lm_head"], bias="randlora_only")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.linspace(0.1, 0.2, parameter.numel()).view_as(parameter))
+    model.save_pretrained(tmp_path / "adapter")
+    expected = merged_model(model).state_dict()
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, None):
+        out = tmp_path / str(dtype)
+        to_merged(tmp_path / "adapter", out, base_model=tmp_path / "base", dtype=dtype)
+        got = safetensors.load_file(out / "model.safetensors")
+        assert_same(got, {name: tensor.to(dtype or torch.bfloat16) for name, tensor in expected.items()})
+
+
 def test_several_adapters(tmp_path):
     _, adapter, model = saved(tiny_llama(), tmp_path)
     add(model, "b", 7, target_modules=["q_proj", "up_proj"])
@@ -538,6 +556,19 @@ def test_refused(tmp_path, monkeypatch):
             layer.mlp.down_proj.randlora_lambda["default"].mul_(1e7)
     large.save_pretrained(tmp_path / "large")
     refuses("down_proj.weight is not finite", tmp_path / "large", out, dtype=torch.float16)
+    for path in ("norm", "layers.0.mlp.down_proj.base_layer"):  # of a tensor that is copied, and of one that is merged
+        large = copy.deepcopy(model)
+        with torch.no_grad():
+            large.model.model.get_submodule(path).weight[:1].fill_(1e5)
+        refuses("too large for torch.float16", large, out, dtype=torch.float16)
+    large.model.generation_config.temperature = 0.5  # which says that it does not sample
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.Shards, "write", None)
+        refuses("GenerationConfig is invalid", large, out)
+    files = safetensors.load_file(base / "model.safetensors")
+    safetensors.save_file(files | {"beside": torch.tensor([1e5])}, base / "model.safetensors", {"format": "pt"})
+    refuses("beside has numbers that are too large", dtype=torch.float16)
+    safetensors.save_file(files, base / "model.safetensors", {"format": "pt"})
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
     refuses("quantised weights")
