@@ -95,7 +95,7 @@ def _exchange(layer: Mergeable) -> None:
 
 
 def copy_of_weight(layer: Mergeable) -> Tensor:
-    """A copy of an ordinary weight; of one that is offloaded, where it is: :func:`put_weight` writes into no old memory."""
+    """A copy of an ordinary weight; of one that is offloaded, where it is: `put_weight` writes into no old memory."""
     base = layer.get_base_layer()
     weight = offload.read(base, layer.weight_name).detach()
     return weight.cpu() if offload.hooks(base) else weight.clone()
