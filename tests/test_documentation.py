@@ -91,7 +91,7 @@ def test_the_code_of_a_page_runs(page, request, small_models, peft_is_restored, 
 
 def test_what_is_not_run_is_counted():
     left_out = [block for page in PAGES for block in pages.blocks(page) if block.reason]
-    assert [(block.page, block.reason) for block in left_out] == []
+    assert [(block.page, block.reason.partition(" ")[0]) for block in left_out] == [("docs/export.md", "vLLM")]
     marks = sum(len(re.findall(r"^<!-- not run", pages.text_of(page), re.MULTILINE)) for page in PAGES)
     assert marks == len(left_out), "a mark stands before no block"
 
@@ -186,7 +186,7 @@ def check_python(words):
             finetune.parse(words[1:])
         assert ended.type is Understood or ended.value.code == 0, words
     else:
-        assert (ROOT / words[0]).is_file(), words
+        assert (ROOT / words[0]).is_file() or (ROOT / words[0] / "__main__.py").is_file(), words
 
 
 def check_launcher(words):

@@ -15,6 +15,7 @@ LATE = {
     "layers/linear.py": "this imports torch.distributed, which may not be there and takes long",
     "layers/merging.py": "the same",
     "distributed/__init__.py": "what looks at whole models comes when it is asked for: their layers ask this folder",
+    "export/source.py": "PEFT's models are looked at by what imports PEFT, which is optional",
     "integrations/peft/__init__.py": "these need PEFT, which is optional",
     "model/training_step.py": "randlora.distributed is for those who train on several devices",
 }

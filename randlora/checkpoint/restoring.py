@@ -47,6 +47,7 @@ def restore(model: Adapters, folder: str | os.PathLike) -> None:
                     f"{folder_of(folder, name)} is not of this model's adapter {name!r}: {what} must be {here}, got "
                     f"{there}. Adapt the model as it was when the file was written"
                 )
+        _check_dtypes(model, folder_of(folder, name), name, loaded)
     _copy(model, found)
 
 
@@ -66,6 +67,7 @@ def hotswap(model: Adapters, folder: str | os.PathLike, name: str) -> None:
                 f"{folder} cannot take the place of adapter {name!r}: {what} must be {here}, got {there}. Add it under "
                 "a name of its own with load_adapter()"
             )
+    _check_dtypes(model, folder, name, loaded)
     trained = biases.trained(model.model, config.bias, loaded.plan.slots, loaded.plan.saved)
     if missing := sorted(trained.keys() - loaded.biases.keys()):
         raise ValueError(
@@ -82,11 +84,13 @@ def _at_alpha(
     given = loaded.plan.config.randlora_alpha
     if given == alpha:
         return loaded
+    factor = given / alpha if alpha else 0.0
     parameters = {}
     for slot, parts in loaded.parameters.items():
-        lam, dtype = parts["randlora_lambda"], layers[slot].randlora_lambda[name].dtype
-        scaled = (lam.double() * (given / alpha if alpha else 0)).to(dtype)
-        if not torch.isfinite(scaled).all() or not torch.equal(scaled == 0, lam == 0):
+        exact, dtype = parts["randlora_lambda"].double() * factor, layers[slot].randlora_lambda[name].dtype
+        scaled = exact.to(dtype)
+        rounded = (scaled.double() - exact).abs().amax()
+        if not factor or not rounded <= torch.finfo(dtype).eps * exact.abs().amax():  # NaN, where infinity is in it
             raise ValueError(
                 f"{folder} was trained with randlora_alpha={given:g}, and adapter {name!r} has {alpha:g}: numbers of "
                 f"lambda at {slot!r} that would make up for that are too large or too small for {dtype}. Add it under "
@@ -96,18 +100,22 @@ def _at_alpha(
     return dataclasses.replace(loaded, parameters=parameters)
 
 
+def _check_dtypes(model: Adapters, folder: str | os.PathLike, name: str, loaded: Loaded) -> None:
+    """Raises ``ValueError`` for numbers that the model's parameters, which may have become narrower, cannot hold."""
+    for slot, parts in loaded.parameters.items():
+        layer = model.model.get_submodule(slot)
+        for part, tensor in parts.items():
+            check_numbers(f"{folder}: {part} of {slot!r}", tensor, getattr(layer, part)[name].dtype)
+
+
 def _copy(model: Adapters, found: dict[str, Loaded]) -> None:
-    for name, loaded in found.items():
+    for name in found:
         for path, module in modules_with(model.model, name).items():
             if any(map(offload.hooks, module.modules_to_save[name].modules())):
                 raise ValueError(
                     f"adapter {name!r} has a copy of {path!r} that is offloaded, and calls would go on with its old "
                     f"numbers: call {offload.REAL_AGAIN} first"
                 )
-        for slot, parts in loaded.parameters.items():
-            layer = model.model.get_submodule(slot)
-            for part, tensor in parts.items():
-                check_numbers(f"{part} of {slot!r}", tensor, getattr(layer, part)[name].dtype)
     hold_parts(model.modules())
     numbers = [tensor for name, loaded in found.items() for tensor in _numbers(model, name, loaded)]
     # Inference tensors can be written in inference mode alone.

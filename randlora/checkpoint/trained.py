@@ -31,16 +31,23 @@ class Source(NamedTuple):
 
 
 def sources(
-    model: nn.Module, adapter_name: str, config: RandLoraConfig, layers: Mapping[str, RandLoraLayer]
+    model: nn.Module,
+    adapter_name: str,
+    config: RandLoraConfig,
+    layers: Mapping[str, RandLoraLayer],
+    saved: Mapping[str, Any] | None = None,
 ) -> dict[str, Source]:
-    """Name in the file -> tensor, of all that the adapter trains in `model`, in which it has these `layers`."""
+    """Name in the file -> tensor, of all that the adapter trains in `model`, in which it has these `layers`.
+
+    `saved`: path -> module to save, where they are PEFT's.
+    """
     found: dict[str, Source] = {}
     for slot, layer in layers.items():
         for part in PARAMETERS:
             name = plain_name(f"model.{slot}.{part}.{adapter_name}")
             live = getattr(layer, part)[adapter_name]
             found[f"{PREFIX}{plain_name(slot)}.{part}"] = Source(live, name, torch.float32)
-    saved = modules_with(model, adapter_name)
+    saved = modules_with(model, adapter_name) if saved is None else saved
     for path, module in saved.items():
         for part, value in module.modules_to_save[adapter_name].state_dict(keep_vars=True).items():
             name = plain_name(f"model.{path}.modules_to_save.{adapter_name}.{part}")

@@ -17,7 +17,7 @@ from ..layers.randlora_layer import RandLoraLayer
 from ..model.model import RandLoraModel
 from ..model.parts import layers_with
 from . import lora_folder, on_inputs
-from .source import model_of_folder
+from .source import AdaptedByPeft, model_of_folder, model_of_peft
 from .table import LoraExport, notes_of
 from .update import Factors, LayerUpdate
 
@@ -25,7 +25,7 @@ SERVED = 512  # the largest rank that vLLM serves
 
 
 def to_lora(
-    model_or_folder: RandLoraModel | str | os.PathLike,
+    model_or_folder: nn.Module | str | os.PathLike,
     output: str | os.PathLike,
     rank: int | None = None,
     energy: float | None = None,
@@ -46,8 +46,9 @@ def to_lora(
     layer at most is in memory.
 
     Args:
-        model_or_folder: an adapted model, whose base weights may be on meta, or the folder of a saved adapter (or an id
-            of the Hugging Face hub), for which the base model's config is needed.
+        model_or_folder: an adapted model, whose base weights may be on meta, one of PEFT that randlora computes
+            (``randlora.integrations.peft``), or the folder of a saved adapter (or an id of the Hugging Face hub), for
+            which the base model's config is needed.
         output: the folder to write, which must not exist or be empty.
         rank: of LoRA. Default: that of the updates, which is exact, where it is at most 512 in all layers.
         energy: in place of `rank` the smallest one that keeps this share, at most 1, of the sum of squares of each
@@ -79,23 +80,26 @@ def to_lora(
     output = Path(output)
     _check_arguments(rank, energy, dtype, per_layer)
     lora_folder.check_output(output)
-    if isinstance(model_or_folder, RandLoraModel):
-        if base_model is not None:
-            raise ValueError("base_model is for the folder of an adapter: this model has its own")
-        model = model_or_folder
-    elif isinstance(model_or_folder, (str, os.PathLike)):
+    model: RandLoraModel | AdaptedByPeft | None
+    if isinstance(model_or_folder, (str, os.PathLike)):
         model = model_of_folder(model_or_folder, adapter, base_model, with_numbers=inputs is not None)
     else:
-        raise TypeError(
-            "model_or_folder must be a randlora.RandLoraModel or the folder of a saved adapter, got "
-            f"{type(model_or_folder).__name__}" + _HINTS.get(type(model_or_folder).__name__, "")
+        model = (
+            model_or_folder if isinstance(model_or_folder, RandLoraModel) else model_of_peft(model_or_folder, adapter)
         )
+        if model is None:
+            raise TypeError(
+                "model_or_folder must be a randlora.RandLoraModel, a model with accelerated RandLoRA layers of PEFT, "
+                f"or the folder of a saved adapter, got {type(model_or_folder).__name__}"
+            )
+        if base_model is not None:
+            raise ValueError("base_model is for the folder of an adapter: this model has its own")
     model._check(adapter)
     layers = layers_with(model.model, adapter)
     _check_layers(model.model, layers)
     beside = lora_folder.beside(model, adapter, layers)
     if inputs is not None:
-        on_inputs.check(model, layers)
+        on_inputs.check(model)
 
     with torch.no_grad():
         ranks = _ranks(layers, adapter, rank, energy, progressbar)
@@ -208,8 +212,3 @@ def _bar(layers: Mapping[str, RandLoraLayer], what: str, shown: bool) -> Iterabl
 
     bar: Iterable[tuple[str, RandLoraLayer]] = tqdm(layers.items(), desc=what, unit="layer")
     return bar
-
-
-_HINTS = {
-    "PeftModel": ": save it and give the folder, or use PEFT's own save_as_lora",
-}

@@ -20,6 +20,7 @@ from ..layers.linears import is_transposed
 from ..layers.randlora_layer import RandLoraLayer
 from ..model.model import RandLoraModel
 from ..names import plain_name
+from .source import AdaptedByPeft
 from .update import Factors
 
 
@@ -31,13 +32,16 @@ def check_output(folder: Path) -> None:
         raise ValueError(f"output {str(folder)!r} holds {found[0]!r} already: name a folder that is new or empty")
 
 
-def beside(model: RandLoraModel, adapter: str, layers: Mapping[str, RandLoraLayer]) -> dict[str, Tensor]:
+def beside(
+    model: RandLoraModel | AdaptedByPeft, adapter: str, layers: Mapping[str, RandLoraLayer]
+) -> dict[str, Tensor]:
     """Copies of the trained biases and modules to save, by their names in the file; all that is trained is checked.
 
     Raises:
         ValueError: numbers that are missing or not finite, or that are spread over processes.
     """
-    found = trained.sources(model.model, adapter, model.peft_config[adapter], layers)
+    saved = model.saved if isinstance(model, AdaptedByPeft) else None
+    found = trained.sources(model.model, adapter, model.peft_config[adapter], layers, saved)
     values = trained.values(model.model, adapter, found, None)
     trained.check(adapter, values, found)
     others = {key: value for key, value in values.items() if key.rpartition(".")[2] not in PARAMETERS}
@@ -54,7 +58,10 @@ def tensors_of(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
 
 
 def settings(
-    model: RandLoraModel, adapter: str, layers: Mapping[str, RandLoraLayer], ranks: Mapping[str, int]
+    model: RandLoraModel | AdaptedByPeft,
+    adapter: str,
+    layers: Mapping[str, RandLoraLayer],
+    ranks: Mapping[str, int],
 ) -> dict[str, Any]:
     """What ``adapter_config.json`` says. ``lora_alpha`` is the rank: A and B hold the scaling, which is 1."""
     config, most = model.peft_config[adapter], max(ranks.values())
@@ -75,7 +82,7 @@ def settings(
         "target_modules": _targets(model.model, layers),
         "fan_in_fan_out": all(is_transposed(layer.get_base_layer()) for layer in layers.values()),
         "bias": "lora_only" if config.bias == "randlora_only" else config.bias,
-        "modules_to_save": config.modules_to_save,
+        "modules_to_save": None if config.modules_to_save is None else sorted(config.modules_to_save),
         "layers_to_transform": None,
         "layers_pattern": None,
         "init_lora_weights": True,
@@ -85,7 +92,11 @@ def settings(
 
 
 def write(
-    folder: Path, model: RandLoraModel, settings: Mapping[str, Any], tensors: dict[str, Tensor], result: Any
+    folder: Path,
+    model: RandLoraModel | AdaptedByPeft,
+    settings: Mapping[str, Any],
+    tensors: dict[str, Tensor],
+    result: Any,
 ) -> None:
     """Write all of it, or nothing: the config comes last, and without it the folder is no adapter."""
     text = json.dumps(settings, indent=2, sort_keys=True) + "\n"

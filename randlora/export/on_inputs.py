@@ -13,19 +13,28 @@ from torch import Tensor, nn
 from ..layers.randlora_layer import RandLoraLayer
 from ..model.adapters import restore
 from ..model.model import RandLoraModel
+from ..model.parts import adapted_layers
+from .source import AdaptedByPeft
 from .update import Factors
 
 
-def check(model: RandLoraModel, layers: Mapping[str, RandLoraLayer]) -> None:
+def check(model: RandLoraModel | AdaptedByPeft) -> None:
     """Raises ``ValueError`` for a model that cannot be called with LoRA in the place of its adapter."""
-    if merged := [name for name, layer in layers.items() if layer.merged]:
+    if isinstance(model, AdaptedByPeft):
+        raise ValueError("inputs: outputs of PEFT's models are not compared: save the adapter and give its folder")
+    if merged := [name for name, layer in adapted_layers(model.model).items() if layer.merged]:
         raise ValueError(f"inputs: adapters are merged into {merged[0]!r}: call unmerge_adapter() first")
 
 
 def compare(
-    model: RandLoraModel, adapter: str, layers: Mapping[str, RandLoraLayer], factors: Mapping[str, Factors], inputs: Any
+    model: RandLoraModel | AdaptedByPeft,
+    adapter: str,
+    layers: Mapping[str, RandLoraLayer],
+    factors: Mapping[str, Factors],
+    inputs: Any,
 ) -> dict[str, float]:
     """The largest difference of the outputs, the largest output, and how often the largest one is at the same place."""
+    assert isinstance(model, RandLoraModel)  # checked
     with _only(model, adapter):
         expected = _output(model, inputs)
         with _in_its_place(layers, factors):

@@ -1,9 +1,12 @@
-"""The adapted model that a folder with an adapter stands for."""
+"""Where an exported adapter comes from: a folder, which stands for an adapted model, or a model of PEFT."""
 
 from __future__ import annotations
 
 import copy
 import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,33 @@ from ..config import RandLoraConfig
 from ..model.model import RandLoraModel
 from ..model.of_config import load_model, model_of_config
 from ..model.parts import is_bias
+
+
+@dataclass(frozen=True)
+class AdaptedByPeft:
+    """A model with PEFT's adapters, as an export asks for one: by the names of :class:`randlora.RandLoraModel`."""
+
+    model: nn.Module  # the one that adapters were put into
+    peft_config: Mapping[str, Any]
+    saved: Mapping[str, Any]  # path -> module to save, of the adapter that is exported
+
+    def _check(self, adapter_name: str) -> None:
+        if adapter_name not in self.peft_config:
+            known = ", ".join(self.peft_config) or "none"
+            raise ValueError(f"this model has no adapter named {adapter_name!r}; it has: {known}")
+
+
+def model_of_peft(model: Any, adapter: str) -> AdaptedByPeft | None:
+    """`model`, if it is one with RandLoRA layers of PEFT that randlora computes; None for any other object.
+
+    Raises:
+        TypeError: the layers are PEFT's own.
+    """
+    if "peft" not in sys.modules or not isinstance(model, nn.Module):
+        return None
+    from ..integrations.peft import exporting
+
+    return exporting.adapted_by_peft(model, adapter)
 
 
 def model_of_folder(

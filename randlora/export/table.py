@@ -55,7 +55,7 @@ def notes_of(result: Mapping[str, Any], settings: Mapping[str, Any], energy: flo
     notes, largest = [], result["rank"]
     needed = max(layer["rank"] for layer in result["layers"])
     if not result["exact"]:
-        notes.append(f"energy: of the sum of squares of an update {result['energy']:.2%} is kept, of all layers")
+        notes.append("energy: the share of the squares of an update's numbers; error: |dW - BA| / |dW|, as written")
     if needed < largest:
         notes.append(f"no layer needs more than rank {needed}: rank={needed} gives the same in a smaller file")
     if energy is not None and result["dtype"] in ("bfloat16", "float16"):
@@ -66,10 +66,11 @@ def notes_of(result: Mapping[str, Any], settings: Mapping[str, Any], energy: flo
     else:
         notes.append(f"vLLM: serve it with --enable-lora --max-lora-rank {served}")
     if settings["modules_to_save"]:
-        notes.append(
-            f"vLLM refuses modules_to_save ({', '.join(settings['modules_to_save'])}): merge the adapter into the "
-            "model for it"
-        )
+        names = ", ".join(settings["modules_to_save"])
+        if set(settings["modules_to_save"]) <= set(VLLM_HEADS):
+            notes.append(f"vLLM takes modules_to_save ({names}) from 0.31 on, for models that classify")
+        else:
+            notes.append(f"vLLM refuses modules_to_save ({names}): merge the adapter into the model for it")
     if settings["bias"] != "none":
         notes.append(f"vLLM refuses bias={settings['bias']!r}: merge the adapter into the model for it")
     if settings["rank_pattern"]:
@@ -80,3 +81,4 @@ def notes_of(result: Mapping[str, Any], settings: Mapping[str, Any], energy: flo
 
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of --max-lora-rank
+VLLM_HEADS = ("score", "classifier")  # modules to save that it has a place for

@@ -63,30 +63,18 @@ class TrainsAdapters(AdapterCheckpoints):
         _check(model, given)
         own = given.get("ref_model") is None  # then the reference is ours, if there is to be one
         wants = own and "ref_model" in signature.parameters
-        copies = _copies_needed(model) if wants else {}
+        loads = own and _loads_second_model(self, given.get("args"))
+        copies = _copies_needed(model) if wants or loads else {}
         given["model"] = base
         if wants and not getattr(given.get("args"), "precompute_ref_log_probs", False):
             given["ref_model"] = _Placeholder(base.config)
-        with _shown(base), self._without_second_model(given.get("args")) as left_out:
+        with _shown(base), _without_beta(self, given["args"]) if loads else contextlib.nullcontext():
             make(*call.args, **call.kwargs)
         self.model = self.model_wrapped = self.callback_handler.model = model
-        if own and (wants or left_out or getattr(self, "ref_model", None) is not None):
-            self.ref_model = Reference(model, copies if wants else _copies_needed(model))
+        if own and (wants or loads or getattr(self, "ref_model", None) is not None):
+            self.ref_model = Reference(model, copies if wants or loads else _copies_needed(model))
         if getattr(self, "use_vllm", False):
             _send_merged(getattr(self, "vllm_generation", None), model)
-
-    @contextlib.contextmanager
-    def _without_second_model(self, args: Any) -> Iterator[bool]:
-        """While this lasts, GRPO and RLOO do not find the ``beta`` for which they would load the base model anew."""
-        beta = getattr(args, "beta", 0.0)
-        if not beta or not isinstance(self, (trl.GRPOTrainer, trl.RLOOTrainer)):
-            yield False
-            return
-        args.beta = 0.0
-        try:
-            yield True
-        finally:
-            args.beta = self.beta = beta
 
 
 class SFTTrainer(TrainsAdapters, trl.SFTTrainer):
@@ -99,6 +87,21 @@ class DPOTrainer(TrainsAdapters, trl.DPOTrainer):
 
 class GRPOTrainer(TrainsAdapters, trl.GRPOTrainer):
     """TRL's ``GRPOTrainer`` with :class:`TrainsAdapters`."""
+
+
+def _loads_second_model(trainer: Any, args: Any) -> bool:
+    """Whether it is one that would load the base model anew for a reference."""
+    return isinstance(trainer, (trl.GRPOTrainer, trl.RLOOTrainer)) and bool(getattr(args, "beta", 0.0))
+
+
+@contextlib.contextmanager
+def _without_beta(trainer: Any, args: Any) -> Iterator[None]:
+    """While this lasts, such a trainer does not find the ``beta`` for which it would."""
+    beta, args.beta = args.beta, 0.0
+    try:
+        yield
+    finally:
+        args.beta = trainer.beta = beta
 
 
 def _send_merged(engine: Any, model: RandLoraModel) -> None:

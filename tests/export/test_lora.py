@@ -357,7 +357,7 @@ REFUSED = {
     "dtype": (lambda: adapt(net()), {"dtype": torch.int8}, "dtype must be one of"),
     "no dtype": (lambda: adapt(net()), {"dtype": "float32"}, "dtype must be one of"),
     "per_layer": (lambda: adapt(net()), {"per_layer": 3}, "per_layer must be True or False"),
-    "no model": (net, {}, "model_or_folder must be a randlora.RandLoraModel or the folder"),
+    "no model": (net, {}, "model_or_folder must be a randlora.RandLoraModel, a model"),
     "base_model": (lambda: adapt(net()), {"base_model": net()}, "base_model is for the folder"),
     "tied": (tied, {}, "is one layer with layers.1.q_proj.*merge"),
     "attention": (attention, {}, "MultiheadAttention.*merge"),

@@ -68,10 +68,12 @@ def test_lambda_is_rounded_once_where_the_scalings_differ(tmp_path):
         assert torch.equal(layer.randlora_lambda["default"], (lam * (7 / 3)).float())
 
 
-@pytest.mark.parametrize("of_model, of_file", [(0, 3), (3, 0), (1e-300, 1e300), (1e300, 1e-300)])
+@pytest.mark.parametrize(
+    "of_model, of_file", [(0, 3), (3, 0), (1e-300, 1e300), (1e300, 1e-300), (1, 1e200), (1e200, 1)]
+)
 def test_an_alpha_that_lambda_cannot_make_up_for_is_refused(tmp_path, of_model, of_file):
     written(tmp_path, randlora_alpha=of_file)
-    model = adapt(net(), randlora_alpha=of_model)
+    model = adapt(net(torch.float32), randlora_alpha=of_model)
     before = snapshot(model)
     with pytest.raises(ValueError, match=r"was trained with randlora_alpha=\S+, and adapter 'default' has .* load_ada"):
         model.hotswap(tmp_path)

@@ -123,7 +123,9 @@ def test_numbers_that_a_narrower_parameter_cannot_hold(tmp_path):
     other.save_pretrained(tmp_path)
     model = adapt(net(torch.float32)).half()
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"randlora_gamma of 'layers.1.up_proj' holds .* too large for torch.float16"):
+    with pytest.raises(
+        ValueError, match=rf"{tmp_path}: randlora_gamma of 'layers.1.up_proj' holds .* too large for torch.float16"
+    ):
         model.hotswap(tmp_path)
     assert_unchanged(model, before)
 

@@ -25,10 +25,13 @@ class Bases(BufferDict):
 
     Tensors are replaced, never written to, so that adapters with equal bases can share them and the copies that
     :class:`Pair` keeps in other dtypes stay true.
+
+    Adapters are attributes here, by their names. What this class has beside PEFT's begins with an underscore, so that
+    every name that PEFT takes for an adapter is free.
     """
 
     @classmethod
-    def make_pair(cls, A: BufferDict | None = None, B: BufferDict | None = None) -> tuple[Bases, Bases]:
+    def _make_pair(cls, A: BufferDict | None = None, B: BufferDict | None = None) -> tuple[Bases, Bases]:
         """Two new containers, or PEFT's own `A` and `B` turned into them in place.
 
         PEFT's are in use: its tuner and every layer have them, and the tuner hands them to the layers to come.
@@ -38,8 +41,8 @@ class Bases(BufferDict):
             if not isinstance(store, cls):
                 store.__class__ = cls
             # Not by setattr, which would register the partner as a child.
-            store.__dict__.update(kind=kind, partner=partner, owner=None, pairs={})
-        A.refresh()
+            store.__dict__.update(_kind=kind, _partner=partner, _owner=None, _pairs={})
+        A._refresh()
         return A, B
 
     def __setitem__(self, adapter: str, tensor: Tensor) -> None:
@@ -48,58 +51,58 @@ class Bases(BufferDict):
             return
         if is_8_bit(tensor):  # for a weight that is cast for each call: 16 bits hold its numbers, and compute
             tensor = tensor.to(torch.bfloat16)
-        persistent = self.persistent if held is None else self.is_persistent(adapter)
+        persistent = self.persistent if held is None else self._is_persistent(adapter)
         self.register_buffer(adapter, tensor, persistent=persistent)
-        self.refresh()
+        self._refresh()
 
     def __delitem__(self, adapter: str) -> None:
         super().__delitem__(adapter)
         self._non_persistent_buffers_set.discard(adapter)
-        for store in (self, self.partner):
-            store.pairs.pop(adapter, None)
+        for store in (self, self._partner):
+            store._pairs.pop(adapter, None)
 
-    def is_owned(self) -> bool:
+    def _is_owned(self) -> bool:
         """Whether a tuner has this container. ``peft.inject_adapter_in_model`` throws its tuner away."""
-        return self.owner is not None and self.owner() is not None
+        return self._owner is not None and self._owner() is not None
 
-    def own(self, tuner: nn.Module) -> None:
-        self.__dict__["owner"] = weakref.ref(tuner)
+    def _own(self, tuner: nn.Module) -> None:
+        self.__dict__["_owner"] = weakref.ref(tuner)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "owner": None, "pairs": {}}  # the tuner's __setstate__ owns copies again
+        return {**self.__dict__, "_owner": None, "_pairs": {}}  # the tuner's __setstate__ owns copies again
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        if "pairs" in vars(self.partner):  # the second of the two
-            self.refresh()
+        if "_pairs" in vars(self._partner):  # the second of the two
+            self._refresh()
 
-    def is_persistent(self, adapter: str) -> bool:
+    def _is_persistent(self, adapter: str) -> bool:
         """Whether state dicts hold the bases of this adapter."""
         return adapter not in self._non_persistent_buffers_set
 
     # ---- as the op takes them ----
 
-    def pair(self, adapter: str) -> Pair:
-        A, B = (self, self.partner) if self.kind == "randlora_A" else (self.partner, self)
+    def _pair(self, adapter: str) -> Pair:
+        A, B = (self, self._partner) if self._kind == "randlora_A" else (self._partner, self)
         A, B = A[adapter], B[adapter]
-        pair = self.pairs.get(adapter)
+        pair = self._pairs.get(adapter)
         if pair is not None and isinstance(A, FakeTensor):  # torch.export puts them in the place of all buffers
             return pair
         if pair is None or pair.A is not A or pair.B is not B:
             pair = Pair.of(A, B)
-            for store in (self, self.partner):
-                store.pairs[adapter] = pair
+            for store in (self, self._partner):
+                store._pairs[adapter] = pair
         return pair
 
-    def refresh(self) -> None:
+    def _refresh(self) -> None:
         """Makes pairs ahead of their use: torch.compile could not trace that."""
         for adapter, tensor in self._buffers.items():
-            other = self.partner._buffers.get(adapter)
+            other = self._partner._buffers.get(adapter)
             # Between changing one container and the other they disagree.
             if other is not None and (other.dtype, other.device) == (tensor.dtype, tensor.device):
-                self.pair(adapter)
+                self._pair(adapter)
 
-    def share(self, adapter: str) -> None:
+    def _share(self, adapter: str) -> None:
         """Let `adapter` hold the same tensors as an adapter that has equal ones."""
         for other, tensor in self._buffers.items():
             mine = self._buffers[adapter]
@@ -116,19 +119,19 @@ class Bases(BufferDict):
                 moved = fn(tensor)
                 known[id(tensor)] = tensor, tensor.to(moved.device) if is_8_bit(moved) else moved
             self._buffers[adapter] = known[id(tensor)][1]
-        self.refresh()
+        self._refresh()
         return self
 
     # ---- loading ----
 
-    def take(self, adapter: str, tensor: Tensor, assign: bool = False) -> bool:
+    def _take(self, adapter: str, tensor: Tensor, assign: bool = False) -> bool:
         """Replace an adapter's base by one from a file, without loss; False if its shape does not fit.
 
         It may be larger than the one that was drawn: PEFT saves the bases of the model's first adapter with its others.
         It is held in the dtype of the one before where that changes no value (PEFT writes 16-bit numbers in fp32).
         """
         held = self._buffers[adapter]
-        axis = RANK_AXIS[self.kind]
+        axis = RANK_AXIS[self._kind]
         if tensor.dim() != 3 or tensor.shape[axis] != held.shape[axis]:
             return False
         if any(got < needed for got, needed in zip(tensor.shape, held.shape, strict=True)):
@@ -140,7 +143,7 @@ class Bases(BufferDict):
         if tensor.dtype == held.dtype and tensor.device == held.device and torch.equal(tensor, held):
             return True
         self[adapter] = tensor if assign else tensor.clone()
-        self.share(adapter)
+        self._share(adapter)
         return True
 
     def _load_from_state_dict(
@@ -150,9 +153,9 @@ class Bases(BufferDict):
         state_dict = dict(state_dict)
         for adapter in self:
             tensor = state_dict.get(prefix + adapter)
-            if tensor is None or not self.is_persistent(adapter):
+            if tensor is None or not self._is_persistent(adapter):
                 continue
-            if self.take(adapter, tensor, assign):
+            if self._take(adapter, tensor, assign):
                 state_dict[prefix + adapter] = self[adapter]  # else torch reports its size
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
 

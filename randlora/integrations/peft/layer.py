@@ -64,7 +64,7 @@ class AcceleratedLinear(peft_randlora.Linear, Linear):
         return *self._bases(adapter).tensors(device=device), 1.0
 
     def _pair(self, adapter: str) -> Pair:
-        return self.randlora_A.pair(adapter)
+        return self.randlora_A._pair(adapter)
 
     def _bases(self, adapter: str) -> RandomBases:
         return self._pair(adapter).bases
@@ -117,19 +117,19 @@ class AcceleratedLinear(peft_randlora.Linear, Linear):
     ) -> None:
         """PEFT's ``update_layer``. The layer's other adapters come along into these containers of bases."""
         if not isinstance(randlora_A, Bases):  # of PEFT's own tuner, after disable()
-            Bases.make_pair(randlora_A, randlora_B)
+            Bases._make_pair(randlora_A, randlora_B)
         self._carry_over(adapter_name, randlora_A, randlora_B)
         super().update_layer(adapter_name, randlora_A, randlora_B, *args, **kwargs)
         self.refer_to_bases()
 
     def _carry_over(self, adapter_name: str, *stores: Bases) -> None:
         for store in stores:
-            held = self.__dict__.get("_containers", {}).get(store.kind, store)
+            held = self.__dict__.get("_containers", {}).get(store._kind, store)
             for name in self.randlora_lambda if held is not store else ():
                 if name == adapter_name:
                     continue
                 if name not in store:
-                    store.persistent = held.is_persistent(name)
+                    store.persistent = held._is_persistent(name)
                     store[name] = held[name]
                 elif store[name] is not held[name] and not torch.equal(store[name], held[name]):
                     raise ValueError(
@@ -189,7 +189,7 @@ class AcceleratedLinear(peft_randlora.Linear, Linear):
                     continue
                 for key in (f"{prefix}{kind}.{adapter}", prefix + kind):  # PEFT leaves the name out where it has no use
                     tensor = state_dict.pop(key, None)
-                    if tensor is not None and not getattr(self, kind).take(adapter, tensor, assign):
+                    if tensor is not None and not getattr(self, kind)._take(adapter, tensor, assign):
                         errors.append(
                             f"size mismatch for {key}: copying a base of shape {list(tensor.shape)} from checkpoint, "
                             f"needed is {list(getattr(self, kind)[adapter].shape)} or a larger one of the same rank."
@@ -211,7 +211,7 @@ class AcceleratedLinear(peft_randlora.Linear, Linear):
     def _orphans(self) -> Iterator[tuple[str, Bases]]:
         """Containers that no tuner saves, moves or shows: then the layers do, as in PEFT."""
         for kind, store in self.__dict__.get("_containers", {}).items():
-            if not store.is_owned():
+            if not store._is_owned():
                 yield kind, store
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
@@ -226,7 +226,7 @@ class AcceleratedLinear(peft_randlora.Linear, Linear):
                     continue
                 name = f"{kind}.{adapter}"
                 there = [found.data_ptr() for key, found in destination.items() if key.endswith(name)]
-                if store.is_persistent(adapter) and tensor.data_ptr() not in there:
+                if store._is_persistent(adapter) and tensor.data_ptr() not in there:
                     destination[prefix + name] = tensor if keep_vars else tensor.detach()  # the first layer will do
 
 

@@ -60,16 +60,16 @@ class AcceleratedRandLoraModel(PeftRandLoraModel):
         layers = [module for module in model.modules() if isinstance(module, peft_randlora.RandLoraLayer)]
         if not all(isinstance(layer, AcceleratedLinear) for layer in layers):
             accelerate(model)
-        stores = (layers[0].randlora_A, layers[0].randlora_B) if layers else Bases.make_pair()
+        stores = (layers[0].randlora_A, layers[0].randlora_B) if layers else Bases._make_pair()
         if adapter_name in stores[0]:  # injected once more under one name: layers that are not targets keep what it was
-            stores = Bases.make_pair()
+            stores = Bases._make_pair()
         self.randlora_A, self.randlora_B = stores
         self.claim_bases()
 
     def claim_bases(self) -> None:
         for store in (self.randlora_A, self.randlora_B):
-            if not store.is_owned():
-                store.own(self)
+            if not store._is_owned():
+                store._own(self)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -124,7 +124,7 @@ class AcceleratedRandLoraModel(PeftRandLoraModel):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             activate(model, self.active_adapters)
             for store in (self.randlora_A, self.randlora_B):
-                store.share(adapter_name)
+                store._share(adapter_name)
             disable_fast_path(model)
             forget_calls(self)
 
@@ -281,7 +281,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     with all_or_nothing(model):
         for A, B in stores.values():
             if not isinstance(A, Bases):
-                Bases.make_pair(A, B)
+                Bases._make_pair(A, B)
         for tuner in tuners.values():
             # In place, as layers are: a new tuner would inject its adapters once more.
             tuner.__class__ = AcceleratedRandLoraModel

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from helpers.common import over
+from helpers.common import normal, over
+from torch.testing import assert_close
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -217,15 +218,18 @@ def test_safe_merge_and_nan():
     assert torch.equal(layer.base_layer.weight, before)
 
 
-def test_conversion_to_lora():
-    """PEFT's ``convert_to_lora`` asks the layer for its update."""
-    convert = pytest.importorskip("peft.tuners.lora.conversion").convert_to_lora
-    model = adapt(layers(a=(12, 9), b=(9, 12)), config("a", "b", r=3))
-    expected = {n: m.get_delta_weight("default") for n, m in model.named_modules() if hasattr(m, "randlora_lambda")}
-    _, state = convert(model, rank=9)
-    for name, update in expected.items():
-        A, B = (state[f"{name}.lora_{x}.weight"] for x in "AB")
-        torch.testing.assert_close(B @ A, update, rtol=1e-3, atol=1e-3)
+def test_every_name_that_peft_takes_for_an_adapter():
+    """PEFT keeps bases as attributes by the adapter's name: what randlora adds there must not be in the way."""
+    model = adapt(layers(a=(12, 9)), config("a", r=3))
+    store, theirs = bases_of(model), bases_of(adapt(layers(a=(12, 9)), config("a", r=3), False))
+    public = {name for name in {*dir(store), *vars(store)} if not name.startswith("_")}
+    assert public <= {*dir(theirs), *vars(theirs)}
+    for name in ("kind", "owner", "pair", "share"):
+        assert_close(adapt(layers(a=(12, 9)), config("a", r=3), adapter_name=name)(normal(2, 12)), model(normal(2, 12)))
+
+
+def bases_of(model):
+    return model.base_model.randlora_A
 
 
 def views(thing, name):
