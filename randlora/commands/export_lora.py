@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.hub import find_folder
-from ..checkpoint.layout import folder_of
 from ..config import RandLoraConfig
 from ..export.lora import to_lora
+from ..export.source import adapter_folder, base_name
 from ..model.of_config import transformers_config
 from .options import DTYPES, Failed
 
@@ -49,12 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _tokens(arguments: argparse.Namespace) -> torch.Tensor:
     """``[1, tokens]``: those of the text, up to 512, or 64 random ones."""
-    name = arguments.model
-    if name is None:
-        config = RandLoraConfig.from_pretrained(folder_of(find_folder(arguments.adapter), arguments.adapter_name))
-        name = config.base_model_name_or_path
-    if not name:
-        raise Failed("the adapter does not say which model it adapts: give --model")
+    folder = adapter_folder(arguments.adapter, arguments.adapter_name)
+    name = base_name(folder, RandLoraConfig.from_pretrained(folder), arguments.model)
     if arguments.inputs == RANDOM:
         words = transformers_config(name).get_text_config().vocab_size
         return torch.randint(0, words, (1, _RANDOM_TOKENS), generator=torch.Generator().manual_seed(0))

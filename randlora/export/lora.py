@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checks import require_float, require_int
+from ..checks import require_float, require_size
 from ..dtypes import FLOATS
 from ..layers.attention import MultiheadAttention
 from ..layers.randlora_layer import RandLoraLayer
@@ -18,10 +18,10 @@ from ..model.model import RandLoraModel
 from ..model.parts import layers_with
 from . import lora_folder, on_inputs
 from .source import AdaptedByPeft, model_of_folder, model_of_peft
-from .table import LoraExport, notes_of
+from .table import VLLM_RANKS, LoraExport, notes_of
 from .update import Factors, LayerUpdate
 
-SERVED = 512  # the largest rank that vLLM serves
+SERVED = VLLM_RANKS[-1]
 
 
 def to_lora(
@@ -78,7 +78,7 @@ def to_lora(
         OSError: the folder cannot be written; what was there is there again.
     """
     output = Path(output)
-    _check_arguments(rank, energy, dtype, per_layer)
+    rank = _check_arguments(rank, energy, dtype, per_layer)
     lora_folder.check_output(output)
     model: RandLoraModel | AdaptedByPeft | None
     if isinstance(model_or_folder, (str, os.PathLike)):
@@ -96,7 +96,7 @@ def to_lora(
             raise ValueError("base_model is for the folder of an adapter: this model has its own")
     model._check(adapter)
     layers = layers_with(model.model, adapter)
-    _check_layers(model.model, layers)
+    _check_layers(model.model, layers, adapter)
     beside = lora_folder.beside(model, adapter, layers)
     if inputs is not None:
         on_inputs.check(model)
@@ -131,21 +131,24 @@ def to_lora(
     return result
 
 
-def _check_arguments(rank: Any, energy: Any, dtype: Any, per_layer: Any) -> None:
+def _check_arguments(rank: Any, energy: Any, dtype: Any, per_layer: Any) -> int | None:
+    """`rank` as a number of Python."""
     if rank is not None and energy is not None:
         raise ValueError(f"give rank or energy, not both, got rank={rank!r} and energy={energy!r}")
-    if rank is not None:
-        require_int("rank", rank, 1)
     if energy is not None and not 0 < require_float("energy", energy) <= 1:
         raise ValueError(f"energy must be above 0 and at most 1, the share of the update that is kept, got {energy!r}")
     if not isinstance(dtype, torch.dtype) or dtype not in FLOATS:
         raise TypeError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype!r}")
     if not isinstance(per_layer, bool):
         raise TypeError(f"per_layer must be True or False, got {per_layer!r}")
+    return None if rank is None else require_size("rank", rank)
 
 
-def _check_layers(model: nn.Module, layers: Mapping[str, RandLoraLayer]) -> None:
-    """Raises ``ValueError`` for layers that cannot be written so that every loader of LoRA computes the same."""
+def _check_layers(model: nn.Module, layers: Mapping[str, RandLoraLayer], adapter: str) -> None:
+    """Raises ``ValueError`` for layers that cannot be written so that every loader of LoRA computes the same.
+
+    So for numbers that are nowhere, or in parts with several processes, which would wait for each other.
+    """
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
@@ -159,6 +162,7 @@ def _check_layers(model: nn.Module, layers: Mapping[str, RandLoraLayer]) -> None
             why = f"is one layer with {' and '.join(known[1:])}, and PEFT's LoRA would be on its first use only"
         if why is not None:
             raise ValueError(f"{path!r} {why}: merge the adapter into the model instead")
+        layer._trained_whole(adapter, torch.device("cpu"))
 
 
 def _ranks(

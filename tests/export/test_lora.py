@@ -350,6 +350,7 @@ def not_finite(what):
 
 REFUSED = {
     "rank 0": (lambda: adapt(net()), {"rank": 0}, "rank must be at least 1"),
+    "rank": (lambda: adapt(net()), {"rank": 10**9}, "rank must be at most 65536"),
     "a float": (lambda: adapt(net()), {"rank": 2.0}, "rank must be an integer"),
     "both": (lambda: adapt(net()), {"rank": 2, "energy": 0.9}, "rank or energy, not both"),
     "no energy": (lambda: adapt(net()), {"energy": 0.0}, "energy must be above 0 and at most 1"),
