@@ -50,7 +50,7 @@ def unmerged(layers: Iterable[Mergeable]) -> Iterator[None]:
 
 
 def check_unmerge(layer: Mergeable) -> None:
-    """Raises ``ValueError`` where :meth:`Mergeable.unmerge` would; for a look at all layers before the first."""
+    """Raises ``ValueError`` where the layer's ``unmerge`` would; for a look at all layers before the first."""
     base, kept = layer.get_base_layer(), layer._unmerged_weight
     if kept is None:
         raise ValueError(NOT_KEPT)
