@@ -42,4 +42,5 @@ def run(arguments: argparse.Namespace) -> int:
     for option in other.OPTIONS:
         if (given := getattr(arguments, option)) is not None and given is not False:
             raise Failed(f"--{option.replace('_', '-')} is for {name}")
-    return way.run(arguments)
+    status: int = way.run(arguments)
+    return status
