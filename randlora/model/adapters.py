@@ -13,9 +13,9 @@ from ..checkpoint.layout import PEFT_TYPE
 from ..config import RandLoraConfig
 from ..distributed.fsdp import hold_parts
 from ..layers.bypassed import forget_calls
-from ..layers.merging import merged_or_not, unmerged
 from ..layers.modules_to_save import ModuleToSave
 from ..layers.randlora_layer import RandLoraLayer
+from ..layers.unmerging import merged_or_not, unmerged
 from ..undo import all_or_nothing
 from . import injection, ties, weighted_sum
 from .adapter_plan import Plan, filled, plan_adapter

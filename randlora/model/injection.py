@@ -12,9 +12,9 @@ from ..layers.attention import MultiheadAttention, disable_fast_path, restore_fa
 from ..layers.attention_parts import require_unsharded
 from ..layers.experts import Experts
 from ..layers.linear import Linear
-from ..layers.merging import merged_or_not
 from ..layers.modules_to_save import ModuleToSave
 from ..layers.randlora_layer import RandLoraLayer
+from ..layers.unmerging import merged_or_not
 from ..names import check_adapter_name
 from ..undo import all_or_nothing
 from . import ties

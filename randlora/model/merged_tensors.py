@@ -173,9 +173,9 @@ class Skeleton:
         return _twin(base, **held)
 
     def _maker(self, layer: Mergeable) -> Callable[[], Tensor]:
-        return lambda: layer.merged_weight(
-            [name for name in self.names if name in layer.randlora_lambda], self.safe_merge
-        )
+        # Not a function that refers to the skeleton, which refers to it: both would wait for the garbage collector.
+        names, safe_merge = self.names, self.safe_merge
+        return lambda: layer.merged_weight([name for name in names if name in layer.randlora_lambda], safe_merge)
 
     def _placeholder(
         self, like: Tensor, make: Callable[[], Tensor], update: Update | None = None, dtype: Any = None
@@ -192,6 +192,8 @@ class Skeleton:
         weights = {f"{name}_weight": [name] for name in PROJECTIONS[:3]}
         weights |= {"in_proj_weight": list(PROJECTIONS[:3]), "out_proj.weight": ["out_proj"]}
 
+        makers = {name: self._weight_of(getattr(attention, name)) for name in PROJECTIONS}
+
         def update(path: str) -> Update | None:
             layers = [getattr(attention, name) for name in weights.get(path, ())]
             if not any(isinstance(layer, RandLoraLayer) for layer in layers):
@@ -200,7 +202,7 @@ class Skeleton:
 
         def value(path: str) -> Tensor:
             if path in weights:
-                parts = [self._weight(attention, name) for name in weights[path]]
+                parts = [makers[name]() for name in weights[path]]
                 return torch.cat(parts) if path == "in_proj_weight" else parts[0]
             if path == "in_proj_bias":
                 return torch.cat([_AsItIs(getattr(attention, name).bias)() for name in PROJECTIONS[:3]])
@@ -223,11 +225,10 @@ class Skeleton:
             owner._parameters[path.rpartition(".")[2]] = placeholder
         return plain
 
-    def _weight(self, attention: Any, projection: str) -> Tensor:
-        layer = getattr(attention, projection)
+    def _weight_of(self, layer: Any) -> Callable[[], Tensor]:
         if isinstance(layer, RandLoraLayer):
-            return self._maker(layer)()
-        return _AsItIs(layer.weight, (layer, "weight") if offload.hooks(layer) else None)()
+            return self._maker(layer)
+        return lambda: _AsItIs(layer.weight, (layer, "weight") if offload.hooks(layer) else None)()
 
     # ---- quantised layers ----
 
@@ -243,18 +244,20 @@ class Skeleton:
                 f"offloaded ({offload.REAL_AGAIN} brings it back) nor while FSDP2 shards it"
             )
 
+        chosen, dtype, safe_merge = self.names, self.dtype, self.safe_merge
+
         def make() -> Tensor:
             kept = None if layer is None else layer._unmerged_weight
             held = kept[0] if isinstance(kept, tuple) else None
-            names = [] if layer is None else [n for n in self.names if n in layer.randlora_lambda]
+            names = [] if layer is None else [n for n in chosen if n in layer.randlora_lambda]
             if layer is not None:
                 merged = layer.merged_adapters
                 names = [*(merged if held is not None else ()), *(n for n in names if n not in merged)]
             with torch.no_grad():
                 weight = quantized.dequantize(base, held)
                 updates = (layer.get_delta_weight(name).to(weight.device) for name in names) if layer else ()
-                value = added(weight, updates).to(self.dtype)
-                if self.safe_merge and names and not torch.isfinite(value).all():
+                value = added(weight, updates).to(dtype)
+                if safe_merge and names and not torch.isfinite(value).all():
                     raise ValueError(f"NaNs detected in the merged weights of {', '.join(names)}; nothing was changed")
                 return value
 

@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
-from helpers.models import IDS, adapt, add, net
+from helpers.models import IDS, adapt, add, net, randomize
 from helpers.ranks import shard
+
+import randlora
 
 pytest.importorskip("torch.distributed.fsdp")
 
@@ -17,9 +19,11 @@ from randlora.export import to_merged
 
 
 def everything():
-    model = add(adapt(net(), modules_to_save=["head"], bias="all"), "second", 2, target_modules=["q_proj"])
+    """Of the root itself, which stays put together after a call, the head is adapted, and the embeddings are saved."""
+    model = adapt(net(), modules_to_save=["embed"], bias="all", target_modules=["q_proj", "up_proj", "head"])
+    model = add(model, "second", 2, target_modules=["q_proj"])
     with torch.no_grad():
-        model.model.head.modules_to_save["default"].weight.add_(0.5)
+        model.model.embed.modules_to_save["default"].weight.add_(0.5)
     model.set_adapter(["default", "second"])
     return model
 
@@ -55,6 +59,26 @@ def sharded():
 
 def test_sharded_by_fsdp2(two_ranks):
     two_ranks(sharded)
+
+
+def sharded_experts():
+    from helpers.experts_cases import tiny
+
+    config = {"r": 3, "target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    model = randomize(randlora.get_peft_model(tiny("Qwen3Moe"), config))
+    expected = copy.deepcopy(model).merge_and_unload().state_dict()
+    for block in model.model.model.layers:
+        fully_shard(block)
+    fully_shard(model)
+    assert_same(dict(model.merged_tensors()), expected)
+    found = dict(model.merged_tensors(original_names=True))
+    first = expected["model.layers.1.mlp.experts.down_proj"][0]
+    assert torch.equal(found["model.layers.1.mlp.experts.0.down_proj.weight"], first)
+
+
+def test_fused_experts_sharded_by_fsdp2(two_ranks):
+    pytest.importorskip("transformers.integrations.moe")
+    two_ranks(sharded_experts)
 
 
 def cut():

@@ -1,6 +1,7 @@
 """``model.merged_tensors()`` is the state dict of the merged plain model, and leaves the adapted one as it is."""
 
 import copy
+import gc
 import threading
 import warnings
 import weakref
@@ -29,6 +30,7 @@ from torch import nn
 import randlora
 from randlora.layers import quantized
 from randlora.layers.merging import Mergeable
+from randlora.model.merged_tensors import parts_of
 
 
 def merged(model, *args):
@@ -101,6 +103,25 @@ def test_what_is_not_changed_is_not_copied_and_what_is_made_is_not_kept(monkeypa
         assert sum(reference() is not None for reference in made) == (tensor.data_ptr() not in held)
         del tensor
     assert len(made) == 8
+
+
+@pytest.mark.parametrize("kind", ["linear", "attention", "quantised"])
+def test_nothing_waits_for_the_garbage_collector(kind):
+    plain = {
+        "linear": net, "attention": lambda: numbered(Attending()),
+        "quantised": lambda: nn.ModuleDict({"lin": make_base("cast-e5m2"), "last": nn.LayerNorm(24)}),
+    }[kind]()  # fmt: skip
+    model = adapt(
+        plain, target_modules=["q_proj"] if kind == "linear" else ["lin" if kind == "quantised" else "attention"]
+    )
+    gc.collect()
+    gc.disable()
+    try:
+        made = [weakref.ref(part) for part in parts_of(model.model, ["default"], dequantize=True).values()]
+        list(model.merged_tensors(dequantize=True))
+        assert made and all(reference() is None for reference in made)
+    finally:
+        gc.enable()
 
 
 def test_nothing_changes_while_it_runs():

@@ -53,3 +53,17 @@ def test_what_is_kept_is_small():
         update = LayerUpdate(layer, "default", 4)
         assert (update.matrix is not None) == dense == (update.left is None) == (update.right is None)
     assert LayerUpdate(layer, "default", 64).matrix is None  # exact
+
+
+def test_norms_of_any_size():
+    layer = randlora.Linear(nn.Linear(300, 400), r=8, num_bases=3)
+    with torch.no_grad():
+        for parameter in (layer.randlora_lambda["default"], layer.randlora_gamma["default"]):
+            parameter.normal_(generator=torch.Generator().manual_seed(1))
+        for factor in (1.0, 1e-25, 1e45):  # what has squares, and what fp32 has none of: of 1e-25, then of 1e20
+            layer.randlora_lambda["default"].mul_(factor**0.5).mul_(factor**0.5)
+            expected = reference_update(layer, "default").norm().item()
+            update = LayerUpdate(layer, "default", 24)
+            A, B = update.factors(24)
+            norm, lost = update.norms(Factors(A * 0.5, B))
+            assert norm == pytest.approx(expected, rel=1e-6, abs=0) and lost == pytest.approx(norm / 2, rel=1e-6, abs=0)

@@ -6,7 +6,7 @@ from helpers.common import FLOATS, make_layer, normal, on_devices, over, randomi
 from torch import nn
 
 import randlora
-from randlora.layers import merging
+from randlora.layers import merging, unmerging
 
 
 @on_devices
@@ -136,15 +136,16 @@ def test_layers_are_unmerged_where_their_weight_cannot_be_written(monkeypatch):
     """Not even for giving it back: a layer that called itself merged would leave its adapter out."""
     layers = [randomize(randlora.Linear(nn.Linear(8, 6), r=2, randlora_alpha=3)).eval() for _ in range(2)]
     x = normal(7, 8)
-    expected, write = [layer(x) for layer in layers], merging._put
+    expected, write = [layer(x) for layer in layers], unmerging.put_weight
 
     def failing(layer, value):
         if layer is layers[1]:
             raise RuntimeError("read-only")
         write(layer, value)
 
-    monkeypatch.setattr(merging, "_put", failing)
-    with pytest.raises(RuntimeError, match="read-only"), merging.merged_or_not(layers[::-1]):
+    for module in (merging, unmerging):
+        monkeypatch.setattr(module, "put_weight", failing)
+    with pytest.raises(RuntimeError, match="read-only"), unmerging.merged_or_not(layers[::-1]):
         layers[0].merge()
         layers[1].merge()
     assert not any(layer.merged for layer in layers)

@@ -17,7 +17,7 @@ from ...bases.definition import bases_for_full_rank
 from ...checks import require_int, require_size
 from ...layers.bypassed import first_calls, forget_calls
 from ...layers.fast_path import disable_fast_path, restore_fast_path
-from ...layers.merging import check_unmerge, merged_or_not
+from ...layers.unmerging import check_unmerge, merged_or_not
 from ...layers.update_cache import inference_cache
 from ...model import ties
 from ...model.injection import to_merge
