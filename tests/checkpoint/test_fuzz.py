@@ -51,7 +51,9 @@ def outcome(model, folder):
     found = {(slot, part): t for slot, parts in loaded.parameters.items() for part, t in parts.items()}
     found |= {(name, key): t for name, state in loaded.saved.items() for key, t in state.items()}
     found |= dict(loaded.biases)
-    found |= {name: getattr(loaded.plan.bases.to(torch.float32), name) for name in "AB"}
+    # The process may have larger bases of this definition already, of which these are a part.
+    bases, (max_dim, min_dim, num_bases) = loaded.plan.bases.to(torch.float32), loaded.plan.required()
+    found |= {"A": bases.A[..., :min_dim], "B": bases.B[:max_dim, :num_bases]}
     assert all(torch.isfinite(t).all() and t.is_floating_point() for t in found.values())
     for slot, (i, o) in loaded.plan.slots.items():
         n = math.ceil(min(i, o) / loaded.plan.config.r)
