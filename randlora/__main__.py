@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m randlora",
         description="RandLoRA for PyTorch: full-rank adapters with random bases.",
-        epilog=f"example:\n  {estimate.EXAMPLE}",
+        epilog=f"examples:\n  {estimate.EXAMPLE}\n  {export.EXAMPLE}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"randlora {__version__}")

@@ -44,8 +44,8 @@ def restore(model: Adapters, folder: str | os.PathLike) -> None:
         for what, there, here in _facts(model, name, loaded, ("r", "randlora_alpha", "bias")):
             if there != here:
                 raise ValueError(
-                    f"{folder_of(folder, name)} is not of this model's adapter {name!r}: {what} must be {here}, got "
-                    f"{there}. Adapt the model as it was when the file was written"
+                    f"{folder_of(folder, name)} is not of this model's adapter {name!r}: "
+                    f"{_difference(what, there, here)}. Adapt the model as it was when the file was written"
                 )
         _check_dtypes(model, folder_of(folder, name), name, loaded)
     _copy(model, found)
@@ -64,8 +64,8 @@ def hotswap(model: Adapters, folder: str | os.PathLike, name: str) -> None:
     for what, there, here in _facts(model, name, loaded, ("r", "bias")):
         if there != here:
             raise ValueError(
-                f"{folder} cannot take the place of adapter {name!r}: {what} must be {here}, got {there}. Add it under "
-                "a name of its own with load_adapter()"
+                f"{folder} cannot take the place of adapter {name!r}: {_difference(what, there, here)}. Add it under a "
+                "name of its own with load_adapter()"
             )
     _check_dtypes(model, folder, name, loaded)
     trained = biases.trained(model.model, config.bias, loaded.plan.slots, loaded.plan.saved)
@@ -137,6 +137,10 @@ def _facts(model: Adapters, name: str, loaded: Loaded, settings: tuple[str, ...]
     for bases in {id(layer.bases[name]): layer.bases[name] for layer in layers.values()}.values():
         if not _are_equal(bases, plan.bases, plan.required()):
             yield "bases", plan.bases, bases
+
+
+def _difference(what: str, there: Any, here: Any) -> str:
+    return f"{what}: {', '.join(there)}" if here == [] else f"{what} must be {here}, got {there}"
 
 
 def _are_equal(one: RandomBases, other: RandomBases, dims: tuple[int, int, int]) -> bool:

@@ -11,7 +11,7 @@ from ..config import RandLoraConfig
 from ..estimation.estimate import estimate
 from ..model.of_config import model_of_config
 from ..planner import STRATEGIES
-from .options import DTYPES, Failed, names
+from .options import DTYPES, Failed, names, paragraph
 
 EXAMPLE = "python -m randlora estimate --model meta-llama/Llama-3.2-3B --target-modules q_proj,v_proj --tokens 840"
 
@@ -20,9 +20,11 @@ def add_options(commands: Any) -> None:
     command = commands.add_parser(
         "estimate",
         help="what an adapter will cost in memory, operations and disk, before training",
-        description="What training a model with RandLoRA takes beyond the frozen model, for each kind of bases, and "
-        "what LoRA with as many parameters does. Needs transformers, and of the model its config.json only: no weights "
-        "are loaded and no bases are made.",
+        description=paragraph(
+            "What training a model with RandLoRA takes beyond the frozen model, for each kind of bases, and what LoRA "
+            "with as many parameters does. Needs transformers, and of the model its config.json only: no weights are "
+            "loaded and no bases are made."
+        ),
         epilog=f"example:\n  {EXAMPLE} --dtype bfloat16",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

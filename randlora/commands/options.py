@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import textwrap
 
 import torch
 
@@ -12,6 +13,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 class Failed(Exception):
     """What the user can mend: one line, without a traceback."""
+
+
+def paragraph(text: str) -> str:
+    """Lines as argparse breaks them, where it is told to leave examples alone."""
+    return textwrap.fill(text, 78)
 
 
 def names(text: str) -> list[str]:

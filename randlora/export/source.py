@@ -115,7 +115,9 @@ def explained(name: str, folder: Path, given: Any) -> Iterator[None]:
     except ValueError as error:
         if given is not None or os.path.isdir(name):
             raise
-        raise ValueError(f"{error}. {folder} names it as its base: give another by base_model= or --model") from error
+        raise ValueError(
+            f"{str(error).rstrip('.')}. {folder} names it as its base: give another by base_model= or --model"
+        ) from error
 
 
 def _twin(model: nn.Module, with_numbers: bool) -> nn.Module:

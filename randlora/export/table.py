@@ -65,7 +65,7 @@ def notes_of(
     elif not result["exact"]:
         notes.append("energy: the share of the squares of an update's numbers; error: |dW - BA| / |dW|, as written")
     if needed < largest:
-        notes.append(f"no layer needs more than rank {needed}: rank {needed} gives the same in a smaller file")
+        notes.append(f"no layer needs more than rank {needed}: rank={needed} gives the same in a smaller file")
     if energy is not None and result["dtype"] in ("bfloat16", "float16"):
         notes.append("ranks were chosen before numbers were rounded to 16 bits, energy and errors were measured after")
     served = next((rank for rank in VLLM_RANKS if rank >= largest), None)
