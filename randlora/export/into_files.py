@@ -9,23 +9,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..config import RandLoraConfig
 from ..dtypes import FLOATS
-from ..layers import offload
 from ..layers.merging import added
 from ..model.merged_tensors import Part, parts_of
 from ..model.model import RandLoraModel
 from ..model.of_config import model_of_config
 from ..model.original_names import Original
-from ..model.parts import is_bias
 from .base_files import BaseFiles
 from .merged_config import Cast, cast, config_text, require_untied
-from .source import adapter_folder, base_name, explained
+from .source import adapter_folder, base_name, explained, places_of_biases, put_bias
 
 
 @dataclass
@@ -113,8 +110,11 @@ class IntoFiles:
             if part.update is not None:
                 self._plan_sums(key, group, ties.get(key, []))
             else:
+                tied = not self.untied and any(self._find(name, part.like) for name in ties.get(key, ()))
                 for name, value in self._original.convert({key: part.make()}).items():
                     file = self._find(name, value)
+                    if file is None and tied:  # in the files by another name
+                        continue
                     if file is None and key not in ties:
                         self._require_new(name)
                     self._values[file or name] = value
@@ -173,16 +173,11 @@ class IntoFiles:
 
     def _bring_in_biases(self, model: nn.Module) -> None:
         """The base's biases, as the adapter need not have all of them."""
-        for path, parameter in list(model.named_parameters()):
-            named = is_bias(path) or path.endswith("in_proj_bias")
-            found = self._find(path, parameter) if named else None
+        for names in places_of_biases(model):
+            like = model.get_parameter(names[0])
+            found = next((file for name in names if (file := self._find(name, like)) is not None), None)
             if found is not None:
-                parent, _, name = path.rpartition(".")
-                held = model.get_submodule(parent)._parameters
-                offload.make_room(held, name, torch.device("cpu"))
-                bias: Any = held[name]
-                with torch.no_grad():
-                    bias.copy_(self.base.get(found))
+                put_bias(model, names, self.base.get(found).to(like.dtype))
 
     # ---- the numbers ----
 

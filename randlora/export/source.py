@@ -75,7 +75,8 @@ def model_of_folder(
         with explained(name, folder, base_model):
             base = load_model(name) if with_numbers else model_of_config(name)
     if config.bias != "none":
-        _make_room_for_biases(base)
+        for names in places_of_biases(base):
+            put_bias(base, names, torch.zeros_like(base.get_parameter(names[0]), device="cpu"))
     return RandLoraModel.from_pretrained(base, folder, adapter)
 
 
@@ -132,9 +133,18 @@ def _twin(model: nn.Module, with_numbers: bool) -> nn.Module:
     return copy.deepcopy(model, known)
 
 
-def _make_room_for_biases(model: nn.Module) -> None:
-    for name, parameter in list(model.named_parameters()):
-        if is_bias(name) and parameter.is_meta:
-            parent, _, leaf = name.rpartition(".")
-            empty = nn.Parameter(torch.zeros_like(parameter, device="cpu"), requires_grad=False)
-            setattr(model.get_submodule(parent), leaf, empty)
+def places_of_biases(model: nn.Module) -> Iterator[list[str]]:
+    """The names of each bias on the meta device: more than one where layers share it."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.is_meta and (is_bias(name) or name.endswith("in_proj_bias")):
+            names.setdefault(id(parameter), []).append(name)
+    yield from names.values()
+
+
+def put_bias(model: nn.Module, names: list[str], value: torch.Tensor) -> None:
+    """One parameter with this value in all these places."""
+    bias = nn.Parameter(value, requires_grad=False)
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        model.get_submodule(parent)._parameters[leaf] = bias

@@ -13,10 +13,10 @@ import weakref
 import pytest
 import torch
 from helpers.failing import Failure, calls_of, fail_at
-from helpers.models import adapt, add, net, randomize, tiny_gpt2, tiny_llama
+from helpers.models import adapt, add, net, randomize, tiny_bert, tiny_gpt2, tiny_llama
 
 import randlora
-from randlora.export import shards, to_merged
+from randlora.export import shards, to_lora, to_merged
 from randlora.export.base_files import BaseFiles
 from randlora.model import ties
 
@@ -248,6 +248,28 @@ def test_what_is_trained_beside_is_rounded_once(tmp_path):
         assert_same(got, {name: tensor.to(dtype or torch.bfloat16) for name, tensor in expected.items()})
 
 
+@pytest.mark.parametrize("bias", ["all", "randlora_only"])
+def test_a_bias_in_two_places(bias, tmp_path):
+    """A head's bias that two modules share is one in the adapter's file, and in those of the base."""
+    base = tmp_path / "base"
+    tiny_bert("BertForMaskedLM").save_pretrained(base)
+    model = adapt(transformers.BertForMaskedLM.from_pretrained(base), target_modules=["query"], bias=bias)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.25)
+    model.save_pretrained(tmp_path / "adapter")
+    to_merged(tmp_path / "adapter", tmp_path / "out", base_model=base)
+    assert_loads_as(tmp_path / "out", merged_model(model))
+    assert safetensors.load_file(tmp_path / "out" / "model.safetensors").keys() == (
+        safetensors.load_file(base / "model.safetensors").keys()
+    )
+    for source, folder in ((model, "a"), (tmp_path / "adapter", "b")):
+        to_lora(source, tmp_path / folder, base_model=None if source is model else base)
+    first, second = (safetensors.load_file(tmp_path / folder / "adapter_model.safetensors") for folder in "ab")
+    assert_same(first, second)
+
+
 def test_several_adapters(tmp_path):
     _, adapter, model = saved(tiny_llama(), tmp_path)
     add(model, "b", 7, target_modules=["q_proj", "up_proj"])
@@ -363,7 +385,7 @@ PROCESS = """
 import json, os, signal, sys
 from transformers import AutoModelForCausalLM
 from randlora import RandLoraModel
-from randlora.export import shards, to_merged
+from randlora.export import shards, to_lora, to_merged
 
 def status(name):
     with open("/proc/self/status") as lines:
