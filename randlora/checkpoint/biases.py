@@ -39,16 +39,30 @@ def biases_of(model: nn.Module, slots: Collection[str] = ()) -> dict[str, Tensor
     return found
 
 
+def names_of(model: nn.Module) -> dict[str, list[str]]:
+    """The plain name of each bias in :func:`biases_of` -> all of its plain names: several where modules share it."""
+    found: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if is_bias(name) and "modules_to_save" not in name.split("."):
+            found.setdefault(id(parameter), []).append(plain(name))
+    return {names[0]: names for names in found.values()}
+
+
 def trained(model: nn.Module, mode: str, slots: Collection[str], saved: Collection[str]) -> dict[str, Tensor]:
     """What an adapter with ``bias=mode`` trains: plain name -> bias; those of `saved` modules are saved with them."""
     if mode == "none":
         return {}
     adapted = {plain(name) for name in (*slots, *adapted_layers(model))}
     inside = tuple(f"{plain(name)}." for name in saved)
+    names = names_of(model)
+
+    def is_adapted(name: str) -> bool:
+        return any(other.rpartition(".")[0] in adapted for other in names.get(name, [name]))
+
     return {
         name: bias
         for name, bias in biases_of(model, slots).items()
-        if (mode == "all" or name.rpartition(".")[0] in adapted) and not name.startswith(inside)
+        if (mode == "all" or is_adapted(name)) and not name.startswith(inside)
     }
 
 

@@ -146,8 +146,10 @@ def _assign_biases(
     if plan.config.bias == "none":
         return {}
     present, found = biases.biases_of(model, plan.slots), {}
+    first = {other: name for name, names in biases.names_of(model).items() for other in names}
     for key in filter(is_bias, list(shapes)):
         name = biases.plain(key.removeprefix(PREFIX))
+        name = first.get(name, name)  # PEFT writes one that is shared by every name
         if name in present and present[name].is_meta:
             raise ValueError(
                 f"{path} holds the bias {name}, which is on the meta device in this model: the weights that it gets "

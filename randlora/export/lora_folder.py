@@ -129,7 +129,10 @@ def _targets(model: nn.Module, layers: Mapping[str, RandLoraLayer]) -> list[str]
 
 
 def _exact_pattern(ranks: dict[str, int], names: list[str]) -> dict[str, int]:
-    """`ranks` with keys that PEFT, which looks for a name that ends so, finds for these layers only."""
-    if not any(other != name and other.endswith(f".{name}") for name in ranks for other in names):
-        return ranks
+    """`ranks` with keys that PEFT, which takes them for patterns of how a name ends, finds for these layers only."""
+    try:
+        if all([name for name in names if re.match(rf"(.*\.)?({key})$", name)] == [key] for key in ranks):
+            return ranks
+    except re.error:
+        pass
     return {f"^{re.escape(name)}": rank for name, rank in ranks.items()}

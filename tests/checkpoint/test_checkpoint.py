@@ -148,6 +148,34 @@ def test_biases_and_modules_to_save(tmp_path):
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / WEIGHTS).read_bytes()
 
 
+@pytest.mark.parametrize("whose", ["ours", "peft's"])
+@pytest.mark.parametrize("bias", ["all", "randlora_only"])
+def test_a_bias_that_an_adapted_layer_shares(bias, whose, tmp_path):
+    """Its first name need not be that of the layer; PEFT writes it by every name."""
+
+    def plain():
+        model = net()
+        model.bias = model.head.bias  # comes first in named_parameters()
+        return model
+
+    config = {"r": 4, "target_modules": ["head", "q_proj"], "bias": bias}
+    if whose == "ours":
+        model = randlora.get_peft_model(plain(), randlora.RandLoraConfig(**config))
+    else:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(plain(), peft.RandLoraConfig(**config))
+    head = model.get_base_model().head.base_layer
+    assert head.bias.requires_grad
+    with torch.no_grad():
+        head.bias.add_(0.5)
+    model.save_pretrained(tmp_path)
+    back = randlora.RandLoraModel.from_pretrained(plain(), tmp_path)
+    assert (
+        torch.equal(back.model.head.base_layer.bias, head.bias) and back.model.bias is back.model.head.base_layer.bias
+    )
+    back.hotswap(tmp_path)
+
+
 def test_biases_of_another_adapters_layers(tmp_path):
     """bias="randlora_only" trains those too, so they are saved under the names that they have without it."""
     model = adapt(net(), target_modules=["q_proj"], bias="randlora_only")

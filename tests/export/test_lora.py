@@ -254,6 +254,19 @@ def test_target_modules_are_exact(tmp_path):
         assert peft_model.get_submodule(f"base_model.model.{row['name']}").r["default"] == row["rank"]
 
 
+def test_names_that_are_patterns_of_others(tmp_path):
+    """PEFT takes the keys of rank_pattern for patterns: "a.1" is one of "ax1"."""
+    plain = nn.ModuleDict({"a": nn.ModuleDict({"1": nn.Linear(6, 6)}), "ax1": nn.Linear(6, 6)})
+    model = adapt(copy.deepcopy(plain), target_modules=["a.1", "ax1"], r=2, num_bases=2)
+    with torch.no_grad():
+        model.model["a"]["1"].randlora_lambda["default"].zero_()[0, 0] = 1.0
+    result = to_lora(model, tmp_path, energy=0.99999, per_layer=True)
+    ranks = {row["name"]: row["rank"] for row in result["layers"]}
+    assert ranks == {"a.1": 1, "ax1": 4}
+    loaded = with_lora(plain, tmp_path)
+    assert ranks == {path: loaded.get_submodule(f"base_model.model.{path}").r["default"] for path in ranks}
+
+
 def test_of_several_adapters_one(tmp_path):
     model = add(adapt(net(), num_bases=2), "other", 5, num_bases=1, target_modules=["q_proj"])
     result = to_lora(model, tmp_path, adapter="other", dtype=torch.float64, inputs=IDS)
