@@ -1,5 +1,6 @@
 """Settings that every test shares."""
 
+import gc
 import os
 
 import pytest
@@ -42,6 +43,12 @@ def _modes():
     """The modes of torch that this thread is in; dispatch keys stand for some, such as that of torch.func."""
     keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), *map(repr, keys)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def models_of_other_modules_are_gone():
+    """Models of transformers wait for the garbage collector, and what they hold is shared: bases, and their copies."""
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)

@@ -48,7 +48,7 @@ class IntoFiles:
     dtype: torch.dtype | None
     likes: dict[str, Tensor] = field(default_factory=dict)
     _sums: dict[str, Sum] = field(default_factory=dict)
-    _values: dict[str, Tensor] = field(default_factory=dict)  # not rounded yet
+    _given: dict[str, Tensor] = field(default_factory=dict)  # not rounded yet
     _dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     _copies: dict[str, str] = field(default_factory=dict)
 
@@ -92,7 +92,7 @@ class IntoFiles:
         self._plan(changed, {name: names for names in groups for name in names}, groups)
         self._cast = Cast(model, self.dtype)
         likes = {name: self.base.likes[source] for name, source in self._sources().items()}
-        for name, value in self._values.items():
+        for name, value in self._given.items():
             likes[name] = torch.empty(value.shape, dtype=self._dtypes[name], device="meta")
         self.likes = {name: self._cast.like(name, like) for name, like in likes.items()}
         self.config = config_text(self.base.config, adapted.model, self.dtype, self.untied)
@@ -117,15 +117,15 @@ class IntoFiles:
                         continue
                     if file is None and key not in ties:
                         self._require_new(name)
-                    self._values[file or name] = value
+                    self._given[file or name] = value
                     self._dtypes[file or name] = self._dtypes[key] if file is None else self.base.likes[file].dtype
         for name, found in self._sums.items():
             if (dtype := self.base.likes[found.source].dtype) not in FLOATS:
                 raise ValueError(f"{self.base.folder}: {name} is of {dtype}, which updates cannot be added to")
-        self._copies = {name: name for name in self.base.likes if name not in self._sums and name not in self._values}
+        self._copies = {name: name for name in self.base.likes if name not in self._sums and name not in self._given}
         for names in groups if self.untied else ():
             for name in names:
-                if self._find(name, self._parts[name].like) is None and name not in {**self._sums, **self._values}:
+                if self._find(name, self._parts[name].like) is None and name not in {**self._sums, **self._given}:
                     self._copies[name] = self._partner(name, names)
 
     def _plan_sums(self, key: str, group: tuple[str, ...], tied: Sequence[str]) -> None:
@@ -198,7 +198,7 @@ class IntoFiles:
             del updates
         for name, source in self._copies.items():
             yield name, cast(name, self.base.get(source), self.likes[name].dtype)
-        for name, value in self._values.items():
+        for name, value in self._given.items():
             yield name, cast(name, value, self.likes[name].dtype)
 
     def _updates(self, group: tuple[str, ...], adapter: str) -> dict[str, Tensor]:

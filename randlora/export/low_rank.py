@@ -28,8 +28,11 @@ def truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     zero where there is nothing left. The same input gives the same bits on one device. `rank` is below both of ``a``
     and ``b``; fp32 or fp64.
     """
-    # What follows squares numbers: at a power of two near 1 they stay within the range of fp32.
-    exponent = torch.frexp(matrix.abs().amax()).exponent.clamp(-100, 100)  # torch.ldexp makes the power itself
+    # What follows squares numbers, which must stay within the range of fp32. A pass over all of them is worth sparing.
+    largest = torch.stack(torch.aminmax(matrix)).abs().amax()
+    exponent = torch.frexp(largest).exponent.clamp(-100, 100)  # torch.ldexp makes the power itself
+    if exponent.abs() <= 20:
+        return _truncated(matrix, rank)
     B, A = _truncated(torch.ldexp(matrix, -exponent), rank)
     return torch.ldexp(B, exponent), A
 

@@ -148,9 +148,9 @@ class Skeleton:
             return self._attention(module)
         if isinstance(module, Experts):
             layers: Any = module.adapted()
-            return self._base(module.base_layer, layers)
+            return self._plain_base(module.base_layer, layers)
         if isinstance(module, RandLoraLayer):
-            return self._base(module.get_base_layer(), [module])
+            return self._plain_base(module.get_base_layer(), [module])
         if isinstance(module, ModuleToSave):
             chosen = next((name for name in self.names if name in module.modules_to_save), None)
             return self.of(module.original_module if chosen is None else module.modules_to_save[chosen])
@@ -160,7 +160,7 @@ class Skeleton:
         changed = any(inside[name] is not child for name, child in module._modules.items())
         return _twin(module, _modules=inside) if changed else cast(nn.Module, module)
 
-    def _base(self, base: Any, layers: list[RandLoraLayer]) -> nn.Module:
+    def _plain_base(self, base: Any, layers: list[RandLoraLayer]) -> nn.Module:
         if any(layer._is_quantized() for layer in layers):
             return self._quantized(base, layers[0])
         held = {"_parameters": dict(base._parameters), "_buffers": dict(base._buffers)}

@@ -194,7 +194,7 @@ def test_ties_of_models_that_compute_with_the_flag(cls, tmp_path):
         assert_loads_as(out, expected)
         loaded = type(expected).from_pretrained(out).eval()
         results = [m(input_ids=ids, decoder_input_ids=ids).logits for m in (loaded, expected)]
-        torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["attention"], ["out_proj", "fc1"]], ids=str)
@@ -449,8 +449,14 @@ class Interrupted(BaseException):
     pass
 
 
-@pytest.mark.parametrize("error", [Interrupted(), OSError(28, "No space left on device"), Failure()], ids=repr)
+def no_space():
+    return OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("error", [Interrupted, no_space, Failure])
 def test_what_raises_leaves_nothing(error, tmp_path, monkeypatch):
+    """`error` makes a new one each time: one that pytest keeps would keep all that its traceback refers to."""
+    expected = type(error())
     _, adapter, model = saved(tiny_llama(), tmp_path)
     content, get = shards._content, BaseFiles.get
     for at in (0, 3, 20):
@@ -459,20 +465,20 @@ def test_what_raises_leaves_nothing(error, tmp_path, monkeypatch):
         def failing(*args, original=content, at=at, calls=calls):
             calls.append(None)
             if len(calls) > at:
-                raise error
+                raise error()
             return original(*args)
 
         for owner, name, original in ((shards, "_content", content), (BaseFiles, "get", get)):
             with monkeypatch.context() as patch:
                 patch.setattr(owner, name, lambda *args, o=original, f=failing: f(*args, original=o))
-                with pytest.raises(type(error)):
+                with pytest.raises(expected):
                     to_merged(adapter, tmp_path / "deep" / "out", max_shard_size=9000)
             calls.clear()
             assert left(tmp_path) == []
     (tmp_path / "out").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(error))
-        with pytest.raises(type(error)):
+        patch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(error()))
+        with pytest.raises(expected):
             to_merged(model, tmp_path / "out")
     assert left(tmp_path) == ["out"] and left(tmp_path / "out") == []
     to_merged(model, tmp_path / "out")
