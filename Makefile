@@ -70,7 +70,7 @@ test: pytest ctest
 
 pytest: $(VENV)/.installed $(VENV)/.model $(if $(PEFT),$(PEFT_STAMP))
 	@echo "== Running the Python tests"
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n $(PYTEST_JOBS) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest -n $(PYTEST_JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 ctest: $(VENV)/.installed
 	@echo "== Building the C++ library and its tests"

@@ -1,6 +1,5 @@
 """Settings that every test shares."""
 
-import gc
 import os
 
 import pytest
@@ -29,7 +28,16 @@ def pytest_report_header(config):
     return [f"randlora: {randlora.__file__}", f"built with: {info}"]
 
 
+# Files with few tests that take long: first, so that no process has one of them to do while all others have ended.
+LONG = (
+    "test_examples", "test_sdist", "test_gpu_script", "test_fuzz", "test_quiet", "test_types", "test_memory",
+    "test_imports",
+)  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.stem not in LONG)
     reason = _why_no_cuda()
     if reason is None:
         return
@@ -43,12 +51,6 @@ def _modes():
     """The modes of torch that this thread is in; dispatch keys stand for some, such as that of torch.func."""
     keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), *map(repr, keys)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def models_of_other_modules_are_gone():
-    """Models of transformers wait for the garbage collector, and what they hold is shared: bases, and their copies."""
-    gc.collect()
 
 
 @pytest.fixture(autouse=True)
