@@ -2,24 +2,13 @@
 
 import pytest
 from helpers.common import run_python
+from helpers.memory import PEAK
 
 MB = 1 << 20
 MEASURE = """
 import json, torch, randlora
 from randlora import RandomBases
 from randlora.functional import unique_base
-
-def status(name):
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-
-def peak(function):
-    # Writing 5 sets the high-water mark back to what is in use now.
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-    before = status("VmRSS")
-    kept = function()
-    return status("VmHWM") - before
 
 def inputs(r, n, m):
     return torch.randn(r, 1, m), torch.randn(r, n), torch.randn(n, m)
@@ -59,7 +48,7 @@ SLACK = 10 * MB
 @pytest.fixture(scope="module")
 def peaks(tmp_path_factory):
     try:
-        return run_python(MEASURE, tmp_path_factory.mktemp("memory"))
+        return run_python(PEAK + MEASURE, tmp_path_factory.mktemp("memory"))
     except AssertionError as failed:
         if "clear_refs" in str(failed) or "StopIteration" in str(failed):
             pytest.skip("this system does not let a process reset its high-water mark")

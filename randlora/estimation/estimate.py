@@ -22,6 +22,7 @@ from ..checks import require_dtype, require_int
 from ..config import RandLoraConfig
 from ..distributed.zero3 import shape_of
 from ..model.adapter_plan import plan_adapter
+from ..model.of_config import first_line
 from ..model.parts import adapted_layers
 from .lora import lora
 from .methods import randlora
@@ -107,7 +108,7 @@ def estimate(
     try:
         calls = trial_call(model, plan, tokens, inputs)
     except Exception as error:  # whatever a foreign model makes of a call without numbers
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        why = first_line(error)
         notes.append(
             f"saved activations are an upper bound, an input of its own for every layer: no trial call ({why})"
         )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..model.of_config import first_line
 from .shards import DTYPES, INDEX
 
 _WEIGHTS = (
@@ -135,7 +136,6 @@ def _folder(name: str | os.PathLike, revision: str | None) -> Path:
         unwanted += ["consolidated*", "original/*"]
         return Path(snapshot_download(str(name), revision=revision, ignore_patterns=unwanted))
     except Exception as error:  # of huggingface_hub's HTTP library
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"base model {str(name)!r}: it is no folder here, and the hub could not give it: {reason}"
+            f"base model {str(name)!r}: it is no folder here, and the hub could not give it: {first_line(error)}"
         ) from error

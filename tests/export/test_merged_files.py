@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from helpers.merged_folders import HEADER, assert_loads_as, assert_same, left, merged_model, saved
+from helpers.merged_folders import HEADER, assert_loads_as, assert_same, left, merged_model, saved, written_and_loaded
 from helpers.models import adapt, add, net, tiny_bert, tiny_gpt2, tiny_llama
 
 import randlora
@@ -105,10 +105,7 @@ def test_tied_weights(tied, tmp_path):
     base, adapter, model = saved(tiny_llama(tie_word_embeddings=True), tmp_path, **settings)
     assert "lm_head.weight" not in safetensors.load_file(base / "model.safetensors")
     expected = merged_model(model)
-    for given in (adapter, model):
-        out = tmp_path / type(given).__name__
-        to_merged(given, out)
-        assert_loads_as(out, expected)
+    for out in written_and_loaded(adapter, model, tmp_path, expected):
         assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] == (tied == "left")
         assert ("lm_head.weight" in safetensors.load_file(out / "model.safetensors")) == (tied != "left")
     assert model.config.tie_word_embeddings
@@ -131,10 +128,7 @@ def test_ties_of_models_that_compute_with_the_flag(cls, tmp_path):
                 to_merged(given, tmp_path / "out")
         return
     ids = torch.tensor([[1, 5, 2]])
-    for given in (adapter, model):
-        out = tmp_path / type(given).__name__
-        to_merged(given, out)
-        assert_loads_as(out, expected)
+    for out in written_and_loaded(adapter, model, tmp_path, expected):
         loaded = type(expected).from_pretrained(out).eval()
         results = [m(input_ids=ids, decoder_input_ids=ids).logits for m in (loaded, expected)]
         torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
@@ -152,9 +146,7 @@ def test_attention_of_torch(targets, tmp_path):
                 parameter.add_(0.5)
     model.save_pretrained(adapter)
     expected = merged_model(model)
-    for given in (adapter, model):
-        to_merged(given, tmp_path / type(given).__name__)
-        assert_loads_as(tmp_path / type(given).__name__, expected)
+    assert len(list(written_and_loaded(adapter, model, tmp_path, expected))) == 2
 
 
 def test_biases_and_modules_to_save(tmp_path):
@@ -168,9 +160,7 @@ def test_biases_and_modules_to_save(tmp_path):
         model.model.model.layers[1].self_attn.q_proj.base_layer.bias.add_(0.5)
     model.save_pretrained(adapter)
     expected = merged_model(model)
-    for given in (adapter, model):
-        to_merged(given, tmp_path / type(given).__name__)
-        assert_loads_as(tmp_path / type(given).__name__, expected)
+    assert len(list(written_and_loaded(adapter, model, tmp_path, expected))) == 2
 
 
 def test_what_is_trained_beside_is_rounded_once(tmp_path):
@@ -253,15 +243,8 @@ def test_fused_experts(family, tmp_path):
     names = set(safetensors.load_file(base / "model.safetensors"))
     assert ("model.layers.0.mlp.experts.1.gate_proj.weight" in names) == (family == "Qwen3Moe")
     expected = merged_model(model)
-    for given in (adapter, model):
-        out = tmp_path / type(given).__name__
-        to_merged(given, out, max_shard_size="20KB")
-        assert_loads_as(out, expected)
-    assert {
-        name
-        for path in (tmp_path / type(adapter).__name__).glob("*.safetensors")
-        for name in safetensors.load_file(path)
-    } == names
+    of_folder, _ = written_and_loaded(adapter, model, tmp_path, expected, max_shard_size="20KB")
+    assert {name for path in of_folder.glob("*.safetensors") for name in safetensors.load_file(path)} == names
 
 
 def test_names_that_differ_in_files(tmp_path):
@@ -276,10 +259,7 @@ def test_names_that_differ_in_files(tmp_path):
     )  # fmt: skip
     names = sorted(safetensors.load_file(base / "model.safetensors"))
     assert set(names) != set(merged_model(model).state_dict())
-    for given in (adapter, model):
-        out = tmp_path / type(given).__name__
-        to_merged(given, out)
-        assert_loads_as(out, merged_model(model))
+    for out in written_and_loaded(adapter, model, tmp_path, merged_model(model)):
         assert sorted(safetensors.load_file(out / "model.safetensors")) == names
 
 

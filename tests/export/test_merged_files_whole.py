@@ -10,6 +10,7 @@ import weakref
 
 import pytest
 from helpers.failing import Failure, calls_of, fail_at
+from helpers.memory import PEAK
 from helpers.merged_folders import assert_loads_as, left, merged_model, saved
 from helpers.models import tiny_llama
 
@@ -48,17 +49,6 @@ from transformers import AutoModelForCausalLM
 from randlora import RandLoraModel
 from randlora.export import shards, to_lora, to_merged
 
-def status(name):
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-
-def peak(function):
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-    before = status("VmRSS")
-    function()
-    return status("VmHWM") - before
-
 def loaded():
     model = AutoModelForCausalLM.from_pretrained(sys.argv[3])
     to_merged(RandLoraModel.from_pretrained(model, sys.argv[2]), sys.argv[4] + "-loaded")
@@ -87,7 +77,7 @@ def process(tmp_path_factory):
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6, "vocab_size": 1000}
     base, large, _ = saved(tiny_llama(**sizes), folder / "large", r=8, num_bases=4)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", PROCESS, *map(str, (small, large, base, folder / "out"))]
+    command = [sys.executable, "-c", PEAK + PROCESS, *map(str, (small, large, base, folder / "out"))]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     return folder, small, model, result
 

@@ -6,6 +6,7 @@ import warnings
 import torch
 
 from helpers.models import adapt
+from randlora.export import to_merged
 
 HEADER = 8
 
@@ -32,6 +33,15 @@ def assert_loads_as(folder, expected, dtype=None):
     if loaded.config.model_type == "llama" and loaded.dtype == torch.float32:  # .to() casts buffers, too, for others
         ids = torch.tensor([[1, 5, 2]])
         assert torch.equal(loaded.eval()(ids).logits, expected.eval()(ids).logits)
+
+
+def written_and_loaded(adapter, model, folder, expected, **settings):
+    """``to_merged`` of the adapter's folder and of the model: where each is, after plain transformers has loaded it."""
+    for given in (adapter, model):
+        out = folder / type(given).__name__
+        to_merged(given, out, **settings)
+        assert_loads_as(out, expected)
+        yield out
 
 
 def saved(plain, folder, **settings):
