@@ -23,12 +23,15 @@ QUESTIONS = (
     "scaling",
     "export",
 )
-COMMANDS = (*QUESTIONS, "correct", "kernels", "launches", "gpu", "plots", "report")
+LONG = ("quality", "settings")  # hours on a CPU: not among what `make bench` runs
+COMMANDS = (*QUESTIONS, *LONG, "correct", "kernels", "launches", "gpu", "plots", "report")
 
 
 def summary(name: str) -> str:
     """The first line of a script's docstring, read without running it."""
-    return ast.get_docstring(ast.parse((ROOT / "bench" / f"{name}.py").read_text())).splitlines()[0]
+    path = ROOT / "bench" / name
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return ast.get_docstring(ast.parse(path.read_text())).splitlines()[0]
 
 
 def main() -> int:
