@@ -1,8 +1,8 @@
 """What is each method worth? Accuracy, forgetting, trained numbers and seconds on real tasks, tuned alike.
 
 Of each method the learning rate is picked by the loss on validation data, with as many tries for each, and one seed;
-with that rate it is trained with several other seeds and looked at on test data. In the end every method is timed alone.
-What quality.csv already has for the same data and settings is not run again; Ctrl-C keeps what there is.
+with that rate it is trained with several other seeds and looked at on test data. In the end every method is timed
+alone. What quality.csv already has for the same data and settings is not run again; Ctrl-C keeps what there is.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m bench quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help=f"about ten minutes on two cores: {', '.join(QUICK_TASKS)} with little "
-        f"data, {len(QUICK)} methods, {QUICK_TRIES} learning rates, {QUICK_SEEDS} seed; recorded apart from full runs")  # fmt: skip
+    add("--quick", action="store_true", help=f"about ten minutes on two cores: {', '.join(QUICK_TASKS)}, little data, "
+        f"{len(QUICK)} methods, {QUICK_TRIES} learning rates, {QUICK_SEEDS} seed; not mixed with full runs")  # fmt: skip
     add("--tasks", metavar="NAME,...", help=f"of {', '.join(tasks.NAMES)} (default: all)")
     add("--methods", metavar="NAME;...", help="or parts of names (default: all)")
     add("--tries", type=int, choices=range(1, TRIES + 1), help=f"learning rates of each method (default: {TRIES})")
@@ -172,7 +172,9 @@ def main(argv: list[str] | None = None, loader: Callable[..., tasks.Task] = task
         explain(options, Plan(options, chosen, None), setup)
         return 0
     if options.quick:
-        print("a quick run: little data, few steps, few learning rates and one seed. To be looked at, not to be quoted.")
+        print(
+            "a quick run: little data, few steps, few learning rates and one seed. To be looked at, not to be quoted."
+        )
     table = records.Table(options)
     plan = Plan(options, chosen, table)
     stopped = False

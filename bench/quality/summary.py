@@ -134,7 +134,9 @@ def _cells(line: Line) -> list[str]:
 def about(row: Row) -> str:
     """What a table's numbers depend on."""
     better = "more" if row["larger_is_better"] == "True" else "less"
-    quick = "a quick run: little data, few steps, to be looked at and not to be quoted; " if row["mode"] == "quick" else ""
+    quick = (
+        "a quick run: little data, few steps, to be looked at and not to be quoted; " if row["mode"] == "quick" else ""
+    )
     return f"{row['task']}: {quick}{row['steps']} steps; {row['metric']}, {better} is better"
 
 
