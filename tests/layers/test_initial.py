@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from helpers import quantized_layers
 from helpers.common import KINDS, make_base, make_bases, normal
 from torch import nn
 
@@ -123,6 +124,20 @@ def assert_on_the_rule(layers, name="default"):
         gamma = layer.randlora_gamma[name]
         reach = layer.r[name] * layer.num_bases[name] * (layer.in_features / layer.out_features) ** 0.5
         torch.testing.assert_close(gamma * (layer.scaling[name] * reach), torch.full_like(gamma, GAIN))
+
+
+@pytest.mark.parametrize("kind", [*quantized_layers.HERE, "Conv1D", "own"])
+def test_other_layers_have_the_same_start(kind):
+    if kind == "Conv1D":
+        base = pytest.importorskip("transformers.pytorch_utils").Conv1D(24, 40)
+    elif kind == "own":
+        base = nn.Identity()
+        base.in_features, base.out_features = 40, 24
+    else:
+        base = quantized_layers.make_base(kind, 40, 24)
+    layer = randlora.Linear(base, r=5, randlora_alpha="auto")
+    assert layer.randlora_alpha["default"] == alpha_of(5, [Shape(40, 24, 5)])
+    assert_on_the_rule([layer])
 
 
 def test_experts_have_one_alpha():
