@@ -16,16 +16,18 @@ from typing import Any
 import torch
 
 from bench import measure
+from bench.quality import tasks, training
+from bench.quality.methods import methods
 from bench.quality.plan import FACTS, Job
 from bench.quality.records import TIMING, Facts
 from bench.quality.tasks import Task
+from bench.quality.tiny import TinyTask
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What every process needs to know. `loader`: :func:`bench.quality.tasks.task`, or another that can be pickled."""
+    """What every process needs to know."""
 
-    loader: Callable[..., Task]
     quick: bool
     cache: str | None
     device: str
@@ -37,7 +39,7 @@ class Setup:
         torch.set_float32_matmul_precision("high" if self.precision == "tf32" else "highest")
 
     def task(self, name: str) -> Task:
-        return self.loader(name, quick=self.quick, cache=self.cache)
+        return TinyTask() if name == TinyTask.name else tasks.task(name, quick=self.quick, cache=self.cache)
 
 
 class Performer:
@@ -59,15 +61,15 @@ class Performer:
         return found
 
     def _perform(self, job: Job) -> dict[str, Any]:
-        from bench.quality import methods, timing, training
-
         if job.task not in self.tasks:
             self.tasks[job.task] = self.setup.task(job.task)
         task = self.tasks[job.task]
         if job.phase == FACTS:
             return {"facts": Facts.of(task)}
-        known = methods.methods()
+        known = methods()
         if job.phase == TIMING:
+            from bench.quality import timing
+
             return timing.task(task, {name: known[name] for name in job.methods}, self.setup)
         method = known[job.method] if job.method else None
         return training.run(task, method, job.phase, job.rate, job.seed or 0, job.steps, self.setup.device)
