@@ -53,8 +53,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--jobs", type=int, default=1, help="processes at once (default: 1)")
     add("--threads", type=int, help="CPU threads of each process (default: the cores, shared)")
     add("--device", default="cpu", help="cpu or cuda, with TF32 products there (default: cpu)")
-    add("--cache", metavar="FOLDER", default=str(ROOT / "build" / "quality"), help="of data and models, made once "
-        "(default: build/quality)")  # fmt: skip
+    add("--cache", metavar="FOLDER", default=str(ROOT / ".gpu" / "quality"), help="of data and models, made once "
+        "(default: .gpu/quality)")  # fmt: skip
     add("--prepare", metavar="FOLDER", help="make what --cache needs in FOLDER, and end: for a machine without network")
     add("--plan", action="store_true", help="say what would be run, and end")
     add("--no-picture", action="store_true", help="write the CSV alone; `python -m bench plots` draws it later")
@@ -168,6 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.prepare:
         for name in tqdm(options.tasks, desc="prepare", unit="task", disable=None):
             found = setup.task(name)
+            found.model(options.device)
             tqdm.write(f"  {name}: {found.steps} steps, {found.metric}, {found.fingerprint[:12]}")
         return 0
     known = methods()

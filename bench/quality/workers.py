@@ -5,7 +5,9 @@ Many small runs leave most of a GPU idle, one after the other. One process (`job
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib
 import multiprocessing
 import signal
 from collections.abc import Callable
@@ -65,6 +67,7 @@ class Performer:
             self.tasks[job.task] = self.setup.task(job.task)
         task = self.tasks[job.task]
         if job.phase == FACTS:
+            task.model(self.setup.device)  # what it makes once, it leaves in the cache for the other processes
             return {"facts": Facts.of(task)}
         known = methods()
         if job.phase == TIMING:
@@ -81,6 +84,11 @@ class Performer:
 def _work(pipe: connection.Connection, setup: Setup) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the one that started this decides
     setup.apply()
+    if torch.device(setup.device).type == "cuda":  # what takes seconds once, while others load tasks
+        for package in ("transformers", "peft", "randlora"):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(package)
+        torch.zeros(1, device=setup.device)
     performer = Performer(setup)
     while True:
         try:
