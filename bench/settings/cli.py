@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
+import importlib
 import math
 import multiprocessing
 import shlex
@@ -102,9 +104,11 @@ class Measurement:
 
     def _fill(self, pool: ProcessPoolExecutor) -> None:
         models = sorted({(c.task, c.width) for c in self.columns}, key=lambda model: -model[1])
-        doing: dict[Future, Point | tuple[str, int]] = {pool.submit(prepare, *model): model for model in models}
-        bar = tqdm(desc="points", unit="point", total=3 * len(self.columns) * self.options.seeds)
-        with bar:
+        doing: dict[Future, Point | tuple[str, int] | None] = {pool.submit(prepare, *model): model for model in models}
+        for _ in range(len(models), self.options.jobs):  # the other processes start as well
+            doing[pool.submit(warm)] = None
+        total = len(selection.COARSE) * len(self.columns) * self.options.seeds
+        with tqdm(desc="points", unit="point", total=total, disable=None) as bar:
             while True:
                 while len(doing) < self.options.jobs + 1 and (point := self.next()) is not None:
                     self.running.add(point)
@@ -114,8 +118,10 @@ class Measurement:
                 for future in concurrent.futures.wait(doing, return_when="FIRST_COMPLETED").done:
                     self._take(doing.pop(future), future, bar)
 
-    def _take(self, what: Point | tuple[str, int], future: Future, bar: Any) -> None:
+    def _take(self, what: Point | tuple[str, int] | None, future: Future, bar: Any) -> None:
         found = future.result()
+        if what is None:
+            return
         if not isinstance(what, Point):
             if found.get("failed"):
                 tqdm.write(f"{what[0]} {what[1]}: {found['failed']}")
@@ -168,6 +174,14 @@ def begin(device: str, cache: str, quick: bool, threads: int, precision: str) ->
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     _runner = Runner(device, cache, quick)
+
+
+def warm() -> None:
+    """What takes a process seconds once: imports, and a context on the GPU."""
+    for package in ("transformers", "peft", "randlora"):
+        with contextlib.suppress(ImportError):  # which the points that need it will say
+            importlib.import_module(package)
+    torch.zeros(1, device=_runner.device)
 
 
 def prepare(name: str, width: int) -> dict[str, Any]:

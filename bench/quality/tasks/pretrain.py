@@ -147,7 +147,9 @@ def _train(recipe: Recipe, device: str, corpus: Corpus) -> tuple[dict[str, Tenso
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=recipe.highest_rate, betas=(0.9, 0.95), fused=on_gpu)
     log, total, began = [], torch.zeros((), device=device), time.perf_counter()
-    for step in (bar := tqdm(range(recipe.steps), desc=f"pretraining {recipe.name}", unit="step", leave=False)):
+    for step in (
+        bar := tqdm(range(recipe.steps), desc=f"pretraining {recipe.name}", unit="step", leave=False, disable=None)
+    ):
         for group in optimizer.param_groups:
             group["lr"] = recipe.highest_rate * cosine(step, recipe.steps)
         batch = windows(ids, starts[step])
