@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from bench.quality.methods import Groups, Method
+from bench.quality.recorded import Recorded
 from bench.quality.tasks import Task
 
 WARM_UP = 0.1
@@ -36,22 +37,32 @@ def moved(batch: Any, device: str) -> Any:
 
 
 class Trainer:
-    """Optimizer and schedule of one run; :meth:`step` takes a batch."""
+    """Optimizer and schedule of one run; :meth:`step` takes a batch.
 
-    def __init__(self, task: Task, model: nn.Module, groups: Groups, rate: float, steps: int, device: str) -> None:
+    `recorded`: on CUDA, steps as graphs (:mod:`bench.quality.recorded`): the same numbers sooner, which is no measure
+    of what a step takes its users.
+    """
+
+    def __init__(
+        self, task: Task, model: nn.Module, groups: Groups, rate: float, steps: int, device: str, recorded: bool = False
+    ) -> None:
         self.task, self.model, self.device = task, model, device
+        recorded = recorded and torch.device(device).type == "cuda"
         chosen = [
             {"params": group["params"], "lr": group["rate"] if "rate" in group else rate * group["factor"]}
             for group in groups
         ]
+        if recorded:  # a graph reads its learning rates, where they are, at each replay
+            chosen = [group | {"lr": torch.tensor(group["lr"], device=device)} for group in chosen]
         self.trained = [p for group in groups for p in group["params"]]
-        self.optimizer = torch.optim.AdamW(chosen, lr=rate, weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(chosen, weight_decay=0.0, fused=True, capturable=recorded)
         warm_up = max(1, round(WARM_UP * steps))
 
         def part(step: int) -> float:
             return min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
 
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, part)
+        self.record = Recorded(self._compute, device) if recorded else None
         model.train()
 
     @property
@@ -60,11 +71,30 @@ class Trainer:
 
     def step(self, batch: Any) -> torch.Tensor:
         """The loss, on the device: nothing waits for it."""
-        loss = self.task.loss(self.model, moved(batch, self.device))
+        batch = moved(batch, self.device)
+        if self.record is None:
+            loss = self._compute(batch)
+            self.schedule.step()
+            return loss
+        loss = self.record.step(batch)
+        with torch.cuda.stream(self.record.stream):
+            self.schedule.step()
+        return loss
+
+    def train(self, batches: Iterable[Any]) -> list[torch.Tensor]:
+        """Losses of all batches, when the last one is done."""
+        losses = [self.step(batch) for batch in batches]
+        if self.record is not None:
+            self.record.wait()
+        elif torch.device(self.device).type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return losses
+
+    def _compute(self, batch: Any) -> torch.Tensor:
+        loss = self.task.loss(self.model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, CLIP, foreach=True)
         self.optimizer.step()
-        self.schedule.step()
         self.optimizer.zero_grad()
         return loss.detach()
 
@@ -83,11 +113,9 @@ def run(task: Task, method: Method | None, phase: str, rate: float | None, seed:
     if method is None:
         return {"trained": 0, **_looked_at(task, task.model(device).to(device), phase)}
     adapted, groups = build(task, method, seed, device)
-    trainer = Trainer(task, adapted, groups, rate, steps, device)
+    trainer = Trainer(task, adapted, groups, rate, steps, device, recorded=True)
     began = time.perf_counter()
-    losses = [trainer.step(batch) for batch in batches(task, seed, steps)]
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
+    losses = trainer.train(batches(task, seed, steps))
     seconds = time.perf_counter() - began
     last = torch.stack(losses[-max(1, steps // 10) :]).mean().item()
     row = {"trained": trainer.numbers, "seconds": f"{seconds:.4g}", "training_loss": f"{last:.5g}"}
