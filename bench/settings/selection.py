@@ -48,16 +48,16 @@ def lora(width: int, *, task: str = "language") -> Column:
 
 def gpu() -> Iterator[Column]:
     # Ranks and widths: where a rule can fail most, the corners, come first.
-    for width, r in ((384, 32), (128, 4), (1024, 4), (128, 128), (1024, 128)):
+    for width, r in ((512, 32), (128, 4), (1024, 4), (128, 128), (1024, 128)):
         yield rule(width, r)
         yield peft(width, r)
-    yield from (lora(384), lora(128), lora(1024))
+    yield from (lora(512), lora(128), lora(1024))
     yield from (rule(0, r, task="tweets") for r in (4, 32, 128))
     yield from (peft(0, 32, task="tweets"), lora(0, task="tweets"))
-    yield from (rule(384, 32, kind) for kind in ("hadamard", "sparse", "very_sparse"))
-    yield from (rule(384, 8, num_bases=4), rule(384, 32, num_bases=1), rule(384, 4), rule(384, 128))
+    yield from (rule(512, 32, kind) for kind in ("hadamard", "sparse", "very_sparse"))
+    yield from (rule(512, 8, num_bases=4), rule(512, 32, num_bases=1), rule(512, 4), rule(512, 128))
     # How large gamma starts; a learning rate of its own for gamma would be the same thing (tests/layers/test_rates.py).
-    yield from (rule(384, 32, gamma=gamma) for gamma in (0.05, 0.0025, 0.2, 1.0))
+    yield from (rule(512, 32, gamma=gamma) for gamma in (0.05, 0.0025, 0.2, 1.0))
     yield from (rule(0, 32, gamma=gamma, task="tweets") for gamma in (0.05, 0.0025, 0.2))
     yield from (rule(1024, 32), peft(1024, 32), rule(128, 32), peft(128, 32))
     yield from (rule(width, 4, kind) for kind in ("hadamard", "very_sparse") for width in (128, 1024))
@@ -76,7 +76,7 @@ def tweets() -> Iterator[Column]:
 def everything() -> Iterator[Column]:
     yield from gpu()
     yield from tweets()
-    for width in (128, 256, 384, 512, 1024):
+    for width in (128, 256, 512, 512, 1024):
         for kind in ("dense", "hadamard", "sparse", "very_sparse"):
             for r in (4, 32, 128):
                 yield rule(width, r, kind)

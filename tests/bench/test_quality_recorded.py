@@ -16,12 +16,6 @@ from bench.quality.tiny import TinyTask  # noqa: E402
 
 NAMES = ("full fine-tuning", "PEFT LoRA r=8", "PEFT RandLoRA r=32", "PEFT DoRA r=16")
 NAMES += tuple(f"{kind} r=8" for kind in methods.KINDS)
-    "full fine-tuning",
-    "PEFT LoRA r=8",
-    "PEFT RandLoRA r=32",
-    "PEFT DoRA r=16",
-    *(f"{k} r=8" for k in methods.KINDS),
-)
 
 
 def trained(name, recorded):
