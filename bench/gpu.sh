@@ -4,7 +4,8 @@
 #   bench/gpu.sh correct RESULTS     is it right, does the host ever wait; then one layer, Llama-3.2-3B and decoding
 #   bench/gpu.sh deep RESULTS        sanitizer, all of the tests, ncu, the other models, bases, UniqueBaseGrad
 #   bench/gpu.sh quality RESULTS     which learning rate is best over rank, width and kind; what each method is worth.
-#                                    Before, without a GPU: python -m bench quality --prepare .gpu/quality
+#                                    Before, without a GPU: python -m bench quality --prepare .gpu/quality. A second
+#                                    call goes on from .gpu/before, the folder results/ of the first one's archive
 #   bench/gpu.sh CALL RESULTS --device cpu      every step at tiny sizes, to try the script (tests/bench/test_gpu_script.py)
 #
 # In the folder RESULTS: CALL.txt, a table of at most 60 lines that is printed as well, and CALL.tar.gz, everything else
@@ -76,6 +77,8 @@ else
   exit 1
 fi
 [[ $how == "the installed one" ]] || export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+
+[[ $call == quality && -d .gpu/before ]] && cp -r .gpu/before "$work/results"
 
 # Many small processes share the GPU where NVIDIA's service for that can be started; where not, they take turns.
 if [[ $call == quality && $device == cuda ]] && command -v nvidia-cuda-mps-control >/dev/null; then

@@ -95,8 +95,6 @@ def _work(pipe: connection.Connection, setup: Setup) -> None:
             job = pipe.recv()
         except EOFError:
             return
-        if job is None:
-            return
         pipe.send(performer.perform(job))
 
 
@@ -117,13 +115,23 @@ class Worker:
         return self.pipe.recv()
 
     def end(self, now: bool = False) -> None:
+        """Does not wait for it: :meth:`join` does."""
         if now:
             self.process.terminate()
         self.pipe.close()  # which the process reads as the end
+
+    def join(self) -> None:
         self.process.join(10)
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
+
+
+def end(workers: list[Worker], now: bool = False) -> None:
+    for worker in workers:
+        worker.end(now)
+    for worker in workers:
+        worker.join()
 
 
 class Pool:
@@ -143,8 +151,7 @@ class Pool:
         return self
 
     def __exit__(self, kind: Any, *rest: Any) -> None:
-        for worker in self.workers:
-            worker.end(now=kind is not None)
+        end(self.workers, now=kind is not None)
 
     def run(self, following: Callable[[], Job | None], take: Callable[[Job, dict[str, Any]], None]) -> None:
         """Jobs of `following` until it has none while none is running; `take` gets what each has found."""
@@ -154,7 +161,9 @@ class Pool:
             return
         while True:
             for worker in self.workers:
-                if worker.job is None and (job := following()) is not None:
+                if worker.job is None:
+                    if (job := following()) is None:
+                        break
                     worker.begin(job)
             busy = {worker.pipe: worker for worker in self.workers if worker.job is not None}
             if not busy:
@@ -174,6 +183,5 @@ class Pool:
 
     def keep_one(self) -> None:
         """Ends all processes but one, which then has the machine for itself."""
-        for worker in self.workers[1:]:
-            worker.end()
+        end(self.workers[1:])
         del self.workers[1:]

@@ -290,7 +290,7 @@ def test_a_process_that_dies_is_replaced(tmp_path, monkeypatch):
         def join(self):
             pass
 
-        def end(self, now=False):
+        def end(self, now):
             self.pipe.close()
 
     monkeypatch.setattr(workers, "Worker", Fake)
