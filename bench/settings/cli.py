@@ -6,7 +6,6 @@ import argparse
 import concurrent.futures
 import contextlib
 import importlib
-import math
 import multiprocessing
 import shlex
 import signal
@@ -85,7 +84,8 @@ class Measurement:
         self.began = time.monotonic()
         self.ready: set[tuple[str, int]] = set()
         self.running: set[Point] = set()
-        # Losses by column, exponent of the rate and seed; infinite where a point diverged or failed.
+        self.given_up: set[Column] = set()  # a point of it failed
+        # Losses by column, exponent of the rate and seed; infinite where a point diverged.
         self.known: dict[Column, dict[int, dict[int, float]]] = {column: {} for column in columns}
         for column in columns:
             for k in selection.EXPONENTS:
@@ -138,12 +138,11 @@ class Measurement:
             return
         self.running.discard(what)
         if found.get("failed"):
+            self.given_up.add(what.column)
             tqdm.write(f"{what.column}, rate {what.lr:g}: {found['failed']}")
         self.book.put(what, found)
-        loss = self.book.loss(what)
-        self.known[what.column].setdefault(selection.exponent(what.lr), {})[what.seed] = (
-            math.inf if loss is None else loss
-        )
+        if (loss := self.book.loss(what)) is not None:
+            self.known[what.column].setdefault(selection.exponent(what.lr), {})[what.seed] = loss
         bar.total = max(bar.total, bar.n + 1)
         bar.update()
 
@@ -154,7 +153,7 @@ class Measurement:
             return None
         for coarse in (True, False):
             for column in self.columns:
-                if (column.task, column.width) not in self.ready:
+                if (column.task, column.width) not in self.ready or column in self.given_up:
                     continue
                 for point in self._wanted(column, coarse):
                     if point not in self.running:

@@ -61,8 +61,8 @@ def test_the_rule_makes_every_layer_reach_as_far():
         gammas = []
         for name, (inputs, outputs) in shapes.items():
             layer = adapted.base_model.model[name]
-            (gamma,) = layer.randlora_gamma["default"].unique()
-            gammas.append(gamma.item())
+            (gamma,) = layer.randlora_gamma["default"].unique().tolist()
+            gammas.append(gamma)
             terms = layer.randlora_lambda["default"].numel()
             assert layer.scaling["default"] == scaling
             assert scaling * gamma * terms * math.sqrt(inputs / outputs) == pytest.approx(20.0, rel=1e-5)
