@@ -6,13 +6,12 @@ import argparse
 import concurrent.futures
 import contextlib
 import importlib
-import math
 import multiprocessing
 import shlex
 import signal
 import sys
 import time
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from bench import ROOT, measure, records
-from bench.settings import selection, table
+from bench.settings import pictures, selection, table
 from bench.settings.book import Book
 from bench.settings.points import Column, Point, Runner
 
@@ -43,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     rows = [row for row in book.rows.values() if table.column_of(row) in asked and row["mode"] == book.run["mode"]]
     print(table.text(rows))
     print(f"{len(rows)} points in {book.path}")
+    for picture in pictures.draw(book.path):
+        print(f"drawn: {picture}")
     return 0
 
 
@@ -83,7 +84,8 @@ class Measurement:
         self.began = time.monotonic()
         self.ready: set[tuple[str, int]] = set()
         self.running: set[Point] = set()
-        # Losses by column, exponent of the rate and seed; infinite where a point diverged or failed.
+        self.given_up: set[Column] = set()  # a point of it failed
+        # Losses by column, exponent of the rate and seed; infinite where a point diverged.
         self.known: dict[Column, dict[int, dict[int, float]]] = {column: {} for column in columns}
         for column in columns:
             for k in selection.EXPONENTS:
@@ -94,23 +96,27 @@ class Measurement:
     def run(self) -> None:
         options = self.options
         arguments = (options.device, str(options.cache), options.quick, options.threads, options.precision)
+        if options.jobs == 1:
+            begin(*arguments)
+            self._fill(Here())
+            return
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(options.jobs, context, initializer=begin, initargs=arguments) as pool:
+        with ProcessPoolExecutor(options.jobs, context, initializer=begin_apart, initargs=arguments) as pool:
             try:
                 self._fill(pool)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _fill(self, pool: ProcessPoolExecutor) -> None:
+    def _fill(self, pool: Executor) -> None:
         models = sorted({(c.task, c.width) for c in self.columns}, key=lambda model: -model[1])
         doing: dict[Future, Point | tuple[str, int] | None] = {pool.submit(prepare, *model): model for model in models}
-        for _ in range(len(models), self.options.jobs):  # the other processes start as well
+        for _ in range(len(models), self.options.jobs):  # the other processes start at once as well
             doing[pool.submit(warm)] = None
         total = len(selection.COARSE) * len(self.columns) * self.options.seeds
         with tqdm(desc="points", unit="point", total=total, disable=None) as bar:
             while True:
-                while len(doing) < self.options.jobs + 1 and (point := self.next()) is not None:
+                while len(doing) < self.options.jobs + (self.options.jobs > 1) and (point := self.next()) is not None:
                     self.running.add(point)
                     doing[pool.submit(perform, point)] = point
                 if not doing:
@@ -132,12 +138,11 @@ class Measurement:
             return
         self.running.discard(what)
         if found.get("failed"):
+            self.given_up.add(what.column)
             tqdm.write(f"{what.column}, rate {what.lr:g}: {found['failed']}")
         self.book.put(what, found)
-        loss = self.book.loss(what)
-        self.known[what.column].setdefault(selection.exponent(what.lr), {})[what.seed] = (
-            math.inf if loss is None else loss
-        )
+        if (loss := self.book.loss(what)) is not None:
+            self.known[what.column].setdefault(selection.exponent(what.lr), {})[what.seed] = loss
         bar.total = max(bar.total, bar.n + 1)
         bar.update()
 
@@ -148,7 +153,7 @@ class Measurement:
             return None
         for coarse in (True, False):
             for column in self.columns:
-                if (column.task, column.width) not in self.ready:
+                if (column.task, column.width) not in self.ready or column in self.given_up:
                     continue
                 for point in self._wanted(column, coarse):
                     if point not in self.running:
@@ -165,12 +170,25 @@ class Measurement:
         return Point(column, selection.rate(k), seed, self.options.steps)
 
 
+class Here(Executor):
+    """One process, this one: what is submitted is done at once."""
+
+    def submit(self, do: Any, /, *arguments: Any, **named: Any) -> Future:
+        future: Future = Future()
+        future.set_result(do(*arguments, **named))
+        return future
+
+
 # ---- in the processes ----
+
+
+def begin_apart(*arguments: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the one that started this decides
+    begin(*arguments)
 
 
 def begin(device: str, cache: str, quick: bool, threads: int, precision: str) -> None:
     global _runner
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the one that started this decides
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     _runner = Runner(device, cache, quick)

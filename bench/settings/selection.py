@@ -30,7 +30,10 @@ def wanted(found: Mapping[int, float]) -> list[int]:
         return missing
     if len(found) >= MOST:
         return []
-    best = min(found, key=lambda k: found[k] if math.isfinite(found[k]) else math.inf)
+    finite = [k for k in found if math.isfinite(found[k])]
+    if not finite:  # all diverged
+        return [k for k in (min(found) - 2,) if k in EXPONENTS]
+    best = min(finite, key=found.__getitem__)
     return [k for k in (best - 1, best + 1) if k not in found and k in EXPONENTS]
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import itertools
 import json
 import lzma
 import os
@@ -135,20 +134,24 @@ def encoded(texts: dict[str, list[str]]) -> Corpus:
 # ---- files ----
 
 
-def python_files(folder: Path) -> Iterator[Path]:
+def python_files(folder: Path) -> list[Path]:
     """Python files below `folder`, in an order that has nothing to do with their places; no tests, no tables."""
-    return _shuffled((p for p in folder.rglob("*.py") if not _TABLES & set(p.relative_to(folder).parts)), folder)
+    return _shuffled(folder, (".py",), lambda place: place.name in _TABLES)
 
 
-def headers(folder: Path) -> Iterator[Path]:
+def headers(folder: Path) -> list[Path]:
     """C++ headers below `folder` in such an order, without ATen/ops: thousands of small generated ones."""
-    found = itertools.chain.from_iterable(folder.rglob(f"*.{end}") for end in ("h", "hpp", "cuh"))
-    return _shuffled((path for path in found if path.relative_to(folder).parts[:2] != ("ATen", "ops")), folder)
+    return _shuffled(folder, (".h", ".hpp", ".cuh"), lambda place: place.parts == ("ATen", "ops"))
 
 
-def _shuffled(paths: Iterable[Path], folder: Path) -> Iterator[Path]:
-    """By the hash of the place below `folder`, the same on every machine."""
-    yield from sorted(paths, key=lambda path: hashlib.sha256(path.relative_to(folder).as_posix().encode()).digest())
+def _shuffled(folder: Path, endings: tuple[str, ...], without: Callable[[Path], bool]) -> list[Path]:
+    """By the hash of the place below `folder`, the same everywhere; folders `without` are not entered."""
+    found = []
+    for path, folders, names in os.walk(folder):
+        place = Path(path).relative_to(folder)
+        folders[:] = [name for name in folders if not without(place / name)]
+        found += [place / name for name in names if name.endswith(endings)]
+    return [folder / place for place in sorted(found, key=lambda p: hashlib.sha256(p.as_posix().encode()).digest())]
 
 
 def cleaned(paths: Iterable[Path], language: str) -> Iterator[str]:

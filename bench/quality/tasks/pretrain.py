@@ -41,6 +41,7 @@ class Recipe:
     batch: int = 64
     rate: float | None = None
     seed: int = 0
+    vocabulary: int = VOCABULARY
 
     @property
     def highest_rate(self) -> float:
@@ -52,7 +53,7 @@ class Recipe:
 
     def fingerprint(self, corpus: Corpus) -> str:
         """SHA-256 of the recipe and the corpus, in hex: which weights to expect, up to the rounding of a machine."""
-        said = json.dumps(dataclasses.asdict(self) | {"context": CONTEXT, "vocabulary": VOCABULARY}, sort_keys=True)
+        said = json.dumps(dataclasses.asdict(self) | {"context": CONTEXT}, sort_keys=True)
         return hashlib.sha256(f"{said} {corpus.fingerprint}".encode()).hexdigest()
 
 
@@ -61,7 +62,7 @@ def new_model(recipe: Recipe) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=recipe.vocabulary,
         hidden_size=recipe.width,
         intermediate_size=4 * recipe.width,
         num_hidden_layers=recipe.layers,
