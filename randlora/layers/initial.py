@@ -13,8 +13,8 @@ Across that gradient the terms move the output at random, which is nothing in th
 P), and where in > out, as then all bases share A's r rows on that side, by lr * gain * sqrt(2/pi * out / r).
 
 An adapter has one alpha, and so one s. The gamma_0 of a layer makes up for its shape, and s is such that the geometric
-mean of all gamma_0 is GAMMA. How large that is decides when growth turns from linear in time to quadratic: when gamma
-has moved as far as it started from zero.
+mean of all gamma_0 is GAMMA. How large that is decides when growth turns from linear in time to quadratic: once gamma
+has moved by about gamma_0, after gamma_0 / lr steps.
 """
 
 from __future__ import annotations
