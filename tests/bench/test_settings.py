@@ -67,15 +67,23 @@ def test_the_rule_makes_every_layer_reach_as_far():
             assert layer.scaling["default"] == scaling
             assert scaling * gamma * terms * math.sqrt(inputs / outputs) == pytest.approx(20.0, rel=1e-5)
 
-            x, direction = torch.randn(1, inputs), torch.randn(1, outputs)
-            before = layer(x)
-            (before * direction).sum().backward()
-            with torch.no_grad():
-                layer.randlora_lambda["default"] -= 1e-3 * layer.randlora_lambda["default"].grad.sign()
-                moved = -((layer(x) - before) * direction).mean() / direction.square().mean() / x.square().mean().sqrt()
+            moves = [first_move(layer, 1e-3) for _ in range(24)]
             if kind != "sparse":  # a few sparse terms scatter
-                assert moved.item() == pytest.approx(2 / math.pi * 1e-3 * 20.0, rel=0.35), (kind, name)
+                assert sum(moves) / len(moves) == pytest.approx(2 / math.pi * 1e-3 * 20.0, rel=0.2), (kind, name)
         assert math.prod(gammas) ** (1 / len(gammas)) == pytest.approx(0.05, rel=1e-5)
+
+
+def first_move(layer, lr):
+    """How far Adam's first step moves a random token's output along its gradient, in units of the token."""
+    x, direction = torch.randn(1, layer.in_features), torch.randn(1, layer.out_features)
+    lam = layer.randlora_lambda["default"]
+    before = layer(x)
+    (gradient,) = torch.autograd.grad((before * direction).sum(), lam)
+    with torch.no_grad():
+        lam.add_(gradient.sign(), alpha=lr)
+        moved = ((layer(x) - before) * direction).mean() / direction.square().mean() / x.square().mean().sqrt()
+        lam.zero_()
+    return moved.item()
 
 
 @pytest.mark.parametrize("optimum", [-3.2, 0.9, 4.0, 5.5, 9.6])
