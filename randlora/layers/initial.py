@@ -1,18 +1,18 @@
 """Where lambda and gamma start, and the scale that goes with it: PEFT's start, and the rule ``randlora_alpha="auto"``.
 
-The rule is about one step. Lambda starts at 0 and gamma at g, so that the first step of Adam sets every number of
-lambda to plus or minus the learning rate. The numbers whose terms point against the gradient of y add up: for a single
-token x the output moves along that gradient by
+The rule is about one step. Lambda starts at 0 and gamma at gamma_0, so that the first step of Adam sets each number of
+lambda to plus or minus the learning rate, and each of the P = num_bases * r rank-one terms moves the output against the
+gradient that it sees. For a single token x the moves along that gradient add up to
 
-    rms(dy) / rms(x) = 2/pi * lr * gain        gain = s * g * R * sqrt(in / out)
+    rms(dy) / rms(x) = 2/pi * lr * gain        gain = s * gamma_0 * P * sqrt(in / out)        s = alpha / r
 
-with s = alpha / r and R = num_bases * r, the number of rank-one terms. (2/pi is the square of the mean absolute value
-of a normal number: each term has one such factor from A and one from B.) An equal gain in all layers makes a learning
-rate mean the same for every rank, width, number of bases and kind.
+(2/pi is the square of a normal number's mean size: a term has one such factor from A and one from B.) Across that
+gradient dy is random; there it is larger for small P, and does not help or harm in the first order. An equal gain in
+all layers makes a learning rate mean the same for every rank, width, number of bases and kind.
 
-An adapter has one alpha, and so one s; the g of a layer makes up for its shape. So s is chosen such that g is GAMMA in
-the middle: its geometric mean over the layers. How large g itself is decides when growth turns from linear in time to
-quadratic, as gamma then grows, too.
+An adapter has one alpha, and so one s. The gamma_0 of a layer makes up for its shape, and s is such that the geometric
+mean of all gamma_0 is GAMMA. How large that is decides when growth turns from linear in time to quadratic: when gamma
+has moved as far as it started from zero.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..bases.definition import bases_for_full_rank
 from ..checks import require_float, require_size
 
 GAIN = 20.0
-GAMMA = 0.05
+GAMMA = 0.05  # the geometric mean of the layers' gamma_0
 GAMMA_LR_RATIO = 1.0  # of gamma's learning rate to lambda's
 
 Auto = Literal["auto"]

@@ -21,10 +21,14 @@ EXAMPLES = {"numbers": "numbers=2e6", "bytes": "bytes=8GiB", "seconds": "seconds
 
 @dataclass(frozen=True)
 class Budget:
-    """As little as possible of `quantity`, or at most `limit` of it; without a quantity all three weigh alike."""
+    """As little as possible of `quantity`, or at most `limit` of it; without a quantity all three weigh alike.
+
+    `said`: as the user put it.
+    """
 
     quantity: str | None = None
     limit: float | None = None
+    said: str = "balanced"
 
     @classmethod
     def of(cls, text: str | None) -> Budget:
@@ -37,7 +41,7 @@ class Budget:
         if quantity not in QUANTITIES:
             raise ValueError(f"budget must be one of {', '.join(QUANTITIES)}, or such as bytes=8GiB, got {text!r}")
         if not equals:
-            return cls(quantity)
+            return cls(quantity, said=quantity)
         found = re.fullmatch(r"([0-9][0-9_]*\.?[0-9]*(?:e[+-]?[0-9]+)?)\s*([a-z]*)", limit)
         units = UNITS[quantity]
         value = float(found[1]) * units[found[2]] if found and found[2] in units else math.nan
@@ -50,7 +54,7 @@ class Budget:
                 f"the limit in budget={text!r} must be a number greater than 0, such as {EXAMPLES[quantity]}"
                 + why * (quantity == "seconds")
             )
-        return cls(quantity, value)
+        return cls(quantity, value, f"{quantity}={limit}")
 
     def amount(self, candidate: Candidate) -> float:
         """What `candidate` takes of the quantity; without one: the product of all three."""
@@ -62,6 +66,4 @@ class Budget:
         return self.limit is None or self.amount(candidate) <= self.limit
 
     def __str__(self) -> str:
-        if self.limit is None:
-            return self.quantity or "balanced"
-        return f"{self.quantity}={self.limit:g}" + "x" * (self.quantity == "seconds")
+        return self.said

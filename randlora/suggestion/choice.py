@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .budget import Budget
@@ -40,9 +40,10 @@ def choose(candidates: Sequence[Candidate], budget: Budget) -> Choice:
     within = [c for c in own if budget.allows(c)]
     if not within:
         least = min(own, key=budget.amount)
+        lora = [f"; {c.method} on {c.targets} is" for c in candidates if budget.allows(c)]
         raise ValueError(
             f"no candidate is within budget={str(budget)!r}: the least is {price(least, budget.quantity)}, with "
-            f"{least.method} on {least.targets}; higher ranks and fewer layers take less"
+            f"{least.method} on {least.targets}; higher ranks and fewer layers take less" + "".join(lora[:1])
         )
     measured = [(c, c.gain) for c in within if c.gain is not None]
     inside = "" if budget.limit is None else f" within {budget}"
@@ -50,12 +51,12 @@ def choose(candidates: Sequence[Candidate], budget: Budget) -> Choice:
         best = max(gain for _, gain in measured)
         good = [c for c, gain in measured if gain >= min(best, ENOUGH * best)]
         judge = budget if budget.limit is None else Budget()
-        found = min(good, key=judge.amount)
+        found = min(good, key=_least_of(judge))
         reason = f"of what was measured{inside} and gained at least {ENOUGH:.0%} of the best, it takes the least" + (
             f": {price(found, judge.quantity)}" if judge.quantity else " of numbers, memory and time together"
         )
     elif budget.quantity is not None and budget.limit is None:
-        found = min([c for c in within if c.kind in FIT] or within, key=budget.amount)
+        found = min([c for c in within if c.kind in FIT] or within, key=_least_of(budget))
         reason = (
             f"no quality was measured, so that the cost alone decides: {price(found, budget.quantity)} is the least"
         )
@@ -65,6 +66,11 @@ def choose(candidates: Sequence[Candidate], budget: Budget) -> Choice:
         rank = f"r = {RANK}, as in PEFT" if found.r == RANK else f"the rank that is next to PEFT's {RANK}"
         reason = f"no quality was measured, so that it is the usual choice{inside}: {usual}, and {rank}"
     return Choice(found, reason, *_beside_lora(candidates, found, budget))
+
+
+def _least_of(budget: Budget) -> Callable[[Candidate], tuple[float, float]]:
+    """Of equals the one that takes the least in all: kinds have as many numbers."""
+    return lambda candidate: (budget.amount(candidate), Budget().amount(candidate))
 
 
 def _unusual(candidate: Candidate) -> tuple[int, bool, float]:
@@ -82,8 +88,8 @@ def _beside_lora(candidates: Sequence[Candidate], found: Candidate, budget: Budg
     cheapest = min(others, key=judge)
     if found.gain is None or any(c.gain is None for c in others):
         return (
-            f"{_beside(cheapest, found)}. Which is better was not measured: LoRA fits what is nearly of low rank better, "
-            "everything else worse"
+            f"{_beside(cheapest, found)}. Which is better was not measured: LoRA fits what is nearly of low rank "
+            "better, and everything else worse"
         ), False
     measured = [(c, c.gain) for c in others if c.gain is not None]
     best, gain = max(measured, key=lambda pair: pair[1])
@@ -99,8 +105,8 @@ def _beside_lora(candidates: Sequence[Candidate], found: Candidate, budget: Budg
 def _beside(lora: Candidate, found: Candidate) -> str:
     told = (
         f"beside it {lora.method} has {lora.trainable_parameters / found.trainable_parameters:.2g} times the trained "
-        f"numbers, {lora.memory_bytes / found.memory_bytes:.2g} times the memory and {lora.step / found.step:.2g} times "
-        "the step"
+        f"numbers, {lora.memory_bytes / found.memory_bytes:.2g} times the memory and {lora.step / found.step:.2f} "
+        "times the step"
     )
     if lora.gain is not None and found.gain is not None:
         told += f", and {lora.gain:.0%} of the best gain, not {found.gain:.0%}"

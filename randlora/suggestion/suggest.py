@@ -75,7 +75,7 @@ class Suggestion:
             text.wrapped(f"Suggested: {c.method} on {c.targets}. {_sentence(self.reason)}"),
             *([text.wrapped(_sentence(self.about_lora))] if self.about_lora else []),
             self.code(),
-            text.evidence_table(self.evidence) if self.evidence else "Nothing was measured about their quality.",
+            *([text.evidence_table(self.evidence)] if self.evidence else []),
             "\n".join(text.wrapped(note, "- ") for note in self.notes),
         ]
         return "\n\n".join(parts)

@@ -45,7 +45,7 @@ def code(kind: str, r: int, targets: Targets, alpha: float, lr: float) -> str:
         arguments.append(f"target_parameters={_plain(targets.parameters)}")
     config = f"config = randlora.RandLoraConfig({', '.join(arguments)})"
     if len(config) > WIDTH:
-        config = "config = randlora.RandLoraConfig(\n" + "".join(f"    {part},\n" for part in arguments) + ")"
+        config = f"config = randlora.RandLoraConfig(\n    {', '.join(arguments)}\n)"
     config = config.replace("'", '"')  # as most Python is formatted
     return "\n".join([
         "import randlora, torch", "", f"# randlora_alpha comes to {alpha:g} for this model", config,
