@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
+from ..bases.definition import PEFT_KINDS
 from ..config import ALL_LINEAR, RandLoraConfig
 from ..estimation.count import Counted, count
-from ..layers.initial import AUTO
+from ..layers import initial
+from ..model.adapter_plan import Plan
 from ..model.targets import find_targets
 from .evidence import LORA, Row, gain
 from .step_time import relative_step
@@ -42,7 +45,7 @@ class Targets:
         modules = list(self.modules) if isinstance(self.modules, tuple) else self.modules
         weights = None if self.parameters is None else list(self.parameters)
         return RandLoraConfig(
-            kind=kind, r=r, randlora_alpha=AUTO, target_modules=modules, target_parameters=weights
+            kind=kind, r=r, randlora_alpha=initial.AUTO, target_modules=modules, target_parameters=weights
         )  # fmt: skip
 
     def __str__(self) -> str:
@@ -57,7 +60,9 @@ class Candidate:
 
     Attributes:
         method: as in the evidence: ``"hadamard r=32"``, ``"PEFT LoRA r=8"``. kind: None for LoRA.
-        targets: the layers. layers: how many these are. alpha: what ``randlora_alpha`` comes to; None for LoRA.
+        targets: the layers. layers: how many these are.
+        alpha: what ``randlora_alpha="auto"`` comes to. peft_alpha: that with which PEFT, whose gamma starts at 1 / m,
+            takes as large a first step with this kind. None for LoRA, and where PEFT has no such kind.
         trainable_parameters, file_bytes, file_bytes_without_projections: as of :func:`randlora.estimate`.
         memory_bytes: of training beyond the frozen model: bases, saved activations, workspace, trained numbers with
             their gradients and AdamW's moments.
@@ -71,6 +76,7 @@ class Candidate:
     targets: Targets
     layers: int
     alpha: float | None
+    peft_alpha: float | None
     trainable_parameters: int
     file_bytes: int
     file_bytes_without_projections: int
@@ -123,13 +129,13 @@ def _of_kinds(
     for kind in kinds:
         values, method = counted.randlora(kind), f"{kind} r={r}"
         step = relative_step(model, counted, kind, values["multiply_adds"])
-        yield _candidate(method, kind, r, group, counted, values, step, None if group.few else gain(method, rows))
+        yield _candidate(method, kind, r, group, counted, values, step, gain(method, rows))
 
 
 def _of_lora(model: nn.Module, group: Targets, counted: Counted, rank: int, rows: Sequence[Row]) -> Candidate:
     values, method = counted.lora(rank), f"{LORA} r={rank}"
     step = relative_step(model, counted, "lora", values["multiply_adds"])
-    return _candidate(method, None, rank, group, counted, values, step, None if group.few else gain(method, rows))
+    return _candidate(method, None, rank, group, counted, values, step, gain(method, rows))
 
 
 def _candidate(
@@ -139,7 +145,22 @@ def _candidate(
     # The trained numbers and their gradients take as much as AdamW's two moments of them.
     memory = ("bases_bytes", "saved_bytes", "workspace_bytes", "optimizer_bytes", "optimizer_bytes")
     return Candidate(
-        method, kind, r, group, len(counted.plan.slots), None if kind is None else counted.plan.config.randlora_alpha,
-        values["trainable_parameters"], values["file_bytes"], values["file_bytes_without_projections"],
-        sum(values[name] for name in memory), step, measured,
+        method=method, kind=kind, r=r, targets=group, layers=len(counted.plan.slots),
+        alpha=None if kind is None else cast(float, counted.plan.config.randlora_alpha),
+        peft_alpha=_peft_alpha(counted.plan) if kind in PEFT_KINDS else None,
+        trainable_parameters=values["trainable_parameters"], file_bytes=values["file_bytes"],
+        file_bytes_without_projections=values["file_bytes_without_projections"],
+        memory_bytes=sum(values[name] for name in memory), step=step, gain=None if group.few else measured,
     )  # fmt: skip
+
+
+def _peft_alpha(plan: Plan) -> float:
+    """The geometric mean over layers, to three digits."""
+    alpha, r = cast(float, plan.config.randlora_alpha), plan.config.r
+    logs = []
+    for slot, sizes in plan.slots.items():
+        shape = initial.Shape(*sizes, plan.num_bases(slot))
+        _, ours = initial.start(initial.ByRule(alpha), r, shape)
+        _, peft = initial.start(alpha, r, shape)
+        logs.append(math.log(ours / peft))
+    return float(f"{alpha * math.exp(math.fsum(logs) / len(logs)):.3g}")

@@ -173,6 +173,11 @@ def _notes(
     ]
     if bases := c.file_bytes - c.file_bytes_without_projections:
         notes.append(f"{amount(bases)} MiB of the file are bases, for PEFT: save_projection=False leaves them out")
+    if c.peft_alpha is not None:
+        notes.append(
+            f"in PEFT's own RandLoraConfig, where gamma starts smaller, randlora_alpha={c.peft_alpha:g} makes the "
+            "first step as large; later ones grow faster"
+        )
     if parameters is None and (weights := _weights_of_experts(model)):
         notes.append(f"the weights of fused experts stay as they are: target_parameters={weights!r} adapts them")
     return notes
