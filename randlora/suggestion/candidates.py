@@ -35,7 +35,7 @@ class Targets:
     few: bool = False
 
     @classmethod
-    def of(cls, modules: Sequence[str] | str | None, parameters: Sequence[str] | None = None) -> Targets:
+    def of(cls, modules: list[str] | str | None, parameters: list[str] | None = None) -> Targets:
         """Raises ``TypeError`` or ``ValueError`` as the config does."""
         config = RandLoraConfig(target_modules=modules, target_parameters=parameters)
         named, weights = config.target_modules, config.target_parameters
@@ -113,9 +113,10 @@ def candidates(
         notes += counted.notes
         largest = max(min(sizes) for sizes in counted.plan.slots.values())
         found += [_of_lora(model, group, counted, rank, rows) for rank in LORA_RANKS if rank <= largest]
+        if above := [str(r) for r in ranks if r > largest and r != min(ranks)]:
+            notes.append(f"r = {', '.join(above)} left out: no layer of {group} has as many features on both sides")
         for r in ranks:
             if r > largest and r != min(ranks):
-                notes.append(f"r = {r} is left out for {group}: its layers have {largest} features on one side at most")
                 continue
             counted = count(model, group.config(kinds[0], r), tokens, calls=first.calls, **settings)
             found += _of_kinds(model, group, counted, kinds, rows)

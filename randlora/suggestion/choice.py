@@ -63,7 +63,7 @@ def choose(candidates: Sequence[Candidate], budget: Budget) -> Choice:
     else:
         found = min(within, key=_unusual)
         usual = "Hadamard bases, which fit what dense ones do and cost less" if found.kind == FIT[0] else "these bases"
-        rank = f"r = {RANK}, as in PEFT" if found.r == RANK else f"the rank that is next to PEFT's {RANK}"
+        rank = f"r = {RANK}, as in PEFT" if found.r == RANK else f"the rank nearest to PEFT's {RANK}"
         reason = f"no quality was measured, so that it is the usual choice{inside}: {usual}, and {rank}"
     return Choice(found, reason, *_beside_lora(candidates, found, budget))
 

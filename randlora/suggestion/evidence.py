@@ -1,7 +1,7 @@
-"""What methods were measured to be worth, as data: the rows that a suggestion rests on, and what follows from them.
+"""What methods were measured to be worth, and what follows from it for a suggestion.
 
-:data:`ROWS` repeats test results of ``python -m bench quality`` for those who have the package without the repository.
-Each row names the file that it comes from, and a test compares the two. Where there is no row, nothing is claimed.
+:data:`randlora.suggestion.rows.ROWS` repeats the test results of ``python -m bench quality``, for those who have the
+package without the repository. Each row names the file that it comes from. Where there is no row, nothing is claimed.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 LORA = "PEFT LoRA"
-BASELINES = ("best head", "untuned")  # methods that train no adapter: where every adapter starts
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method on a task: mean and spread of its seeds on test data.
+    """A method on a task, on all linear layers of a model: mean and spread of its seeds on test data.
 
     Attributes:
         task: as ``python -m bench quality`` calls it. metric: what `score` is: ``"accuracy"``, ``"MRR"`` ...
         larger_is_better: whether more of it is better.
-        method: ``"hadamard r=32"``, ``"PEFT LoRA r=8"`` ..., or one of :data:`BASELINES`.
-        score: mean over seeds. spread: the largest less the smallest.
+        method: ``"hadamard r=32"``, ``"PEFT LoRA r=8"`` ... baseline: whether it is where all others start.
+        rate: the learning rate, picked on validation data; None for the baseline.
+        score: mean over `seeds`. spread: standard deviation; None where there is one seed.
         source: the CSV file, as a path in the repository.
     """
 
@@ -29,13 +29,12 @@ class Row:
     metric: str
     larger_is_better: bool
     method: str
+    baseline: bool
+    rate: float | None
     score: float
-    spread: float
+    spread: float | None
+    seeds: int
     source: str
-
-
-# Nothing by hand: a row stands in its source, and tests/suggestion/test_evidence.py looks it up there.
-ROWS: tuple[Row, ...] = ()
 
 
 def gain(method: str, rows: Sequence[Row]) -> float | None:
@@ -47,7 +46,7 @@ def gain(method: str, rows: Sequence[Row]) -> float | None:
     shares = []
     for row in (row for row in rows if row.method == method):
         same = [r for r in rows if r.task == row.task]
-        starts = [r.score for r in same if r.method in BASELINES]
+        starts = [r.score for r in same if r.baseline]
         if not starts:
             continue
         sign = 1 if row.larger_is_better else -1
@@ -61,4 +60,4 @@ def gain(method: str, rows: Sequence[Row]) -> float | None:
 def about(methods: Sequence[str], rows: Sequence[Row]) -> list[Row]:
     """The rows of these methods, and the baselines of their tasks."""
     tasks = {row.task for row in rows if row.method in methods}
-    return [row for row in rows if row.task in tasks and (row.method in methods or row.method in BASELINES)]
+    return [row for row in rows if row.task in tasks and (row.method in methods or row.baseline)]

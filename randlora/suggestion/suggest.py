@@ -21,6 +21,7 @@ from .budget import Budget
 from .candidates import Candidate, Targets, candidates, usual_targets
 from .choice import choose
 from .prices import amount
+from .rows import ROWS
 
 USUAL_KINDS, USUAL_RANKS = ("dense", "hadamard", "very_sparse"), (8, 32, 128)
 LEARNING_RATE = 1.6e-3  # with randlora_alpha="auto"
@@ -134,7 +135,7 @@ def suggest(
     given = target_modules is not None or target_parameters is not None
     groups = [Targets.of(target_modules, target_parameters)] if given else usual_targets(model)
     found, counted, notes = candidates(
-        model, groups, kinds, ranks, evidence.ROWS, tokens, device=device, autocast=autocast, inputs=inputs
+        model, groups, kinds, ranks, ROWS, tokens, device=device, autocast=autocast, inputs=inputs
     )
     choice = choose(found, wanted)
     c = choice.candidate
@@ -142,7 +143,7 @@ def suggest(
     return Suggestion(
         config=c.targets.config(c.kind, c.r), lr=LEARNING_RATE, alpha=c.alpha, reason=choice.reason,
         about_lora=choice.about_lora, take_lora=choice.take_lora, candidate=c, candidates=tuple(found),
-        evidence=tuple(evidence.about([x.method for x in found], evidence.ROWS)), budget=str(wanted), tokens=tokens,
+        evidence=tuple(evidence.about([x.method for x in found], ROWS)), budget=str(wanted), tokens=tokens,
         device=str(counted.step.device), dtype=str(counted.step.dtype).removeprefix("torch."),
         notes=tuple(notes + _notes(model, c, tokens, counted, target_parameters)),
     )  # fmt: skip

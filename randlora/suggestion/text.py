@@ -32,10 +32,11 @@ def table(candidates: Sequence[Candidate], chosen: Candidate) -> str:
 
 
 def evidence_table(rows: Sequence[Row]) -> str:
-    cells = [["measured", "metric", "method", "mean", "spread", "in"]]
+    cells = [["measured: task", "metric", "method", "learning rate", "mean", "+-", "seeds", "in"]]
     for row in rows:
-        cells.append([row.task, row.metric, row.method, f"{row.score:.4g}", f"{row.spread:.2g}", row.source])
-    return "\n".join(aligned(cells, left=3, words=5))
+        rate, spread = ("" if value is None else f"{value:.2g}" for value in (row.rate, row.spread))
+        cells.append([row.task, row.metric, row.method, rate, f"{row.score:.4g}", spread, str(row.seeds), row.source])
+    return "\n".join(aligned(cells, left=3, words=7))
 
 
 def code(kind: str, r: int, targets: Targets, alpha: float, lr: float) -> str:
