@@ -49,8 +49,8 @@ def text(rows: Iterable[Row]) -> str:
     """The module that holds them, as ruff formats it."""
     lines = ""
     for row in rows:
-        fields = [f"{name}={json.dumps(value) if isinstance(value, str) else value!r}"
-                  for name, value in dataclasses.asdict(row).items()]  # fmt: skip
+        told = dataclasses.asdict(row)
+        fields = [f"{name}={json.dumps(v) if isinstance(v, str) else repr(v)}" for name, v in told.items()]
         lines += f"    Row({', '.join(fields[:FIRST_LINE])},\n        {', '.join(fields[FIRST_LINE:])}),\n"
     return (
         f'"""{HEAD}"""\n\nfrom __future__ import annotations\n\nfrom .evidence import Row\n\nROWS: tuple[Row, ...] = '

@@ -46,15 +46,16 @@ def choose(candidates: Sequence[Candidate], budget: Budget) -> Choice:
             f"{least.method} on {least.targets}; higher ranks and fewer layers take less" + "".join(lora[:1])
         )
     measured = [(c, c.gain) for c in within if c.gain is not None]
+    best = max((gain for _, gain in measured), default=None)
     inside = "" if budget.limit is None else f" within {budget}"
-    if measured:
-        best = max(gain for _, gain in measured)
-        good = [c for c, gain in measured if gain >= min(best, ENOUGH * best)]
+    if best is not None:
+        good = [c for c, gain in measured if gain >= _enough(best)]
         judge = budget if budget.limit is None else Budget()
         found = min(good, key=_least_of(judge))
         reason = f"of what was measured{inside} and gained at least {ENOUGH:.0%} of the best, it takes the least" + (
             f": {price(found, judge.quantity)}" if judge.quantity else " of numbers, memory and time together"
         )
+        reason += f". On average it gained {found.gain:.0%} of what the best of all methods did"
     elif budget.quantity is not None and budget.limit is None:
         found = min([c for c in within if c.kind in FIT] or within, key=_least_of(budget))
         reason = (
@@ -65,7 +66,13 @@ def choose(candidates: Sequence[Candidate], budget: Budget) -> Choice:
         usual = "Hadamard bases, which fit what dense ones do and cost less" if found.kind == FIT[0] else "these bases"
         rank = f"r = {RANK}, as in PEFT" if found.r == RANK else f"the rank nearest to PEFT's {RANK}"
         reason = f"no quality was measured, so that it is the usual choice{inside}: {usual}, and {rank}"
-    return Choice(found, reason, *_beside_lora(candidates, found, budget))
+    others = [c for c in candidates if c.kind is None and c.targets == found.targets and budget.allows(c)]
+    return Choice(found, reason, *_beside_lora(found, best, others, Budget(budget.quantity).amount))
+
+
+def _enough(best: float) -> float:
+    """The least gain that is as good as the best."""
+    return min(best, ENOUGH * best)
 
 
 def _least_of(budget: Budget) -> Callable[[Candidate], tuple[float, float]]:
@@ -79,27 +86,28 @@ def _unusual(candidate: Candidate) -> tuple[int, bool, float]:
     return kind, candidate.targets.few, candidate.r / RANK if candidate.r >= RANK else 1e6 / candidate.r
 
 
-def _beside_lora(candidates: Sequence[Candidate], found: Candidate, budget: Budget) -> tuple[str, bool]:
-    """A sentence about LoRA on the same layers, and whether it is the better choice: as good for less, or better."""
-    others = [c for c in candidates if c.kind is None and c.targets == found.targets and budget.allows(c)]
+def _beside_lora(
+    found: Candidate, best: float | None, others: Sequence[Candidate], amount: Callable[[Candidate], float]
+) -> tuple[str, bool]:
+    """A sentence about LoRA, and whether it is the better choice: it gained more, or as much while it takes less.
+
+    `best`: gain of what is not LoRA; None: not measured. `others`: LoRA on the same layers, within the budget.
+    """
     if not others:
         return "", False
-    judge = Budget(budget.quantity).amount
-    cheapest = min(others, key=judge)
-    if found.gain is None or any(c.gain is None for c in others):
-        return (
-            f"{_beside(cheapest, found)}. Which is better was not measured: LoRA fits what is nearly of low rank "
-            "better, and everything else worse"
-        ), False
     measured = [(c, c.gain) for c in others if c.gain is not None]
-    best, gain = max(measured, key=lambda pair: pair[1])
-    as_good = [c for c, own in measured if own >= min(found.gain, ENOUGH * found.gain) and judge(c) < judge(found)]
-    if min(gain, ENOUGH * gain) > found.gain:
-        return f"{best.method} is the better choice, as it gained more: {_beside(best, found)}", True
-    if as_good:
-        lora = min(as_good, key=judge)
+    if best is None or not measured:
+        return (
+            f"{_beside(min(others, key=amount), found)}. Which is better was not measured: LoRA fits what is nearly of "
+            "low rank better, and everything else worse"
+        ), False
+    first, gain = max(measured, key=lambda pair: pair[1])
+    if _enough(gain) > best:
+        return f"{first.method} is the better choice, as it gained more: {_beside(first, found)}", True
+    if as_good := [c for c, own in measured if own >= _enough(best) and amount(c) < amount(found)]:
+        lora = min(as_good, key=amount)
         return f"{lora.method} is the better choice, as it gained as much for less: {_beside(lora, found)}", True
-    return _beside(best, found), False
+    return _beside(first, found), False
 
 
 def _beside(lora: Candidate, found: Candidate) -> str:
