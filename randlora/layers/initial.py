@@ -6,9 +6,11 @@ gradient that it sees. For a single token x the moves along that gradient add up
 
     rms(dy) / rms(x) = 2/pi * lr * gain        gain = s * gamma_0 * P * sqrt(in / out)        s = alpha / r
 
-(2/pi is the square of a normal number's mean size: a term has one such factor from A and one from B.) Across that
-gradient dy is random; there it is larger for small P, and does not help or harm in the first order. An equal gain in
+(2/pi is the square of a normal number's mean size: a term has one such factor from A and one from B.) An equal gain in
 all layers makes a learning rate mean the same for every rank, width, number of bases and kind.
+
+Across that gradient the terms move the output at random, which is nothing in the first order: by lr * gain * sqrt(out /
+P), and where in > out, as then all bases share A's r rows on that side, by lr * gain * sqrt(2/pi * out / r).
 
 An adapter has one alpha, and so one s. The gamma_0 of a layer makes up for its shape, and s is such that the geometric
 mean of all gamma_0 is GAMMA. How large that is decides when growth turns from linear in time to quadratic: when gamma
@@ -88,8 +90,9 @@ def for_layers(settings: Mapping[str, Any], sizes: Sequence[tuple[int, int]]) ->
     """
     settings = dict(settings)
     if settings.get("randlora_alpha") == AUTO:
-        r, num_bases = require_size("r", settings.get("r", 32)), settings.get("num_bases")
-        layers = [Shape(*pair, num_bases or bases_for_full_rank(min(pair), r)) for pair in sizes]
+        r, n = require_size("r", settings.get("r", 32)), settings.get("num_bases")
+        n = n if n is None else require_size("num_bases", n)
+        layers = [Shape(*pair, n or bases_for_full_rank(min(pair), r)) for pair in sizes]
         settings["randlora_alpha"] = ByRule(alpha_of(r, layers))
     return settings
 

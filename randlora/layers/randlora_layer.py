@@ -169,8 +169,8 @@ class RandLoraLayer(Update, Mergeable, zero3.GatheredForCalls):
         self._check_adapter(adapter_name)
         for part, parameters in zip(self.adapter_layer_names, self.trained_parts(), strict=True):
             zero3.require_whole(parameters[adapter_name], f"{part}[{adapter_name!r}]", "to reset", writing=True)
-        _fill(self.randlora_lambda, adapter_name, 0.0)
-        _fill(self.randlora_gamma, adapter_name, self.initial_gamma[adapter_name])
+        offload.fill(self.randlora_lambda, adapter_name, 0.0)
+        offload.fill(self.randlora_gamma, adapter_name, self.initial_gamma[adapter_name])
 
     def reset_parameters(self) -> None:
         """torch's way to fill modules after ``to_empty``: all adapters start anew, the base layer is not touched."""
@@ -292,13 +292,6 @@ class RandLoraLayer(Update, Mergeable, zero3.GatheredForCalls):
         if adapter_name not in self.randlora_lambda:
             known = ", ".join(self.randlora_lambda) or "none"
             raise ValueError(f"this layer has no adapter named {adapter_name!r}; it has: {known}")
-
-
-def _fill(parameters: nn.ParameterDict, adapter_name: str, value: float) -> None:
-    with torch.no_grad():
-        parameter = parameters[adapter_name].fill_(value)
-    if parameter.is_meta and offload.hooks(parameters):
-        offload.write(parameters, adapter_name, torch.full_like(parameter, value, device="cpu"))
 
 
 def _of_adapter(name: str, tensors: Tensor | Mapping[str, Tensor], adapter_name: str) -> Tensor:
