@@ -24,8 +24,10 @@ from bench.measure import without
 from bench.quality import pictures, records, summary, tasks
 from bench.quality.methods import QUICK, TRIES, methods
 from bench.quality.plan import Job, Plan
+from bench.quality.tiny import TinyTask
 from bench.quality.workers import Pool, Setup
 
+TASKS = (*tasks.NAMES, TinyTask.name)
 QUICK_TASKS = ("tweets", "language")
 QUICK_TRIES, QUICK_SEEDS, SEEDS = 2, 1, 3
 TIMING_PART, TIMING_SECONDS = 0.25, 60.0  # of a limited run's time, kept for the timing
@@ -36,9 +38,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m bench quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help=f"about ten minutes on two cores: {', '.join(QUICK_TASKS)}, little data, "
-        f"{len(QUICK)} methods, {QUICK_TRIES} learning rates, {QUICK_SEEDS} seed; not mixed with full runs")  # fmt: skip
-    add("--tasks", metavar="NAME,...", help=f"of {', '.join(tasks.NAMES)} (default: all)")
+    add("--quick", action="store_true", help=f"about ten minutes on two cores: {', '.join(QUICK_TASKS)}, little "
+        f"data, {len(QUICK)} methods, {QUICK_TRIES} learning rates, {QUICK_SEEDS} seed")  # fmt: skip
+    add("--tasks", metavar="NAME,...", help=f"of {', '.join(tasks.NAMES)} (default: all), or tiny, to try the "
+        "script")  # fmt: skip
     add("--methods", metavar="NAME;...", help="or parts of names (default: all)")
     add("--tries", type=int, choices=range(1, TRIES + 1), help=f"learning rates of each method (default: {TRIES})")
     add("--seeds", type=int, help=f"test runs of each method (default: {SEEDS})")
@@ -50,16 +53,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--jobs", type=int, default=1, help="processes at once (default: 1)")
     add("--threads", type=int, help="CPU threads of each process (default: the cores, shared)")
     add("--device", default="cpu", help="cpu or cuda, with TF32 products there (default: cpu)")
-    add("--cache", metavar="FOLDER", default=str(ROOT / "build" / "quality"), help="of data and models, made once "
-        "(default: build/quality)")  # fmt: skip
+    add("--cache", metavar="FOLDER", default=str(ROOT / ".gpu" / "quality"), help="of data and models, made once "
+        "(default: .gpu/quality)")  # fmt: skip
     add("--prepare", metavar="FOLDER", help="make what --cache needs in FOLDER, and end: for a machine without network")
     add("--plan", action="store_true", help="say what would be run, and end")
+    add("--no-picture", action="store_true", help="write the CSV alone; `python -m bench plots` draws it later")
     add("--results", type=Path, metavar="FOLDER", default=ROOT / "bench" / "results", help="default: bench/results")
     argv = sys.argv[1:] if argv is None else argv
     options = parser.parse_args(argv)
     options.began = time.time()
     options.command = shlex.join(["python", "-m", "bench", "quality", *without(without(argv, "--results"), "--cache")])
-    options.tasks = _chosen(parser, "task", options.tasks, ",", tasks.NAMES, QUICK_TASKS if options.quick else None)
+    options.tasks = _chosen(parser, "task", options.tasks, ",", TASKS, QUICK_TASKS if options.quick else tasks.NAMES)
     options.methods = _chosen(parser, "method", options.methods, ";", list(methods()), QUICK if options.quick else None)
     options.tries = options.tries or (QUICK_TRIES if options.quick else TRIES)
     options.seeds = options.seeds or (QUICK_SEEDS if options.quick else SEEDS)
@@ -132,10 +136,10 @@ def iter_jobs(jobs: Any, options: Any = None) -> Callable[[], Job | None]:
     return following
 
 
-def show(path: Path) -> None:
+def show(path: Path, draw: bool) -> None:
     for group in records.load(path).values():
         print(summary.text(summary.summary(group)) + "\n")
-    for picture in pictures.draw(path):
+    for picture in pictures.draw(path) if draw else ():
         print(f"  {picture}")
 
 
@@ -156,14 +160,15 @@ def explain(options: argparse.Namespace, plan: Plan, setup: Setup) -> None:
         print(f"  {method.name:24} {rates:36} {method.setting}")
 
 
-def main(argv: list[str] | None = None, loader: Callable[..., tasks.Task] = tasks.task) -> int:
+def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     cache = options.prepare or options.cache
     Path(cache).mkdir(parents=True, exist_ok=True)
-    setup = Setup(loader, options.quick, cache, options.device, options.threads, options.precision)
+    setup = Setup(options.quick, cache, options.device, options.threads, options.precision)
     if options.prepare:
         for name in tqdm(options.tasks, desc="prepare", unit="task", disable=None):
             found = setup.task(name)
+            found.model(options.device)
             tqdm.write(f"  {name}: {found.steps} steps, {found.metric}, {found.fingerprint[:12]}")
         return 0
     known = methods()
@@ -183,7 +188,7 @@ def main(argv: list[str] | None = None, loader: Callable[..., tasks.Task] = task
     except KeyboardInterrupt:
         stopped = True
         print("stopped; what has been measured is kept")
-    show(table.path)
+    show(table.path, not options.no_picture)
     for problem in plan.problems:
         print(problem)
     return 130 if stopped else 1 if plan.problems else 0

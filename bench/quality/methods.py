@@ -18,9 +18,9 @@ from bench.methods import pairs
 
 try:
     from randlora.layers.initial import AUTO as ALPHA
-    from randlora.layers.initial import GAIN, GAMMA
+    from randlora.layers.initial import GAIN, GAMMA, GAMMA_LR_RATIO
 except ImportError:
-    ALPHA, GAIN, GAMMA = None, 20.0, 0.05
+    ALPHA, GAIN, GAMMA, GAMMA_LR_RATIO = None, 20.0, 0.05, 1.0
 
 TRIES = 4  # learning rates of each method
 HEAD_RATE = 1e-3
@@ -114,7 +114,10 @@ def own(model: nn.Module, head: list[str], seed: int, *, kind: str, rank: int) -
     adapted = randlora.get_peft_model(model, config)
     if not ALPHA:
         fill_gamma(adapted)
-    return adapted, groups(adapted, head)
+        return adapted, groups(adapted, head)
+    found = [group for group in randlora.parameter_groups(adapted, lr=1.0) if group["name"] != "other"]
+    own_groups = [{"params": group["params"], "factor": group["lr"]} for group in found]
+    return adapted, [*own_groups, *(group for group in groups(adapted, head) if "rate" in group)]
 
 
 def fill_gamma(adapted: nn.Module) -> None:
@@ -138,7 +141,9 @@ def _own(kind: str, rank: int) -> Method:
 
 
 def own_setting() -> str:
-    return f"alpha={ALPHA or 'r'} gain={GAIN:g} gamma={GAMMA:g}"
+    return f"alpha={ALPHA or 'r'} gain={GAIN:g} gamma={GAMMA:g}" + (
+        f" ratio={GAMMA_LR_RATIO:g}" if GAMMA_LR_RATIO != 1 else ""
+    )
 
 
 def methods() -> dict[str, Method]:

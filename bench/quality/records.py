@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from bench import records
+from bench.quality.tasks import NAMES
 
 Row = dict[str, str]
 PICK, TEST, TIMING = "pick", "test", "timing"
@@ -92,19 +93,21 @@ def key_of(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def load(path: Path) -> dict[str, list[Row]]:
-    """:func:`newest` of a file; nothing where there is none."""
-    return newest(records.read(path) if path.exists() else [])
+    """:func:`newest` of a file, in the order of the tasks; nothing where there is none."""
+    found = newest(records.read(path) if path.exists() else [])
+    return {name: found[name] for name in dict.fromkeys((*NAMES, *found)) if name in found}
 
 
 def newest(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """Task -> its rows of one device, mode, number of steps and fingerprint: of a full run where there is one, and of
-    those the one that has a row last.
+    those the ones that have the latest row.
     """
-    groups: dict[str, dict[tuple[str, ...], list[Row]]] = {}
-    for row in rows:
+    groups: dict[str, dict[tuple[str, ...], list[tuple[int, Row]]]] = {}
+    for place, row in enumerate(rows):
         which = tuple(row[name] for name in ("mode", "device", "precision", "steps", "fingerprint"))
-        groups.setdefault(row["task"], {}).setdefault(which, []).append(row)
-    return {
-        task: max(found.values(), key=lambda rows: (rows[0]["mode"] == "full", max(row["date"] for row in rows)))
-        for task, found in groups.items()
-    }
+        groups.setdefault(row["task"], {}).setdefault(which, []).append((place, row))
+
+    def latest(found: list[tuple[int, Row]]) -> tuple[bool, tuple[str, int]]:
+        return found[0][1]["mode"] == "full", max((row["date"], place) for place, row in found)
+
+    return {task: [row for _, row in max(found.values(), key=latest)] for task, found in groups.items()}

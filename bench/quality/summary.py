@@ -5,9 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from bench.quality.methods import methods
 from bench.quality.plan import at_edge
-from bench.quality.records import PICK, TEST, TIMING, Row
+from bench.quality.records import PICK, TEST, TIMING, Row, load
 from bench.report_tables import markdown, number
 
 
@@ -43,7 +45,7 @@ class Line:
 
 @dataclass
 class Summary:
-    """One task: the baseline, and the methods in the file's order.
+    """One task: the baseline, and the methods, in the order of :func:`bench.quality.methods.methods`.
 
     Attributes:
         row: any of the task's, for what they all say.
@@ -76,6 +78,8 @@ def summary(rows: Sequence[Row]) -> Summary:
         _line(name, [each for each in found if each["setting"] == found[-1]["setting"]])
         for name, found in by_method.items()
     ]
+    known = list(methods())
+    lines.sort(key=lambda line: known.index(line.method) if line.method in known else len(known))
     baseline = next((line for line in lines if line.method == row["untuned"]), None)
     return Summary(row, baseline, [line for line in lines if line is not baseline])
 
@@ -137,7 +141,7 @@ def about(row: Row) -> str:
     quick = (
         "a quick run: little data, few steps, to be looked at and not to be quoted; " if row["mode"] == "quick" else ""
     )
-    return f"{row['task']}: {quick}{row['steps']} steps; {row['metric']}, {better} is better"
+    return f"{quick}{row['steps']} steps; {row['metric']}: {better} is better"
 
 
 def text(found: Summary) -> str:
@@ -145,10 +149,21 @@ def text(found: Summary) -> str:
     table = cells(found)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
-    return "\n".join([about(found.row), *(f"  {line}" for line in lines)])
+    return "\n".join([f"{found.row['task']}: {about(found.row)}", *(f"  {line}" for line in lines)])
 
 
 def page(found: Summary) -> str:
     """As Markdown, for docs/ and the report."""
     head, *lines = cells(found)
-    return f"{about(found.row)}\n\n{markdown(head, lines)}"
+    return f"**{found.row['task']}** ({about(found.row)}):\n\n{markdown(head, lines)}"
+
+
+def sections(path: Path) -> list[str]:
+    """Of quality.csv, for the report."""
+    found = [summary(rows) for rows in load(path).values()]
+    last = found[-1].row
+    machine = last["gpu"] or f"{last['cpu']} ({last['cpu_capability']})"
+    versions = ", ".join(f"{package} {last[package]}" for package in ("randlora", "torch", "peft"))
+    precision = ", products in TF32" if last["precision"] == "tf32" else ""
+    about_it = f"{machine}{precision}; {versions}; commit {last['commit']}; {last['date'][:10]}"
+    return [f"`{last['command']}`  \n<sub>{about_it}</sub>", *map(page, found)]

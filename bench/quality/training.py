@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,8 +30,8 @@ def batches(task: Task, seed: int, steps: int) -> Iterator[Any]:
 def moved(batch: Any, device: str) -> Any:
     if isinstance(batch, Mapping):
         return {key: moved(value, device) for key, value in batch.items()}
-    if isinstance(batch, Sequence) and not isinstance(batch, str):
-        return type(batch)(moved(value, device) for value in batch)
+    if isinstance(batch, (list, tuple)):
+        return tuple(moved(value, device) for value in batch)
     return batch.to(device, non_blocking=True) if isinstance(batch, torch.Tensor) else batch
 
 

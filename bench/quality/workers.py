@@ -5,7 +5,9 @@ Many small runs leave most of a GPU idle, one after the other. One process (`job
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib
 import multiprocessing
 import signal
 from collections.abc import Callable
@@ -16,16 +18,18 @@ from typing import Any
 import torch
 
 from bench import measure
+from bench.quality import tasks, training
+from bench.quality.methods import methods
 from bench.quality.plan import FACTS, Job
 from bench.quality.records import TIMING, Facts
 from bench.quality.tasks import Task
+from bench.quality.tiny import TinyTask
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What every process needs to know. `loader`: :func:`bench.quality.tasks.task`, or another that can be pickled."""
+    """What every process needs to know."""
 
-    loader: Callable[..., Task]
     quick: bool
     cache: str | None
     device: str
@@ -37,7 +41,7 @@ class Setup:
         torch.set_float32_matmul_precision("high" if self.precision == "tf32" else "highest")
 
     def task(self, name: str) -> Task:
-        return self.loader(name, quick=self.quick, cache=self.cache)
+        return TinyTask() if name == TinyTask.name else tasks.task(name, quick=self.quick, cache=self.cache)
 
 
 class Performer:
@@ -59,15 +63,16 @@ class Performer:
         return found
 
     def _perform(self, job: Job) -> dict[str, Any]:
-        from bench.quality import methods, timing, training
-
         if job.task not in self.tasks:
             self.tasks[job.task] = self.setup.task(job.task)
         task = self.tasks[job.task]
         if job.phase == FACTS:
+            task.model(self.setup.device)  # what it makes once, it leaves in the cache for the other processes
             return {"facts": Facts.of(task)}
-        known = methods.methods()
+        known = methods()
         if job.phase == TIMING:
+            from bench.quality import timing
+
             return timing.task(task, {name: known[name] for name in job.methods}, self.setup)
         method = known[job.method] if job.method else None
         return training.run(task, method, job.phase, job.rate, job.seed or 0, job.steps, self.setup.device)
@@ -79,6 +84,11 @@ class Performer:
 def _work(pipe: connection.Connection, setup: Setup) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the one that started this decides
     setup.apply()
+    if torch.device(setup.device).type == "cuda":  # what takes seconds once, while others load tasks
+        for package in ("transformers", "peft", "randlora"):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(package)
+        torch.zeros(1, device=setup.device)
     performer = Performer(setup)
     while True:
         try:
