@@ -101,7 +101,7 @@ def test_selections():
     for name in selection.SELECTIONS:
         assert selection.columns(name)
     gpu = selection.columns("gpu")
-    assert {column.width for column in gpu} == {128, 256, 512, 1024} and {column.r for column in gpu} >= {4, 32, 128}
+    assert {column.width for column in gpu} == {0, 128, 512, 1024} and {column.r for column in gpu} >= {4, 32, 128}
     assert {column.start for column in gpu} == {"PEFT", "rule", "LoRA"}
     assert {column.kind for column in gpu} == {"dense", "hadamard", "sparse", "very_sparse", "lora"}
     only = selection.columns("all", "rule r=4 256")
@@ -149,9 +149,9 @@ def test_points_train_what_they_say(runner):
 def test_gamma_and_head_have_rates_of_their_own():
     model = points.adapted(Words().model("cpu"), ["down_proj"], COLUMNS[0], 0)
     groups = points.groups(model, ["down_proj"], 1e-2, 0.1)
-    assert sorted(group["lr"] for group in groups) == [1e-3, 1e-2] and len(points.groups(model, [], 1e-2, 1.0)) == 1
+    assert sorted(group["rate"] for group in groups) == [1e-3, 1e-2] and len(points.groups(model, [], 1e-2, 1.0)) == 1
     names = {id(p): name for name, p in model.named_parameters()}
-    slow = next(group for group in groups if group["lr"] == 1e-3)
+    slow = next(group for group in groups if group["rate"] == 1e-3)
     assert all("gamma" in names[id(p)] or "down_proj" in names[id(p)] for p in slow["params"])
 
 
