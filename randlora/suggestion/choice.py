@@ -52,7 +52,8 @@ def choose(candidates: Sequence[Candidate], budget: Budget) -> Choice:
         good = [c for c, gain in measured if gain >= _enough(best)]
         judge = budget if budget.limit is None else Budget()
         found = min(good, key=_least_of(judge))
-        reason = f"of what was measured{inside} and gained at least {ENOUGH:.0%} of the best, it takes the least" + (
+        reason = f"of what was measured{inside} and gained at least {ENOUGH:.0%} of what the best of these did, it takes the "
+            "least" + (
             f": {price(found, judge.quantity)}" if judge.quantity else " of numbers, memory and time together"
         )
         reason += f". On average it gained {found.gain:.0%} of what the best of all methods did"
