@@ -167,7 +167,7 @@ def test_the_script_records_resumes_and_draws(runner, tmp_path, capsys, monkeypa
     arguments = ["--quick", "--steps", "2", "--device", "cpu", "--results", str(tmp_path), "--cache", str(tmp_path)]
     done = []
     monkeypatch.setattr(points.Runner, "run", stopping(points.Runner.run, done, after=2))
-    assert cli.main(arguments) == 0
+    assert cli.main(arguments) == 130
     assert "stopped; what has been measured is kept" in capsys.readouterr().out and len(done) == 2
     assert cli.main(arguments) == 0
     said = capsys.readouterr().out
@@ -179,6 +179,9 @@ def test_the_script_records_resumes_and_draws(runner, tmp_path, capsys, monkeypa
     assert len(set(keys)) == len(keys) == len(done) and {book.column_of(row) for row in rows} == set(COLUMNS[:2])
     assert all(row["commit"] and row["torch"] and row["fingerprint"] for row in rows)
     assert not list(path.parent.glob("*.part*")) and (path.parent / "settings-language.png").stat().st_size > 1000
+    for name, others in (("steps", "99"), ("fingerprint", "other data")):  # are not drawn together, nor taken for these
+        others = [{**row, name: others, "date": "2020-01-01"} for row in rows]
+        assert book.newest([*rows, *others]) == book.newest([*others, *rows]) == rows
     before = len(done)
     assert cli.main(arguments) == 0 and len(done) == before  # nothing is left to do
 
