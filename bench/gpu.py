@@ -48,7 +48,7 @@ class Call:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.name, self.device, self.target = options.call, options.device, options.results
-        self.deadline = options.began + CALL_SECONDS * options.patience
+        self.deadline = options.began + CALL_SECONDS[self.name] * options.patience
         self.began, self.patience = options.began, options.patience
         self.work = options.work or Path(tempfile.mkdtemp())
         self.results, self.logs = self.work / "results", self.work / "logs"
@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m bench gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("call", choices=CALLS, help="which of the two")
+    add("call", choices=CALLS, help="which of the three")
     add("--results", type=Path, required=True, metavar="FOLDER", help="where the table and the archive go")
     add("--device", default="cuda", help="cpu: the same steps at tiny sizes, to try the script (default: cuda)")
     add("--began", type=float, default=time.time(), metavar="SECONDS", help="since 1970, when the call began")

@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# What only a GPU can tell, in two calls of at most six minutes each on an H100:
+# What only a GPU can tell, in calls of at most six minutes each on an H100, the last one of seven and a half:
 #
 #   bench/gpu.sh correct RESULTS     is it right, does the host ever wait; then one layer, Llama-3.2-3B and decoding
 #   bench/gpu.sh deep RESULTS        sanitizer, all of the tests, ncu, the other models, bases, UniqueBaseGrad
+#   bench/gpu.sh quality RESULTS     which learning rate is best over rank, width and kind; what each method is worth.
+#                                    Before, without a GPU: python -m bench quality --prepare .gpu/quality. A second
+#                                    call goes on from .gpu/before, the folder results/ of the first one's archive
 #   bench/gpu.sh CALL RESULTS --device cpu      every step at tiny sizes, to try the script (tests/bench/test_gpu_script.py)
 #
 # In the folder RESULTS: CALL.txt, a table of at most 60 lines that is printed as well, and CALL.tar.gz, everything else
@@ -17,8 +20,8 @@
 # be of (default: that of .gpu/).
 set -uo pipefail
 began=$(date +%s)
-call=${1:?"usage: bench/gpu.sh correct|deep RESULTS [--device cpu]"}
-results=${2:?"usage: bench/gpu.sh correct|deep RESULTS [--device cpu]"}
+call=${1:?"usage: bench/gpu.sh correct|deep|quality RESULTS [--device cpu]"}
+results=${2:?"usage: bench/gpu.sh correct|deep|quality RESULTS [--device cpu]"}
 shift 2
 cd "$(dirname "$0")/.." || exit 1
 mkdir -p "$results"
@@ -33,10 +36,10 @@ site=$work/site
 mkdir "$site"
 log=$work/install.log
 
-# Whether the randlora that Python finds computes on the device. Not started in the checkout, whose folder of that name
+# Whether the randlora that Python finds computes on the device, in so many seconds. Not started in the checkout, whose folder of that name
 # may have no binary.
 computes() {
-  (cd "$work" && timeout 120 "$python" -c "import torch, randlora
+  (cd "$work" && timeout "${1:-120}" "$python" -c "import torch, randlora
 out = torch.empty(4, 4, 4, device='$device')
 torch.ops.randlora.fill_bases_(out, 1, 1, (0, 0, 0), None)
 assert out.isfinite().all()
@@ -74,6 +77,25 @@ else
   exit 1
 fi
 [[ $how == "the installed one" ]] || export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+
+[[ $call == quality && -d .gpu/before ]] && cp -r .gpu/before "$work/results"
+
+# Many small processes share the GPU where NVIDIA's service for that can be started; where not, they take turns.
+if [[ $call == quality && $device == cuda ]] && command -v nvidia-cuda-mps-control >/dev/null; then
+  export CUDA_MPS_PIPE_DIRECTORY=$work/mps CUDA_MPS_LOG_DIRECTORY=$work/mps-log
+  mkdir "$CUDA_MPS_PIPE_DIRECTORY" "$CUDA_MPS_LOG_DIRECTORY"
+  stop_sharing() { echo quit | timeout 10 nvidia-cuda-mps-control >>"$log" 2>&1; }
+  if timeout 20 nvidia-cuda-mps-control -d </dev/null >>"$log" 2>&1 &&
+    PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True computes 40; then
+    how+=", processes share the GPU through MPS"
+    trap 'stop_sharing; rm -rf "$work"' EXIT
+  else
+    stop_sharing
+    unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
+    how+=", without MPS"
+  fi
+fi
+
 export BENCH_COMMIT=${BENCH_COMMIT:-$(cat .gpu/commit 2>/dev/null || echo unknown)}
 echo "randlora: $how, after $(($(date +%s) - began)) s"
 "$python" -m bench gpu "$call" --results "$results" --began "$began" --work "$work" "$@"

@@ -1,7 +1,7 @@
-"""The steps of gpu.sh: what each of its two calls runs, in which order, and how long it may take.
+"""The steps of gpu.sh: what each of its calls runs, in which order, and how long it may take.
 
 `expected` is how long a step should take on an H100, start of the interpreter included: the sum of a call is below
-:data:`CALL_SECONDS`, and nothing begins or goes on beyond that. On "cpu" the same commands get tiny sizes.
+that call's :data:`CALL_SECONDS`, and nothing begins or goes on beyond that. On "cpu" the same commands get tiny sizes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from pathlib import Path
 
 from bench import ROOT
 
-CALL_SECONDS = 335  # of six minutes; the rest is for stopping what is still running, and for the table
-CALLS = ("correct", "deep")
+# Of six minutes, and of seven and a half; the rest is for stopping what is still running, and for the table.
+CALL_SECONDS = {"correct": 335, "deep": 335, "quality": 420}
+CALLS = tuple(CALL_SECONDS)
 
 COMMON = ("frozen", "PEFT LoRA", "PEFT LoRA, 16-bit", "PEFT RandLoRA", "PEFT RandLoRA, 16-bit", "PyTorch, compiled")
 METHODS = "; ".join((*COMMON, "randlora", "randlora very_sparse", "randlora hadamard"))
@@ -141,6 +142,19 @@ class Steps:
     @property
     def unique_base_sizes(self) -> str:
         return "32 x 24 x 768" if self.tiny else "32 x 128 x 4096"
+
+    # ---- the third call ----
+
+    def quality(self) -> list[list[Step]]:
+        """What it needs of data and models lies in .gpu/quality: ``python -m bench quality --prepare .gpu/quality``."""
+        cache = "--cache .gpu/quality"
+        tiny = f"--tasks tiny --jobs 2 --tries 2 --seeds 1 --no-timing --no-picture {cache}"
+        few = {"methods": "full fine-tuning;dense r=32"} if self.tiny else {}
+        return [
+            [Step("settings", self.bench("settings", f"--selection gpu --jobs 10 --seconds-limit 90 {cache}", "--help"),
+                  105, 130)],
+            [Step("quality", self.bench("quality", f"--jobs 12 --seconds-limit 280 {cache}", tiny, **few), 295, 330)],
+        ]  # fmt: skip
 
 
 def steps(call: str, device: str, results: Path) -> list[list[Step]]:

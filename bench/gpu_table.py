@@ -71,6 +71,8 @@ def machine(head: str, results: Path) -> str:
 def times(path: Path) -> list[str]:
     """A block of one CSV: a line per provider, a column per case, as :func:`cell` says it."""
     rows = read(path)
+    if not rows or "provider" not in rows[0]:
+        return []
     cases: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         cases.setdefault(tuple(row.get(column, "") for column in CASE_COLUMNS), []).append(row)
@@ -146,5 +148,14 @@ def ncu(path: Path) -> list[str]:
     return ["-- ncu: " + ", ".join(NCU.values()), *found]
 
 
+def quality(path: Path) -> list[str]:
+    """A table per task, a line per method."""
+    from bench.quality import summary
+    from bench.quality.records import load
+
+    found = [f"-- quality, {summary.text(summary.summary(rows))}" for rows in load(path).values()]
+    return [line for text in found for line in text.splitlines()]
+
+
 SHOWN = {"*/kernels/correct.csv": correct, "*/kernels/launches.csv": launches, "*/kernels/kernels.csv": kernels,
-         "ncu.csv": ncu}  # fmt: skip
+         "ncu.csv": ncu, "*/quality.csv": quality}  # fmt: skip

@@ -17,6 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from bench import records, scaling_views
+from bench.__main__ import LONG
 
 Row = dict[str, str]
 
@@ -29,6 +30,12 @@ def draw(path: Path) -> list[Path]:
     """Pictures of one CSV, one per thread count and page size; none of memory, which needs more than a CSV has."""
     if path.stem == "scaling":  # computed: no machine, no median
         return scaling_views.draw(path)
+    if path.stem == "quality":
+        from bench.quality import pictures  # its tables are made of those that import this module
+
+        return pictures.draw(path)
+    if path.stem in LONG:  # draws its own
+        return []
     rows = [row for row in usable(path) if row.get("median_ms") or row.get("energy_left")]
     groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:

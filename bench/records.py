@@ -145,11 +145,11 @@ def _merge(path: Path, rows: list[dict[str, Any]], key: Sequence[str], interrupt
         if row["provider"] != EVERYTHING or tuple(row[k] for k in key if k != "provider") not in done
     ]
     partial = path.with_suffix(".csv.part")
-    write(partial, _columns(table), table)
+    write(partial, columns(table), table)
     partial.replace(path)
 
 
-def _columns(table: list[dict[str, str]]) -> list[str]:
+def columns(table: list[dict[str, str]]) -> list[str]:
     """All columns there are, in the newest row's order, others before those of :func:`environment`."""
     newest = list(table[-1])
     other = dict.fromkeys(column for row in table for column in row if column not in newest)

@@ -19,8 +19,9 @@ if not __package__:  # run as a file: python bench/report.py
 from tqdm import tqdm
 
 from bench import plots, records, report_tables, scaling_views
-from bench.__main__ import summary
+from bench.__main__ import LONG, summary
 from bench.plots import Row, usable
+from bench.quality import summary as quality
 from bench.report_tables import caption, command, markdown, milliseconds, number
 
 INTRODUCTION = """# Benchmark results
@@ -34,6 +35,7 @@ FILES = {
     "model": "model", "linear": "linear", "linear-grid": "linear", "kinds": "kinds", "density": "kinds",
     "generate": "generate", "generate-layer": "generate", "host": "host", "bases": "bases",
     "unique_base": "unique_base", "memory": "memory", "fit": "fit", "scaling": "scaling", "export": "export",
+    "quality": "quality", "settings": "settings",
 }  # fmt: skip
 
 
@@ -144,6 +146,10 @@ def section(path: Path, pictures: Sequence[Path], root: Path) -> list[str]:
     parts += [f"![{path.stem}]({os.path.relpath(picture, root)})" for picture in pictures]
     if path.stem == "scaling":
         return parts + scaling_views.sections(path, markdown)
+    if path.stem == "quality":
+        return parts + quality.sections(path)
+    if path.stem in LONG:
+        return parts
     rows = usable(path)
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:

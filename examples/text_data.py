@@ -149,10 +149,10 @@ def load_task(seed, data=None, test_data=None, text_column="text", label_column=
         raise UserError(f"there is one label only ('{names[0]}'): nothing to classify")
     everything = _texts(rows, names, data)
     if test_data:
-        train, validation = _split(everything, names, (0.9, 0.1), seed)
+        train, validation = split(everything, names, (0.9, 0.1), seed)
         test = _texts(file_rows(test_data, text_column, label_column), names, test_data)
     else:
-        train, validation, test = _split(everything, names, (0.7, 0.1, 0.2), seed)
+        train, validation, test = split(everything, names, (0.7, 0.1, 0.2), seed)
     return Task(description, names, train, validation, test)
 
 
@@ -165,7 +165,7 @@ def _texts(rows, names, path):
     return Texts([text for text, _ in rows], [index[label] for _, label in rows])
 
 
-def _split(data, names, shares, seed):
+def split(data, names, shares, seed):
     """Stratified: every part holds every class, at least once, in its share."""
     by_class = defaultdict(list)
     for row, label in enumerate(data.labels):

@@ -16,7 +16,9 @@ from .layers.linear import Linear  # noqa: E402
 from .layers.randlora_layer import RandLoraLayer  # noqa: E402
 from .layers.update_cache import inference_cache  # noqa: E402
 from .model.model import RandLoraModel, get_peft_model  # noqa: E402
+from .model.parameter_groups import parameter_groups  # noqa: E402
 from .ops.unique_base import UniqueBaseGrad  # noqa: E402
+from .suggestion.suggest import Suggestion, suggest  # noqa: E402
 
 __version__ = _C.build_info()["version"]
 
@@ -29,6 +31,7 @@ __all__ = [
     "RandLoraLayer",
     "RandLoraModel",
     "RandomBases",
+    "Suggestion",
     "UniqueBaseGrad",
     "build_info",
     "disable_fast_path",
@@ -39,6 +42,8 @@ __all__ = [
     "get_peft_model",
     "inference_cache",
     "keep_bases",
+    "parameter_groups",
+    "suggest",
 ]
 
 

@@ -1,4 +1,4 @@
-"""The command line, ``python -m randlora``: what an adapter will cost, where it goes, and whether PEFT agrees."""
+"""The command line, ``python -m randlora``: what to set, what it will cost, where it goes, and whether PEFT agrees."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import __version__
-from .commands import check_peft, estimate, export
+from .commands import check_peft, estimate, export, suggest
 from .commands.options import Failed
 
-COMMANDS: dict[str, Any] = {"estimate": estimate, "export": export, "check-peft": check_peft}
+COMMANDS: dict[str, Any] = {"suggest": suggest, "estimate": estimate, "export": export, "check-peft": check_peft}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m randlora",
         description="RandLoRA for PyTorch: full-rank adapters with random bases.",
-        epilog=f"examples:\n  {estimate.EXAMPLE}\n  {export.EXAMPLE}",
+        epilog=f"examples:\n  {suggest.EXAMPLE}\n  {estimate.EXAMPLE}\n  {export.EXAMPLE}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"randlora {__version__}")

@@ -16,6 +16,7 @@ from .checkpoint.layout import CONFIG_NAME, DAMAGE, OWN_PEFT_TYPE, PEFT_TYPE, WE
 from .checkpoint.replace import write_text
 from .checks import require_float, require_int, require_size
 from .expressions import Expression
+from .layers.initial import AUTO, Auto, require_alpha
 from .planner import STRATEGIES
 
 ALL_LINEAR = "all-linear"
@@ -29,7 +30,10 @@ class RandLoraConfig:
 
     Args:
         r: rank of one base, up to 65,536. A lower rank means more bases and more trained numbers.
-        randlora_alpha: the update is scaled by ``randlora_alpha / r``.
+        randlora_alpha: the update is scaled by ``randlora_alpha / r``. ``"auto"``: a number that follows from r and the
+            sizes of the layers, and gamma starts in each layer such that one learning rate fits every rank, width,
+            number of bases and kind (:mod:`randlora.layers.initial`). The adapter's config and its files have the
+            number, so that PEFT reads them.
         randlora_dropout: dropout probability on the update's input.
         target_modules: which layers to adapt: a list of names (a whole name or its last components), a regular
             expression for whole names, ``"all-linear"`` (every supported layer but the output head), or None for the
@@ -40,7 +44,7 @@ class RandLoraConfig:
         fan_in_fan_out: kept for PEFT; the layout is taken from the layer's type.
         bias: which biases are trained: ``"none"``, ``"all"``, or ``"randlora_only"`` (those of adapted layers).
         modules_to_save: names of further modules to train in full and to save with the adapter.
-        init_weights: True: the update starts at zero. False: lambda random, gamma ``1 / max_dim``.
+        init_weights: True: the update starts at zero. False: lambda random, gamma ``1 / max_dim``, whatever alpha is.
         layers_to_transform: indices of the layers to adapt, with `target_modules` a list or ``"all-linear"``.
         layers_pattern: name or names of the module list that these indices count in.
         exclude_modules: names or a regular expression of what to leave out.
@@ -61,7 +65,7 @@ class RandLoraConfig:
     """
 
     r: int = 32
-    randlora_alpha: float = 640
+    randlora_alpha: float | Auto = 640
     randlora_dropout: float = 0.0
     target_modules: list[str] | str | None = None
     projection_prng_key: int = 0
@@ -92,7 +96,9 @@ class RandLoraConfig:
 
     def __post_init__(self) -> None:
         self.r = require_size("r", self.r)
-        require_float("randlora_alpha", self.randlora_alpha)
+        alpha = require_alpha(self.randlora_alpha)
+        if not isinstance(self.randlora_alpha, int):  # JSON has no numbers of NumPy, and PEFT's default is 640
+            self.randlora_alpha = alpha
         self.randlora_dropout = require_float("randlora_dropout", self.randlora_dropout, 0.0, 1.0)
         self.projection_prng_key = require_int("projection_prng_key", self.projection_prng_key, 0, 2**64 - 1)
         if self.num_bases is not None:
@@ -162,10 +168,20 @@ class RandLoraConfig:
             "its projections loads in PEFT, and with randlora.integrations.peft enabled it computes as fast as here"
         )
 
+    @property
+    def scaling(self) -> float:
+        """``randlora_alpha / r``. Raises ``ValueError`` while that is ``"auto"``."""
+        if isinstance(self.randlora_alpha, str):
+            raise ValueError(
+                f"randlora_alpha={AUTO!r} becomes a number where a model is adapted, in the model's own config, "
+                "model.peft_config[adapter_name]: take that one"
+            )
+        return self.randlora_alpha / self.r
+
     # ---- JSON ----
 
     def to_dict(self) -> dict[str, Any]:
-        """PEFT's keys, prng, and of ours those others that differ from their default."""
+        """PEFT's keys, prng, and of ours those others that differ from their default; ``"auto"`` as it stands."""
         values = asdict(self)
         if values["kind"] in PEFT_KINDS:
             values["kind"] = None  # the flags say it
@@ -204,7 +220,12 @@ class RandLoraConfig:
         raise TypeError(f"config must be a randlora.RandLoraConfig, PEFT's, or a dict, got {type(config).__name__}")
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write ``adapter_config.json`` into `folder`, which is made if it is missing. Raises ``OSError``."""
+        """Write ``adapter_config.json`` into `folder`, which is made if it is missing.
+
+        Raises:
+            ValueError: ``randlora_alpha="auto"``, which is no number yet. OSError: it cannot be written.
+        """
+        _ = self.scaling
         write_text(Path(folder) / CONFIG_NAME, json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
 
     @classmethod
@@ -222,6 +243,8 @@ def config_of_files(folder: Path, described: dict[str, Any] | None, given: dict[
         config = RandLoraConfig.from_dict(settings)
     except DAMAGE as error:
         raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
+    if config.randlora_alpha == AUTO:
+        raise ValueError(f"{folder / CONFIG_NAME}: randlora_alpha must be a number in a file, got {AUTO!r}")
     if described is not None and config.kind == "hadamard" and config.group_width is None:
         raise ValueError(f"{folder / WEIGHTS_NAME} does not say the group_width of its hadamard bases: it is damaged")
     return config

@@ -10,6 +10,7 @@ from helpers.dropout import reference_mask
 from helpers.training import bases_of, make_network, trained
 
 import randlora
+from randlora.bases.patterns import StoredBits
 from randlora.functional import unique_base
 
 pytestmark = pytest.mark.cuda
@@ -234,14 +235,9 @@ def test_sparse_update_of_more_than_two_to_the_31_elements(by_rows):
     m, M = 2**15 + 8, 2**16
     if torch.cuda.mem_get_info()[0] < 5 * m * M:
         pytest.skip("too little GPU memory")
-    pattern = [
-        [0, m - 1],
-        [0, 1, 2],
-        [0, 1],
-        [0, 1, 2],
-        [5, M - 1],
-    ]
-    pattern = [torch.tensor(t, dtype=torch.int32, device="cuda") for t in pattern]
+    A, B = torch.zeros(1, m, dtype=torch.int8), torch.zeros(M, 1, dtype=torch.int8)
+    A[0, 0], A[0, m - 1], B[5, 0], B[M - 1, 0] = 1, -1, 1, -1
+    pattern = list(StoredBits(A.cuda(), iter([B.cuda()]), M).of(m))
     lam, gamma = torch.full((1, 1), 2.0, device="cuda"), torch.ones(1, m, device="cuda")
     shape = (m, M) if by_rows else (M, m)
     weight = torch.ones(shape, dtype=torch.bfloat16, device="cuda")

@@ -1,12 +1,40 @@
-"""The methods that are compared: what each puts on a model, and which learning rates are tried for it."""
+"""The methods that are compared: what each puts on a model, and which learning rates are tried for it.
+
+Every method adapts all linear layers but the head, and trains the head in full at a rate of its own: that is the same
+for all, so that none is better for it. The baseline (`Task.untuned`) is the model from which all start.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+
+from bench.methods import pairs
+
+try:
+    from randlora.layers.initial import AUTO as ALPHA
+    from randlora.layers.initial import GAIN, GAMMA, GAMMA_LR_RATIO
+except ImportError:
+    ALPHA, GAIN, GAMMA, GAMMA_LR_RATIO = None, 20.0, 0.05, 1.0
+
+TRIES = 4  # learning rates of each method
+HEAD_RATE = 1e-3
+KINDS = ("dense", "hadamard", "sparse", "very_sparse")
+RANKS = (8, 32, 128)
+
+# Factors of three around what is usual. Ours is the same for all kinds and ranks: that is what alpha="auto" is for.
+FULL_RATES = (2e-5, 6e-5, 2e-4, 6e-4)
+LORA_RATES = (2e-4, 6e-4, 2e-3, 6e-3)
+PEFT_RANDLORA_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+OWN_RATES = (3e-4, 9e-4, 2.5e-3, 7.5e-3)
+
+Groups = list[dict[str, Any]]
+FULL = "full fine-tuning"
 
 
 @dataclass(frozen=True)
@@ -16,10 +44,134 @@ class Method:
     Attributes:
         name: "PEFT LoRA r=8", "hadamard r=32" ...
         build: ``build(model, head, seed) -> (adapted model, parameter groups)``; groups are dicts with "params" and
-            "factor", by which the learning rate under trial is multiplied.
-        rates: learning rates that are tried; as many for every method.
+            either "factor", by which the learning rate under trial is multiplied, or "rate", which stays.
+        rates: learning rates that are tried, from low to high; as many for every method.
+        setting: what else decides the result. Rows of another setting are not taken for this one's.
+        family: what is drawn in one colour; `rank` tells its points apart.
     """
 
     name: str
-    build: Callable[[nn.Module, list[str], int], tuple[nn.Module, list[dict[str, Any]]]]
+    build: Callable[[nn.Module, list[str], int], tuple[nn.Module, Groups]]
     rates: tuple[float, ...]
+    setting: str = ""
+    family: str = ""
+    rank: int | None = None
+
+
+def targets(model: nn.Module, head: Sequence[str]) -> list[str]:
+    """Names of all linear layers but the head and what is below it. Raises ``ValueError`` if there is none."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    found = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not output and not _within(name, head)
+    ]
+    if not found:
+        raise ValueError(f"the model has no linear layer beside its head {list(head)}")
+    return found
+
+
+def _within(name: str, head: Sequence[str]) -> bool:
+    return any(f".{part}." in f".{name}." for part in head)
+
+
+def groups(adapted: nn.Module, head: Sequence[str]) -> Groups:
+    """What is trained, the head apart."""
+    trained = [(name, p) for name, p in adapted.named_parameters() if p.requires_grad]
+    found = [
+        {"params": [p for name, p in trained if not _within(name, head)], "factor": 1.0},
+        {"params": [p for name, p in trained if _within(name, head)], "rate": HEAD_RATE},
+    ]
+    return [group for group in found if group["params"]]
+
+
+# ---- how each is built ----
+
+
+def full(model: nn.Module, head: list[str], seed: int) -> tuple[nn.Module, Groups]:
+    return model, groups(model.requires_grad_(True), head)
+
+
+def peft(model: nn.Module, head: list[str], seed: int, *, config: str, **fields: Any) -> tuple[nn.Module, Groups]:
+    import peft as package
+
+    if config == "RandLoraConfig":
+        fields["projection_prng_key"] = seed
+    with warnings.catch_warnings():  # of RandLoraConfig: that save_projection makes large files
+        warnings.simplefilter("ignore")
+        chosen = getattr(package, config)(target_modules=targets(model, head), modules_to_save=head or None, **fields)
+        adapted = package.get_peft_model(model, chosen)
+    return adapted, groups(adapted, head)
+
+
+def own(model: nn.Module, head: list[str], seed: int, *, kind: str, rank: int) -> tuple[nn.Module, Groups]:
+    import randlora
+
+    config = randlora.RandLoraConfig(
+        kind=kind, r=rank, randlora_alpha=ALPHA or rank, target_modules=targets(model, head),
+        modules_to_save=head or None, projection_prng_key=seed,
+    )  # fmt: skip
+    adapted = randlora.get_peft_model(model, config)
+    if not ALPHA:
+        fill_gamma(adapted)
+        return adapted, groups(adapted, head)
+    found = [group for group in randlora.parameter_groups(adapted, lr=1.0) if group["name"] != "other"]
+    own_groups = [{"params": group["params"], "factor": group["lr"]} for group in found]
+    return adapted, [*own_groups, *(group for group in groups(adapted, head) if "rate" in group)]
+
+
+def fill_gamma(adapted: nn.Module) -> None:
+    """The rule that ``randlora_alpha="auto"`` will follow, for alpha = r."""
+    for pair in pairs(adapted):
+        terms, ratio = pair.lam.numel(), pair.layer.in_features / pair.layer.out_features
+        nn.init.constant_(pair.gamma, GAIN / (pair.scaling * terms * ratio**0.5))
+
+
+# ---- the list ----
+
+
+def _lora(name: str, rank: int, alpha: int, **fields: bool) -> Method:
+    build = functools.partial(peft, config="LoraConfig", r=rank, lora_alpha=alpha, **fields)
+    return Method(f"{name} r={rank}", build, LORA_RATES, f"alpha={alpha}", name, rank)
+
+
+def _own(kind: str, rank: int) -> Method:
+    build = functools.partial(own, kind=kind, rank=rank)
+    return Method(f"{kind} r={rank}", build, OWN_RATES, own_setting(), kind, rank)
+
+
+def own_setting() -> str:
+    return f"alpha={ALPHA or 'r'} gain={GAIN:g} gamma={GAMMA:g}" + (
+        f" ratio={GAMMA_LR_RATIO:g}" if GAMMA_LR_RATIO != 1 else ""
+    )
+
+
+def methods() -> dict[str, Method]:
+    """By name, the most telling ones first: a run that is cut off has those for every task that it came to."""
+    peft_randlora = Method(
+        "PEFT RandLoRA r=32", functools.partial(peft, config="RandLoraConfig"), PEFT_RANDLORA_RATES, "alpha=640",
+        "PEFT RandLoRA", 32,
+    )  # fmt: skip
+    listed = [
+        Method(FULL, full, FULL_RATES, family=FULL),
+        _lora("PEFT LoRA", 8, 16),
+        _own("dense", 32),
+        _own("hadamard", 32),
+        _lora("PEFT LoRA", 32, 64),
+        peft_randlora,
+        # As large an update per number as of r = 8 with alpha 16: that is what the root of the rank is for.
+        _lora("PEFT rsLoRA", 64, 16, use_rslora=True),
+        _lora("PEFT DoRA", 16, 32, use_dora=True),
+        *(_own(kind, rank) for kind in KINDS for rank in RANKS if kind in KINDS[:2] and rank != 32),
+        *(_own(kind, rank) for kind in KINDS[2:] for rank in RANKS),
+    ]
+    return {method.name: method for method in listed}
+
+
+QUICK = (FULL, "PEFT LoRA r=8", "PEFT RandLoRA r=32", "dense r=32", "hadamard r=32", "sparse r=32")
+
+
+def tried(rates: Sequence[float], tries: int) -> tuple[float, ...]:
+    """The middle `tries` of `rates`: the outer ones are for finding that the best one is not among them."""
+    start = (len(rates) - tries) // 2
+    return tuple(rates[start : start + tries])

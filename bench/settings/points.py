@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import time
 from dataclasses import dataclass
@@ -12,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from bench.quality import training
 from bench.quality.tasks import Task, task
 
 HEAD_RATE = 1e-3  # of modules that are trained in full beside every adapter: not what is asked about
-WARM_UP, CLIP = 0.1, 1.0
 LORA_ALPHA = 16
 
 
@@ -119,7 +118,7 @@ def groups(model: nn.Module, head: list[str], lr: float, gamma_factor: float) ->
             in_head = any(f".{part}." in f".{name}." for part in head)
             rate = HEAD_RATE if in_head else lr * gamma_factor if "randlora_gamma" in name else lr
             found.setdefault(rate, []).append(parameter)
-    return [{"params": parameters, "lr": rate} for rate, parameters in found.items()]
+    return [{"params": parameters, "rate": rate} for rate, parameters in found.items()]
 
 
 def rms_of_update(model: nn.Module, adapter: str = "default") -> float:
@@ -180,27 +179,8 @@ class Runner:
 
 
 def train(found: Task, model: nn.Module, parameter_groups: list[dict[str, Any]], point: Point) -> None:
-    """AdamW without weight decay, warm-up over a tenth of the steps, then linear decay to zero, gradients clipped."""
-    model.train()
-    trained = [p for group in parameter_groups for p in group["params"]]
-    optimizer = torch.optim.AdamW(parameter_groups, lr=point.lr, weight_decay=0.0, fused=True)
-    highest = [group["lr"] for group in optimizer.param_groups]
-    warm = max(1, round(WARM_UP * point.steps))
-    batches = itertools.chain.from_iterable(found.batches(point.seed + 1000 * turn) for turn in itertools.count())
-    for step, batch in enumerate(itertools.islice(batches, point.steps)):
-        part = min((step + 1) / warm, (point.steps - step) / max(1, point.steps - warm))
-        for group, rate in zip(optimizer.param_groups, highest, strict=True):
-            group["lr"] = rate * part
-        found.loss(model, _moved(batch, parameter_groups[0]["params"][0].device)).backward()
-        nn.utils.clip_grad_norm_(trained, CLIP, foreach=True)
-        optimizer.step()
-        optimizer.zero_grad()
+    """As :mod:`bench.quality.training` trains."""
+    device = str(next(model.parameters()).device)
+    trainer = training.Trainer(found, model, parameter_groups, point.lr, point.steps, device, recorded=True)
+    trainer.train(training.batches(found, point.seed, point.steps))
     model.eval()
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, dict):
-        return {key: _moved(value, device) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(_moved(value, device) for value in batch)
-    return batch.to(device, non_blocking=True) if isinstance(batch, torch.Tensor) else batch

@@ -10,10 +10,10 @@ import math
 from collections.abc import Iterator, Mapping
 
 from bench.settings.points import Column
+from randlora.layers.initial import GAIN, GAMMA
 
 RATE, COARSE, MOST = 1e-4, (2, 4, 6), 9
 EXPONENTS = range(-8, 16)
-GAIN, GAMMA = 20.0, 0.05
 
 
 def rate(k: int) -> float:
@@ -51,22 +51,20 @@ def lora(width: int, *, task: str = "language") -> Column:
 
 def gpu() -> Iterator[Column]:
     # Ranks and widths: where a rule can fail most, the corners, come first.
-    for width, r in ((256, 4), (1024, 32), (256, 128), (1024, 4), (512, 32), (128, 4), (1024, 128), (128, 32)):
+    for width, r in ((512, 32), (128, 4), (1024, 4), (128, 128), (1024, 128)):
         yield rule(width, r)
-        if (width, r) in ((256, 4), (1024, 32), (256, 128), (1024, 4)):
-            yield peft(width, r)
-    yield from (lora(256), lora(1024))
+        yield peft(width, r)
+    yield from (lora(512), lora(128), lora(1024))
+    yield from (rule(0, r, task="tweets") for r in (4, 32, 128))
+    yield from (peft(0, 32, task="tweets"), lora(0, task="tweets"))
     yield from (rule(512, 32, kind) for kind in ("hadamard", "sparse", "very_sparse"))
-    yield rule(512, 32, num_bases=4)
-    # How large gamma starts.
-    yield from (rule(256, r, gamma=gamma) for gamma in (0.2, 0.02, 1.0) for r in (4, 128))
-    yield from (peft(128, 32), rule(256, 32))
-    yield from (rule(256, 4, kind) for kind in ("hadamard", "very_sparse"))
-    yield rule(1024, 32, num_bases=4)
-    yield from (rule(512, r) for r in (4, 128))
-    yield lora(512)
-    # A rate of its own for gamma is another start of gamma and another scale, as Adam's step does not see either.
-    yield from (rule(256, 32, gamma_factor=factor) for factor in (10.0, 0.1))
+    yield from (rule(512, 8, num_bases=4), rule(512, 32, num_bases=1), rule(512, 4), rule(512, 128))
+    # How large gamma starts; a learning rate of its own for gamma would be the same thing (tests/layers/test_rates.py).
+    yield from (rule(512, 32, gamma=gamma) for gamma in (0.05, 0.0025, 0.2, 1.0))
+    yield from (rule(0, 32, gamma=gamma, task="tweets") for gamma in (0.05, 0.0025, 0.2))
+    yield from (rule(1024, 32), peft(1024, 32), rule(128, 32), peft(128, 32))
+    yield from (rule(width, 4, kind) for kind in ("hadamard", "very_sparse") for width in (128, 1024))
+    yield from tweets()
 
 
 def tweets() -> Iterator[Column]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -74,14 +74,14 @@ def hotswap(model: Adapters, folder: str | os.PathLike, name: str) -> None:
             f"{folder} has no {missing[0]}, which adapter {name!r} trains: what that has learned would stay. Load the "
             "file into a model of its own"
         )
-    _copy(model, {name: _at_alpha(folder, loaded, config.randlora_alpha, layers, name)})
+    _copy(model, {name: _at_alpha(folder, loaded, cast(float, config.randlora_alpha), layers, name)})
 
 
 def _at_alpha(
     folder: str | os.PathLike, loaded: Loaded, alpha: float, layers: Mapping[str, RandLoraLayer], name: str
 ) -> Loaded:
     """The same update for an adapter with this alpha: lambda makes up for the difference, rounded once."""
-    given = loaded.plan.config.randlora_alpha
+    given = cast(float, loaded.plan.config.randlora_alpha)
     if given == alpha:
         return loaded
     factor = given / alpha if alpha else 0.0

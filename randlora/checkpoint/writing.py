@@ -268,7 +268,7 @@ def _same_everywhere(name: str, config: RandLoraConfig, layers: dict[str, RandLo
         expected = config.num_bases or bases_for_full_rank(min(layer.in_features, layer.out_features), config.r)
         for what, here, said in (
             ("r", layer.r[name], config.r),
-            ("scaling", layer.scaling[name], config.randlora_alpha / config.r),
+            ("scaling", layer.scaling[name], config.scaling),
             ("num_bases", layer.num_bases[name], expected),
         ):
             if here != said:

@@ -3,32 +3,22 @@
 Layers, bases, strategies and operations come from the functions that adapt and run a model
 (:mod:`randlora.model.adapter_plan`, :mod:`randlora.bases.patterns`, :mod:`randlora.planner`); the inputs that layers
 share from a call without numbers (:mod:`randlora.estimation.trial_call`). The counting is in
-:mod:`randlora.estimation.methods`.
+:mod:`randlora.estimation.count` and :mod:`randlora.estimation.methods`.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..bases.definition import KINDS, PEFT_KINDS
-from ..bases.random_bases import RandomBases
-from ..checks import require_dtype, require_int
 from ..config import RandLoraConfig
 from ..distributed.zero3 import shape_of
-from ..model.adapter_plan import plan_adapter
-from ..model.of_config import first_line
-from ..model.parts import adapted_layers
-from .lora import lora
-from .methods import randlora
-from .step import Step, beside, layers_of, writes_projections
+from .count import count
 from .table import table
-from .trial_call import trial_call
 
 LORA = "lora"
 
@@ -88,50 +78,20 @@ def estimate(
     Raises:
         TypeError, ValueError: arguments that do not fit, and whatever :func:`randlora.get_peft_model` would raise.
     """
-    tokens = require_int("tokens", tokens, 1)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if adapted_layers(model):
-        raise ValueError("this model is adapted already: estimate takes it as it was before")
     config = RandLoraConfig.of(config)
     kinds = _kinds(config, kinds)
-    if config.strategy == "merged" and config.randlora_dropout > 0:
-        raise ValueError(f"strategy='merged' takes no dropout, got randlora_dropout={config.randlora_dropout}")
-    if autocast is not None:
-        require_dtype("autocast", autocast)
-    # These bases only stand in, so that no others of this process grow.
-    plan = plan_adapter(model, config, RandomBases(1, 1, config.r))
-    layers = layers_of(model, plan, autocast)
-
-    notes: list[str] = []
-    calls = {}
-    try:
-        calls = trial_call(model, plan, tokens, inputs)
-    except Exception as error:  # whatever a foreign model makes of a call without numbers
-        why = first_line(error)
-        notes.append(
-            f"saved activations are an upper bound, an input of its own for every layer: no trial call ({why})"
-        )
-    else:
-        if missing := [layer.name for layer in layers if layer.name not in calls]:
-            notes.append(f"not called in the trial call, and counted as called once: {', '.join(missing[:3])}" + (
-                f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            ))  # fmt: skip
-    called = [replace(layer, calls=calls.get(layer.name)) for layer in layers]
-    step = Step(tokens, _device(model, device), called, keep_bases)
-
-    others = beside(model, plan)
-    projections = writes_projections(model, plan)
-    methods = {kind: randlora(step, plan, kind, others, projections) for kind in kinds}
-    methods[LORA] = lora(step, plan, others)
+    counted = count(model, config, tokens, device=device, autocast=autocast, inputs=inputs, keep_bases=keep_bases)
+    step, notes = counted.step, list(counted.notes)
+    methods = {kind: counted.randlora(kind) for kind in kinds}
+    methods[LORA] = counted.lora()
     result = Estimate(
         tokens=tokens,
         device=str(step.device),
-        dtype=str(Counter(layer.dtype for layer in layers).most_common(1)[0][0]).removeprefix("torch."),
-        layers=len(layers),
+        dtype=str(step.dtype).removeprefix("torch."),
+        layers=len(step.layers),
         model_parameters=sum(shape_of(p).numel() for p in model.parameters()),
         kind=config.kind,
-        inputs="counted" if calls else "upper bound",
+        inputs="counted" if counted.calls else "upper bound",
         methods=methods,
         notes=notes,
     )
@@ -149,13 +109,6 @@ def _kinds(config: RandLoraConfig, kinds: Sequence[str] | str | None) -> list[st
     if config.num_bases is not None and config.prng != "philox":
         raise ValueError(f"prng={config.prng!r} has PEFT's number of bases only, got num_bases={config.num_bases}")
     return asked
-
-
-def _device(model: nn.Module, device: torch.device | str | None) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    found = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu") if found.type == "meta" else found
 
 
 def _notes(result: Estimate) -> list[str]:

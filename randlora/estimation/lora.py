@@ -11,14 +11,16 @@ from .methods import bytes_of, file_bytes_of, numbers_in, rows_of
 from .step import Beside, Shapes, Step
 
 
-def lora(step: Step, plan: Plan, others: Beside) -> dict[str, Any]:
+def lora(step: Step, plan: Plan, others: Beside, rank: int | None = None) -> dict[str, Any]:
     """As PEFT computes it: in the dtype of A and B, or in autocast's, with dropout of the same probability.
 
     For experts PEFT adds the update to the weights of all of them, in a copy that is kept for backward.
+
+    `rank`: default: the one whose number of parameters is nearest to the plan's.
     """
     r, layers = plan.config.r, [(layer, layer.experts or 1) for layer in step.layers]
     own = sum(times * x.num_bases * (r + min(x.in_features, x.out_features)) for x, times in layers)
-    rank = max(1, round(own / sum(times * (x.in_features + x.out_features) for x, times in layers)))
+    rank = rank or max(1, round(own / sum(times * (x.in_features + x.out_features) for x, times in layers)))
     trained: Shapes = {}
     for layer, times in layers:
         trained[f"{PREFIX}{layer.name}.lora_A.weight"] = layer.parameter_dtype, (times * rank, layer.in_features)

@@ -54,6 +54,11 @@ class Step:
     layers: list[Layer]
     keep_bases: bool = True
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of most layers' products."""
+        return Counter(layer.dtype for layer in self.layers).most_common(1)[0][0]
+
     def calls(self) -> Iterator[tuple[Layer, Call]]:
         """A call that nobody has seen gets an input of its own, which needs a gradient."""
         for i, layer in enumerate(self.layers):
@@ -100,11 +105,11 @@ def layers_of(model: nn.Module, plan: Plan, autocast: torch.dtype | None) -> lis
         parameters = at_least_fp32(torch.float32 if told is None else told)
         found.append(Layer(name, *sizes, plan.num_bases(name), parameters, dtype, own, own if plain else None))
         if fused is not None:
-            found[-1] = replace(found[-1], experts=plan.num_experts[name], top_k=_top_k(fused))
+            found[-1] = replace(found[-1], experts=plan.num_experts[name], top_k=top_k_of(fused))
     return found
 
 
-def _top_k(experts: Any) -> int:
+def top_k_of(experts: Any) -> int:
     """How many experts a token goes through; where a model's config does not tell, all of them."""
     told = getattr(getattr(experts, "config", None), "num_experts_per_tok", None)
     return told if isinstance(told, int) else int(experts.num_experts)

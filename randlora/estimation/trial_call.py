@@ -8,6 +8,7 @@ are touched. (On the meta device transformers would look at numbers that are not
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from ..bases.random_bases import RandomBases
 from ..distributed.zero3 import shape_of
 from ..layers import quantized
+from ..layers.experts_form import is_fused_experts
 from ..layers.linears import is_ordinary, is_sure_to_be_linear, require_linear
 from ..model.adapter_plan import Plan, plan_adapter
 from ..model.model import RandLoraModel
@@ -52,12 +54,12 @@ def trial_call(model: nn.Module, plan: Plan, tokens: int, inputs: Any = None) ->
         Exception: whatever makes this impossible: no `inputs`, a model that cannot be copied, or needs numbers to run.
     """
     arguments = _arguments(model, tokens) if inputs is None else inputs
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with _no_log_of_torch(), FakeTensorMode(allow_non_fake_inputs=True):
         return _call_twin(model, plan, tree_map(lambda v: _fake(v) if isinstance(v, Tensor) else v, arguments))
 
 
 def _call_twin(model: nn.Module, plan: Plan, arguments: Any) -> dict[str, list[Call]]:
-    twin = _without_numbers(model)
+    twin = _without_numbers(model, plan)
     # Layers get the same inputs whatever the bases are: those of this process stay as they are.
     config = replace(plan.config, strategy="auto", inference_mode=False)
     with warnings.catch_warnings():
@@ -74,6 +76,17 @@ def _call_twin(model: nn.Module, plan: Plan, arguments: Any) -> dict[str, list[C
 class _NoBases(RandomBases):
     def fill(self, out: Tensor, *_: Any) -> Tensor:
         return out
+
+
+@contextmanager
+def _no_log_of_torch() -> Iterator[None]:
+    """What cannot be called without numbers is told by the caller, in a line; torch would log a traceback as well."""
+    logger = logging.getLogger(FakeTensorMode.__module__)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 class _NoHook:
@@ -134,11 +147,20 @@ class _Stand(nn.Linear):
         return super().forward(input)
 
 
-def _without_numbers(model: nn.Module) -> nn.Module:
+class _StandOfExperts(nn.Module):
+    """In the place of fused experts that stay as they are: which of them a token goes through is in the numbers."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states.clone()
+
+
+def _without_numbers(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy of `model` with fake tensors, in which quantised layers are plain ones of their size."""
     memo: dict[int, Any] = {}
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    for module in model.modules():
+    for name, module in model.named_modules():
+        if is_fused_experts(module) and name not in plan.experts:
+            memo[id(module)] = _StandOfExperts()
         if quantized.is_quantized(module) or (is_sure_to_be_linear(module) and not is_ordinary(module)):
             memo[id(module)] = _Stand(*require_linear(module), getattr(module, "bias", None) is not None, dtype=dtype)
         if (hook := vars(module).get("_hf_hook")) is not None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..undo import all_or_nothing
-from . import offload
+from . import initial, offload
 from .attention_masks import merged_mask
 from .attention_parts import OF_EVERY_MODULE, Origin, check_base, copied, linear_of, require_unsharded
 from .fast_path import disable_fast_path, restore_fast_path
@@ -112,6 +112,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             # A trial without memory: the settings may fit one projection and not the next.
             trial = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
             Linear(trial, adapter_name, strategy=strategy, **settings)
+        settings = initial.for_layers(settings, [(layer.in_features, layer.out_features) for layer in layers.values()])
 
         together = Together(getattr(self, name) for name in self.projections)
         with all_or_nothing(self):

@@ -19,8 +19,8 @@ from ..distributed import zero3
 from ..distributed.fsdp import is_sharded
 from ..distributed.gathering import is_dtensor
 from ..undo import all_or_nothing
-from . import offload
-from .experts_form import check_base, counts_of, require_no_hooks, weight_names
+from . import initial, offload
+from .experts_form import check_base, counts_of, require_no_hooks, sizes, weight_names
 from .experts_linear import ExpertsLinear, routed
 from .joint import Together
 
@@ -88,6 +88,7 @@ class Experts(nn.Module, zero3.GatheredForCalls):
                 "the experts are sharded: fully_shard would know nothing of new parameters. Add them before"
             )
         with all_or_nothing(self):
+            settings = initial.for_layers(settings, [sizes(self.base_layer, name) for name in dict.fromkeys(names)])
             together = Together(self.adapted())
             for name in dict.fromkeys(names):
                 layer = self._modules.get(name)

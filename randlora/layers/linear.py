@@ -15,7 +15,7 @@ from ..functional import compute_dtype, linear_of
 from ..private_torch import NonDynamicallyQuantizableLinear
 from ..undo import all_or_nothing
 from . import base_layer as base_layers
-from . import offload, quantized, update_cache
+from . import initial, offload, quantized, update_cache
 from .bypassed import Noticed
 from .cached_forward import CachedForward, stand_for_others
 from .linears import is_transposed, require_linear
@@ -39,7 +39,8 @@ class Linear(nn.Linear, RandLoraLayer, CachedForward, Noticed):
             adapter name to them, such as PEFT's ``BufferDict``.
         r: rank of one base. A lower rank means more bases and more trained numbers: about
             ``min_dim * (1 + min_dim / r)`` of them.
-        randlora_alpha: the update is scaled by ``randlora_alpha / r``.
+        randlora_alpha: the update is scaled by ``randlora_alpha / r``. ``"auto"``: the rule of
+            :mod:`randlora.layers.initial` gives it and gamma's start, from this layer's shape alone.
         randlora_dropout: dropout probability on the update's input.
         init_weights: True: the update starts at zero. False: lambda random, gamma ``1 / max_dim``.
         bases: a :class:`randlora.RandomBases` to use. Without it and without randlora_A and randlora_B the layer takes
@@ -68,7 +69,7 @@ class Linear(nn.Linear, RandLoraLayer, CachedForward, Noticed):
         randlora_A: BaseTensors = None,
         randlora_B: BaseTensors = None,
         r: int = 32,
-        randlora_alpha: float = 640,
+        randlora_alpha: initial.Alpha = 640,
         randlora_dropout: float = 0.0,
         init_weights: bool = True,
         *,

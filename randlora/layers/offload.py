@@ -90,6 +90,14 @@ def write(module: nn.Module, name: str, value: Tensor) -> None:
         hook.weights_map[name] = value.detach().cpu()
 
 
+def fill(parameters: nn.ParameterDict, adapter_name: str, value: float) -> None:
+    """Lambda or gamma of an adapter becomes this one number, also where it is offloaded."""
+    with torch.no_grad():
+        parameter = parameters[adapter_name].fill_(value)
+    if parameter.is_meta and hooks(parameters):
+        write(parameters, adapter_name, torch.full_like(parameter, value, device="cpu"))
+
+
 def forget(module: nn.Module, name: str) -> None:
     """Before a tensor of `module` is deleted: its hooks would look for it when they are removed."""
     for hook in hooks(module):

@@ -21,7 +21,7 @@ from ..distributed.fsdp import is_sharded
 from ..dtypes import at_least_fp32
 from ..names import check_adapter_name
 from ..undo import all_or_nothing
-from . import offload, sharded
+from . import initial, offload, sharded
 from .linears import dtype_and_device
 from .merging import Mergeable
 from .mixed_batch import MixedBatch
@@ -38,6 +38,7 @@ class RandLoraLayer(Update, Mergeable, zero3.GatheredForCalls):
         randlora_A, randlora_B: the bases in unit variance, read-only, not part of the state dict.
         bases: the :class:`~randlora.RandomBases` behind them.
         r, num_bases, randlora_alpha, scaling (alpha / r), randlora_dropout: settings.
+        initial_gamma: what gamma starts with, and is reset to.
 
     ``fan_in_fan_out`` says that the base weight is ``[in, out]``, as in transformers' ``Conv1D``.
     """
@@ -66,6 +67,7 @@ class RandLoraLayer(Update, Mergeable, zero3.GatheredForCalls):
         self.num_bases: dict[str, int] = {}
         self.randlora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
+        self.initial_gamma: dict[str, float] = {}
         self.bases: dict[str, RandomBases] = {}
         self.randlora_dropout = nn.ModuleDict()
         self.randlora_lambda = nn.ParameterDict()
@@ -85,7 +87,7 @@ class RandLoraLayer(Update, Mergeable, zero3.GatheredForCalls):
         randlora_A: BaseTensors = None,
         randlora_B: BaseTensors = None,
         r: int = 32,
-        randlora_alpha: float = 640,
+        randlora_alpha: initial.Alpha = 640,
         randlora_dropout: float = 0.0,
         init_weights: bool = True,
         *,
@@ -101,10 +103,10 @@ class RandLoraLayer(Update, Mergeable, zero3.GatheredForCalls):
         if adapter_name in self.randlora_lambda:
             raise ValueError(f"this layer already has an adapter named {adapter_name!r}: delete it first")
         r = require_size("r", r)
-        alpha = require_float("randlora_alpha", randlora_alpha)
-        dropout = require_float("randlora_dropout", randlora_dropout, 0.0, 1.0)
         m, M = min(self.in_features, self.out_features), max(self.in_features, self.out_features)
         n = bases_for_full_rank(m, r) if num_bases is None else require_size("num_bases", num_bases)
+        alpha, gamma_0 = initial.start(randlora_alpha, r, initial.Shape(self.in_features, self.out_features, n))
+        dropout = require_float("randlora_dropout", randlora_dropout, 0.0, 1.0)
         if init_weights not in (True, False):
             raise TypeError(f"init_weights must be True or False, got {init_weights!r}")
         bases = self._choose_bases(adapter_name, randlora_A, randlora_B, bases, r)
@@ -114,6 +116,7 @@ class RandLoraLayer(Update, Mergeable, zero3.GatheredForCalls):
         with all_or_nothing(self):
             self.r[adapter_name], self.num_bases[adapter_name], self.bases[adapter_name] = r, n, bases
             self.randlora_alpha[adapter_name], self.scaling[adapter_name] = alpha, alpha / r
+            self.initial_gamma[adapter_name] = gamma_0
             self.randlora_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
             lam = torch.randn(self._of_experts(r, n), dtype=dtype, device=device)
             gamma = torch.full(self._of_experts(n, m), 1 / M, dtype=dtype, device=device)
@@ -158,16 +161,16 @@ class RandLoraLayer(Update, Mergeable, zero3.GatheredForCalls):
         return bases
 
     def reset_randlora_parameters(self, adapter_name: str) -> None:
-        """PEFT's initialisation: lambda zero and gamma ``1 / max(num_bases, min_dim)``, so that the update is zero."""
+        """Lambda zero and gamma as it starts, so that the update is zero.
+
+        That is PEFT's ``1 / max(num_bases, min_dim)``, also of an adapter that was loaded from a file, or what the rule
+        gave to one made with ``randlora_alpha="auto"``.
+        """
         self._check_adapter(adapter_name)
-        gamma = self.randlora_gamma[adapter_name]
         for part, parameters in zip(self.adapter_layer_names, self.trained_parts(), strict=True):
             zero3.require_whole(parameters[adapter_name], f"{part}[{adapter_name!r}]", "to reset", writing=True)
-        for parameters, value in ((self.randlora_lambda, 0.0), (self.randlora_gamma, 1 / max(gamma.shape[-2:]))):
-            with torch.no_grad():
-                parameter = parameters[adapter_name].fill_(value)
-            if parameter.is_meta and offload.hooks(parameters):
-                offload.write(parameters, adapter_name, torch.full_like(parameter, value, device="cpu"))
+        offload.fill(self.randlora_lambda, adapter_name, 0.0)
+        offload.fill(self.randlora_gamma, adapter_name, self.initial_gamma[adapter_name])
 
     def reset_parameters(self) -> None:
         """torch's way to fill modules after ``to_empty``: all adapters start anew, the base layer is not touched."""
@@ -193,6 +196,7 @@ class RandLoraLayer(Update, Mergeable, zero3.GatheredForCalls):
                 self.num_bases,
                 self.randlora_alpha,
                 self.scaling,
+                self.initial_gamma,
                 self.bases,
                 self.randlora_dropout,
                 self.randlora_lambda,

@@ -16,7 +16,7 @@ from ..bases.definition import bases_for_full_rank
 from ..bases.random_bases import RandomBases
 from ..bases.shared import shared, shared_bases
 from ..config import RandLoraConfig
-from ..layers import offload
+from ..layers import initial, offload
 from ..layers.attention import PROJECTIONS, MultiheadAttention
 from ..layers.attention_parts import check_base
 from ..layers.base_layer import check
@@ -43,6 +43,7 @@ class Plan:
         saved: names of modules that are trained in full.
         bases: sized for the slots.
         peft_dims: (max_dim, min_dim) that PEFT's own bases would have for these targets.
+        by_rule: whether the config's alpha was ``"auto"``, so that gamma starts by the rule.
     """
 
     config: RandLoraConfig
@@ -53,6 +54,13 @@ class Plan:
     peft_dims: tuple[int, int]
     experts: dict[str, tuple[str, ...]]
     num_experts: dict[str, int]  # of the slots that have any
+    by_rule: bool = False
+
+    @property
+    def alpha(self) -> initial.Alpha:
+        """The config's, as layers take it."""
+        alpha = self.config.randlora_alpha
+        return initial.ByRule(cast(float, alpha)) if self.by_rule else alpha
 
     def num_bases(self, slot: str) -> int:
         return _num_bases(self.config, min(self.slots[slot]))
@@ -106,7 +114,11 @@ def plan_adapter(model: nn.Module, config: RandLoraConfig, bases: RandomBases | 
     dims = peft_dims([*map(layer_sizes, targets.values()), *(slots[slot] for slot in num_experts)])
     if bases is None:
         config, bases = own_bases(config, slots, dims)
-    return Plan(config, targets, slots, saved, bases, dims, experts, num_experts).on(bases)
+    plan = Plan(config, targets, slots, saved, bases, dims, experts, num_experts).on(bases)
+    if config.randlora_alpha != initial.AUTO:
+        return plan
+    alpha = initial.alpha_of(config.r, (initial.Shape(*slots[slot], plan.num_bases(slot)) for slot in slots))
+    return dataclasses.replace(plan, config=filled(config, randlora_alpha=alpha), by_rule=True)
 
 
 def filled(config: RandLoraConfig, **found: Any) -> RandLoraConfig:

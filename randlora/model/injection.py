@@ -27,7 +27,7 @@ def apply(model: nn.Module, plan: Plan, adapter_name: str) -> None:
     config = plan.config
     settings: dict[str, Any] = {
         "r": config.r,
-        "randlora_alpha": config.randlora_alpha,
+        "randlora_alpha": plan.alpha,
         "randlora_dropout": config.randlora_dropout,
         "init_weights": config.init_weights,
         "bases": plan.bases,

@@ -201,7 +201,8 @@ class RandLoraModel(Delegating, SavedAdapters):
         """torch's ``to_empty`` for the base model: adapters keep the numbers that they have.
 
         Those on the meta device, which have none, get the ones that they are initialised with, the same on all ranks:
-        lambda zero and gamma ``1 / max(num_bases, min_dim)``, also where a config says ``init_weights=False``.
+        lambda zero and gamma ``1 / max(num_bases, min_dim)``, or what ``randlora_alpha="auto"`` gave it, also where a
+        config says ``init_weights=False``.
         """
         layers = adapted_layers(self.model).values()
         parts: list[nn.Module] = [store for layer in layers for store in layer.trained_parts()]

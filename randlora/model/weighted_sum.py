@@ -38,7 +38,7 @@ def add(model: Adapters, adapters: list[str], weights: list[float], adapter_name
         for path, layer in layers.items()
         if (here := [(n, w) for n, w in zip(adapters, weights, strict=True) if n in layer.randlora_lambda])
     }
-    scaling = configs[0].randlora_alpha / configs[0].r
+    scaling = configs[0].scaling
     if scaling == 0:
         raise ValueError(f"adapter {adapters[0]!r} has randlora_alpha = 0: put another one first")
     _check_bases(layers, present)

@@ -73,6 +73,23 @@ def test_the_rule_makes_every_layer_reach_as_far():
         assert math.prod(gammas) ** (1 / len(gammas)) == pytest.approx(0.05, rel=1e-5)
 
 
+def test_the_library_starts_by_the_same_rule():
+    import randlora
+    from randlora.layers.initial import GAIN, GAMMA
+
+    def model(alpha):
+        layers = {"a": nn.Linear(48, 48), "b": nn.Linear(48, 96), "c": nn.Linear(96, 24)}
+        config = randlora.RandLoraConfig(r=4, randlora_alpha=alpha, target_modules=list(layers))
+        return randlora.get_peft_model(nn.ModuleDict(layers), config)
+
+    own, ours = model("auto"), model(1)
+    points.set_start(ours, GAIN, GAMMA)
+    for name in "abc":
+        layer, other = own.base_model.model[name], ours.base_model.model[name]
+        assert layer.scaling["default"] == pytest.approx(other.scaling["default"], rel=1e-5)
+        torch.testing.assert_close(layer.randlora_gamma["default"], other.randlora_gamma["default"], rtol=1e-5, atol=0)
+
+
 def first_move(layer, lr):
     """How far Adam's first step moves a random token's output along its gradient, in units of the token."""
     x, direction = torch.randn(1, layer.in_features), torch.randn(1, layer.out_features)
@@ -101,7 +118,7 @@ def test_selections():
     for name in selection.SELECTIONS:
         assert selection.columns(name)
     gpu = selection.columns("gpu")
-    assert {column.width for column in gpu} == {128, 256, 512, 1024} and {column.r for column in gpu} >= {4, 32, 128}
+    assert {column.width for column in gpu} == {0, 128, 512, 1024} and {column.r for column in gpu} >= {4, 32, 128}
     assert {column.start for column in gpu} == {"PEFT", "rule", "LoRA"}
     assert {column.kind for column in gpu} == {"dense", "hadamard", "sparse", "very_sparse", "lora"}
     only = selection.columns("all", "rule r=4 256")
@@ -149,9 +166,9 @@ def test_points_train_what_they_say(runner):
 def test_gamma_and_head_have_rates_of_their_own():
     model = points.adapted(Words().model("cpu"), ["down_proj"], COLUMNS[0], 0)
     groups = points.groups(model, ["down_proj"], 1e-2, 0.1)
-    assert sorted(group["lr"] for group in groups) == [1e-3, 1e-2] and len(points.groups(model, [], 1e-2, 1.0)) == 1
+    assert sorted(group["rate"] for group in groups) == [1e-3, 1e-2] and len(points.groups(model, [], 1e-2, 1.0)) == 1
     names = {id(p): name for name, p in model.named_parameters()}
-    slow = next(group for group in groups if group["lr"] == 1e-3)
+    slow = next(group for group in groups if group["rate"] == 1e-3)
     assert all("gamma" in names[id(p)] or "down_proj" in names[id(p)] for p in slow["params"])
 
 

@@ -90,3 +90,28 @@ def test_the_command_line(tmp_path, capsys):
     assert main([*words, "--target-modules", "", "--tokens", "20", "--rank", "4", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["methods"]
     assert told["dense"] == randlora.estimate(plain, SETTINGS, 20)["methods"]["dense"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_experts_that_stay_as_they_are_do_not_keep_a_model_from_being_counted(dtype, caplog):
+    """torch would not follow their products without numbers in every dtype, and says so in its log at length."""
+    model = tiny("Qwen3Moe", dtype, "grouped_mm", **EVEN["Qwen3Moe"])
+    result = randlora.estimate(model, {"r": 4, "target_modules": ["q_proj", "o_proj"]}, IDS.numel())
+    assert result["inputs"] == "counted" and not caplog.records
+    # The input of each q_proj: attention keeps its own output, which is o_proj's input.
+    assert result["methods"]["hadamard"]["saved_bytes"] == 2 * IDS.numel() * HIDDEN * dtype.itemsize
+
+
+def test_what_torch_cannot_follow_is_told_in_one_line_and_not_in_its_log(caplog):
+    class Grouped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.Linear(8, 8)
+
+        def forward(self, x):
+            return torch._grouped_mm(self.inner(x), self.inner.weight[None], offs=torch.tensor([5], dtype=torch.int32))
+
+    model, settings = torch.nn.Sequential(Grouped()), {"r": 4, "target_modules": ["inner"]}
+    result = randlora.estimate(model, settings, 5, inputs=torch.zeros(5, 8))
+    assert result["inputs"] == "upper bound" and not caplog.records
+    assert sum("no trial call" in note for note in result["notes"]) == 1

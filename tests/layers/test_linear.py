@@ -195,7 +195,7 @@ BAD = [
     ({"base_layer": nn.Conv2d(1, 1, 1)}, TypeError, "base_layer must be a linear layer: a torch.nn.Linear.*got Conv2d"),
     ({"r": 0}, ValueError, "r must be at least 1, got 0"),
     ({"r": 2.5}, TypeError, "r must be an integer, got 2.5"),
-    ({"randlora_alpha": "x"}, TypeError, "randlora_alpha must be a number, got 'x'"),
+    ({"randlora_alpha": "x"}, TypeError, "randlora_alpha must be a number or 'auto', got 'x'"),
     ({"randlora_alpha": float("nan")}, ValueError, "randlora_alpha must be finite, got nan"),
     ({"randlora_dropout": 1.0}, ValueError, "randlora_dropout must be at least 0 and below 1, got 1.0"),
     ({"num_bases": 0}, ValueError, "num_bases must be at least 1, got 0"),

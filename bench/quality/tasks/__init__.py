@@ -1,21 +1,29 @@
 """The tasks: real, offline, with room above the frozen model.
 
-A task is what methods are compared on. It gives a pretrained model, batches of training data, a loss, a score on held-out
-data, and a score of what the pretrained model could do before.
+A task is what methods are compared on. It gives a pretrained model, batches of training data, a loss, a score on
+held-out data, and a score of what the pretrained model could do before.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from bench import ROOT
+
+if str(ROOT / "examples") not in sys.path:
+    sys.path.append(str(ROOT / "examples"))  # the demo's data and its head
+
 
 class Task(Protocol):
     """Attributes and methods that :mod:`bench.quality.training` needs. One object serves many runs: it keeps no model.
+
+    One device at a time: batches go where the last `model` went.
 
     Attributes:
         name: as on the command line.
@@ -25,7 +33,8 @@ class Task(Protocol):
         head: names of modules that are trained in full beside every adapter (``[]`` where the task has none).
         untuned: what the baseline is called: "best head" or "untuned".
         steps: optimizer steps of one run.
-        fingerprint: SHA-256 of the data and of the pretrained model, in hex; rows of different data are not compared.
+        fingerprint: SHA-256 of the data, of the pretrained model, and of the number, size and length of batches, in
+            hex; rows of different ones are not compared.
     """
 
     name: str
@@ -61,7 +70,23 @@ NAMES = ("tweets", "docstrings", "search", "language")
 
 
 def task(name: str, *, quick: bool = False, cache: str | None = None) -> Task:
-    """The task of that name. `quick`: little data and few steps. `cache`: a folder for what took long to make."""
+    """The task of that name. `quick`: little data and few steps. `cache`: a folder for what took long to make.
+
+    Raises FileNotFoundError, with what to install, where what the task is made of is neither on the machine nor in the
+    cache; ValueError where the cache's files are damaged.
+    """
     if name not in NAMES:
         raise ValueError(f"task must be one of {', '.join(NAMES)}, got {name!r}")
     return importlib.import_module(f"bench.quality.tasks.{name}").make(quick=quick, cache=cache)
+
+
+def prepare(folder: str, *, names: tuple[str, ...] = NAMES, minilm: bool = True) -> None:
+    """Fill a cache folder, so that it serves on a machine that has neither the packages nor the network.
+
+    `minilm`: also write the pretrained model of three tasks, in float16: 45 MB.
+    """
+    if minilm:
+        importlib.import_module("bench.quality.tasks.minilm").write(folder)
+    for name in names:
+        for quick in (False, True):
+            task(name, quick=quick, cache=folder).model("cpu")

@@ -25,6 +25,7 @@ from ...model.parts import adapted_layers
 from ...model.training_step import at_training_step
 from ...names import check_savable
 from ...undo import all_or_nothing
+from .alpha import alpha_by_rule
 from .bases import RANK_AXIS, Bases, is_8_bit
 from .conversion import convert
 from .layer import AcceleratedLinear, initialise_anew, seen_where_it_computes
@@ -121,7 +122,8 @@ class AcceleratedRandLoraModel(PeftRandLoraModel):
                     super().inject_adapter(model, adapter_name, *args, **kwargs)
                 raise
             self._draw(config, adapter_name, dims)
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with alpha_by_rule(model, config, adapter_name):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
             activate(model, self.active_adapters)
             for store in (self.randlora_A, self.randlora_B):
                 store._share(adapter_name)

@@ -1,0 +1,76 @@
+"""What ``randlora.suggest`` rests on, from quality.csv: ``python -m bench.quality.evidence FILE...`` writes it anew.
+
+Test results only, of full runs, and all that a file has of a task: which rows are shown is not for anybody to choose.
+Of a task that several files have, the first one's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from bench import ROOT
+from bench.quality import records, summary
+from randlora.suggestion.evidence import Row
+
+TARGET = ROOT / "randlora" / "suggestion" / "rows.py"
+HEAD = """What was measured. Written by ``python -m bench.quality.evidence``, not by hand; a test compares it."""
+FIRST_LINE = 5  # fields of a row
+
+
+def rows_of(files: Iterable[Path], root: Path = ROOT) -> list[Row]:
+    """Raises ``ValueError`` for a file that has no test results of a full run, or lies outside the repository."""
+    found: dict[str, list[Row]] = {}
+    for path in files:
+        source = path.resolve().relative_to(root.resolve()).as_posix()
+        tasks = {task: rows for task, rows in records.load(path).items() if rows[0]["mode"] == "full"}
+        if not any(row["phase"] == records.TEST for rows in tasks.values() for row in rows):
+            raise ValueError(f"{source} has no test results of a full run")
+        for task, rows in tasks.items():
+            of_task = summary.summary(rows)
+            lines = [line for line in [of_task.baseline, *of_task.lines] if line is not None and line.scores]
+            found.setdefault(task, [
+                Row(
+                    task=task, metric=of_task.row["metric"], larger_is_better=of_task.larger_is_better,
+                    method=line.method, baseline=line is of_task.baseline, rate=float(line.rate) if line.rate else None,
+                    score=_short(line.score), spread=None if line.spread is None else _short(line.spread),
+                    seeds=len(line.scores), source=source,
+                )
+                for line in lines
+            ])  # fmt: skip
+    return [row for rows in found.values() for row in rows]
+
+
+def text(rows: Iterable[Row]) -> str:
+    """The module that holds them, as ruff formats it."""
+    lines = ""
+    for row in rows:
+        told = dataclasses.asdict(row)
+        fields = [f"{name}={json.dumps(v) if isinstance(v, str) else repr(v)}" for name, v in told.items()]
+        lines += f"    Row({', '.join(fields[:FIRST_LINE])},\n        {', '.join(fields[FIRST_LINE:])}),\n"
+    return (
+        f'"""{HEAD}"""\n\nfrom __future__ import annotations\n\nfrom .evidence import Row\n\nROWS: tuple[Row, ...] = '
+        + (f"(\n{lines})  # fmt: skip\n" if lines else "()\n")
+    )  # fmt: skip
+
+
+def _short(number: float) -> float:
+    return float(f"{number:.5g}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "files", nargs="*", type=Path, help="such as bench/results/nvidia-h200/quality.csv; none: no rows"
+    )
+    written = TARGET.with_suffix(".part")
+    written.write_text(text(rows_of(parser.parse_args().files)))
+    os.replace(written, TARGET)
+
+
+if __name__ == "__main__":
+    main()

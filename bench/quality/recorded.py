@@ -1,0 +1,74 @@
+"""Training steps as CUDA graphs: small models leave a GPU idle while Python asks for their two thousand kernels.
+
+The first batch of a shape is computed as always, at the second one the step is recorded, and from then on it is
+replayed, which takes what the GPU takes. Where a step cannot be recorded (a method that waits for the device), it is
+computed as always, and so are all after it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+
+def leaves(batch: Any) -> list[torch.Tensor]:
+    """The tensors of a batch, in order."""
+    if isinstance(batch, torch.Tensor):
+        return [batch]
+    if isinstance(batch, Mapping):
+        return [leaf for value in batch.values() for leaf in leaves(value)]
+    if isinstance(batch, Sequence) and not isinstance(batch, str):
+        return [leaf for value in batch for leaf in leaves(value)]
+    raise TypeError(f"a batch must consist of tensors, got {type(batch).__name__}")
+
+
+class Recorded:
+    """``step(batch)``, which gives the loss. All of it runs on a stream of its own: :meth:`wait` in the end.
+
+    Args:
+        compute: one step, without anything that changes from step to step on the host. The batch is on the device.
+        device: a CUDA device.
+    """
+
+    def __init__(self, compute: Callable[[Any], torch.Tensor], device: str) -> None:
+        self.compute, self.device = compute, device
+        self.stream = torch.cuda.Stream(device)
+        self.stream.wait_stream(torch.cuda.current_stream(device))
+        self.pool = torch.cuda.graph_pool_handle()
+        self.seen: set[tuple[torch.Size, ...]] = set()
+        self.graphs: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, Any, torch.Tensor]] = {}
+        self.works = True
+
+    def step(self, batch: Any) -> torch.Tensor:
+        shape = tuple(leaf.shape for leaf in leaves(batch))
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            if self.works and shape in self.seen and shape not in self.graphs:
+                self._record(shape, batch)
+            if shape not in self.graphs:
+                self.seen.add(shape)
+                return self.compute(batch)
+            graph, place, loss = self.graphs[shape]
+            for here, there in zip(leaves(place), leaves(batch), strict=True):
+                here.copy_(there)
+            graph.replay()
+            return loss.clone()
+
+    def _record(self, shape: tuple[torch.Size, ...], batch: Any) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                loss = self.compute(batch)
+        except RuntimeError as problem:
+            torch.cuda.synchronize(self.device)
+            print(f"steps are not recorded: {str(problem).splitlines()[0]}", file=sys.stderr)
+            self.works = False
+            return
+        self.graphs[shape] = graph, batch, loss
+
+    def wait(self) -> None:
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        torch.cuda.synchronize(self.device)

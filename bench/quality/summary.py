@@ -1,0 +1,169 @@
+"""What quality.csv says of each method, and the tables that show it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.quality.methods import methods
+from bench.quality.plan import at_edge
+from bench.quality.records import PICK, TEST, TIMING, Row, load
+from bench.report_tables import markdown, number
+
+
+@dataclass
+class Line:
+    """One method on one task.
+
+    Attributes:
+        rate: the learning rate that was picked, as in the file; "" for the baseline.
+        edge: "lowest tried" or "highest tried" where the best rate might lie beyond.
+        scores, kept: one per seed.
+        trained, ms, peak: None where they are not known.
+    """
+
+    method: str
+    rate: str = ""
+    edge: str = ""
+    scores: list[float] = field(default_factory=list)
+    kept: list[float] = field(default_factory=list)
+    trained: int | None = None
+    ms: float | None = None
+    peak: int | None = None
+    failed: str = ""
+
+    @property
+    def score(self) -> float:
+        return statistics.fmean(self.scores)
+
+    @property
+    def spread(self) -> float | None:
+        return statistics.stdev(self.scores) if len(self.scores) > 1 else None
+
+
+@dataclass
+class Summary:
+    """One task: the baseline, and the methods, in the order of :func:`bench.quality.methods.methods`.
+
+    Attributes:
+        row: any of the task's, for what they all say.
+    """
+
+    row: Row
+    baseline: Line | None
+    lines: list[Line]
+
+    @property
+    def larger_is_better(self) -> bool:
+        return self.row["larger_is_better"] == "True"
+
+    def forgotten(self, line: Line) -> float | None:
+        """How much worse than the pretrained model on what that could do, in the metric's unit."""
+        if not line.kept or self.baseline is None or not self.baseline.kept:
+            return None
+        less = self.baseline.kept[0] - statistics.fmean(line.kept)
+        return less if self.row["larger_kept_is_better"] == "True" else -less
+
+
+def summary(rows: Sequence[Row]) -> Summary:
+    """`rows`: of one task, as :func:`bench.quality.records.newest` gives them."""
+    row = rows[-1]
+    by_method: dict[str, list[Row]] = {}
+    for each in rows:
+        by_method.setdefault(each["method"], []).append(each)
+    # Of a method whose settings have changed since, the newest.
+    lines = [
+        _line(name, [each for each in found if each["setting"] == found[-1]["setting"]])
+        for name, found in by_method.items()
+    ]
+    known = list(methods())
+    lines.sort(key=lambda line: known.index(line.method) if line.method in known else len(known))
+    baseline = next((line for line in lines if line.method == row["untuned"]), None)
+    return Summary(row, baseline, [line for line in lines if line is not baseline])
+
+
+def _line(name: str, rows: Sequence[Row]) -> Line:
+    line = Line(name)
+    tests = [row for row in rows if row["phase"] == TEST and row["score"]]
+    if tests:
+        line.rate = tests[-1]["rate"]
+        tests = [row for row in tests if row["rate"] == line.rate]
+        line.scores = [float(row["score"]) for row in tests]
+        line.kept = [float(row["kept"]) for row in tests if row["kept"]]
+    tried = [float(row["rate"]) for row in rows if row["phase"] == PICK]
+    if line.rate and tried:
+        line.edge = at_edge(float(line.rate), tried)
+    for row in rows:
+        line.trained = int(row["trained"]) if row["trained"] else line.trained
+        if row["phase"] == TIMING:
+            line.ms = float(row["ms_per_step"]) if row["ms_per_step"] else None
+            line.peak = int(row["peak_bytes"]) if row["peak_bytes"] else None
+    line.failed = next((row["failed"] for row in rows if row["failed"]), "")
+    return line
+
+
+# ---- text ----
+
+HEAD = ("method", "learning rate", "{metric}", "{kept_metric}, before: {before}", "trained numbers", "ms a step",
+        "peak, MiB", "")  # fmt: skip
+
+
+def cells(found: Summary) -> list[list[str]]:
+    """The head and a line per method, the baseline first."""
+    before = f"{found.baseline.kept[0]:.4g}" if found.baseline and found.baseline.kept else "?"
+    head = [text.format(before=before, **found.row) for text in HEAD]
+    lines = [found.baseline] if found.baseline else []
+    return [head, *(_cells(line) for line in [*lines, *found.lines])]
+
+
+def _cells(line: Line) -> list[str]:
+    spread = f" ± {line.spread:.2g}" if line.spread is not None else ""
+    notes = [line.edge, line.failed and f"failed: {line.failed}"]
+    if line.scores and line.rate and len(line.scores) < 2:
+        notes.append("one seed")
+    return [
+        line.method,
+        line.rate,
+        f"{line.score:.4g}{spread}" if line.scores else "",
+        f"{statistics.fmean(line.kept):.4g}" if line.kept else "",
+        f"{line.trained:,}" if line.trained is not None else "",
+        number(line.ms) if line.ms is not None else "",
+        number(line.peak / 2**20) if line.peak is not None else "",
+        "; ".join(filter(None, notes)),
+    ]
+
+
+def about(row: Row) -> str:
+    """What a table's numbers depend on."""
+    better = "more" if row["larger_is_better"] == "True" else "less"
+    quick = (
+        "a quick run: little data, few steps, to be looked at and not to be quoted; " if row["mode"] == "quick" else ""
+    )
+    return f"{quick}{row['steps']} steps; {row['metric']}: {better} is better"
+
+
+def text(found: Summary) -> str:
+    """As a person reads it in a terminal."""
+    table = cells(found)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
+    return "\n".join([f"{found.row['task']}: {about(found.row)}", *(f"  {line}" for line in lines)])
+
+
+def page(found: Summary) -> str:
+    """As Markdown, for docs/ and the report."""
+    head, *lines = cells(found)
+    return f"**{found.row['task']}** ({about(found.row)}):\n\n{markdown(head, lines)}"
+
+
+def sections(path: Path) -> list[str]:
+    """Of quality.csv, for the report."""
+    found = [summary(rows) for rows in load(path).values()]
+    last = found[-1].row
+    machine = last["gpu"] or f"{last['cpu']} ({last['cpu_capability']})"
+    versions = ", ".join(f"{package} {last[package]}" for package in ("randlora", "torch", "peft"))
+    precision = ", products in TF32" if last["precision"] == "tf32" else ""
+    about_it = f"{machine}{precision}; {versions}; commit {last['commit']}; {last['date'][:10]}"
+    return [f"`{last['command']}`  \n<sub>{about_it}</sub>", *map(page, found)]

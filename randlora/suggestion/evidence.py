@@ -1,0 +1,63 @@
+"""What methods were measured to be worth, and what follows from it for a suggestion.
+
+:data:`randlora.suggestion.rows.ROWS` repeats the test results of ``python -m bench quality``, for those who have the
+package without the repository. Each row names the file that it comes from. Where there is no row, nothing is claimed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+LORA = "PEFT LoRA"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method on a task, on all linear layers of a model: mean and spread of its seeds on test data.
+
+    Attributes:
+        task: as ``python -m bench quality`` calls it. metric: what `score` is: ``"accuracy"``, ``"MRR"`` ...
+        larger_is_better: whether more of it is better.
+        method: ``"hadamard r=32"``, ``"PEFT LoRA r=8"`` ... baseline: whether it is where all others start.
+        rate: the learning rate, picked on validation data; None for the baseline.
+        score: mean over `seeds`. spread: standard deviation; None where there is one seed.
+        source: the CSV file, as a path in the repository.
+    """
+
+    task: str
+    metric: str
+    larger_is_better: bool
+    method: str
+    baseline: bool
+    rate: float | None
+    score: float
+    spread: float | None
+    seeds: int
+    source: str
+
+
+def gain(method: str, rows: Sequence[Row]) -> float | None:
+    """The mean over tasks of the share that `method` has of what the best method there gained over the baseline.
+
+    1: it is the best on every task; 0: it gained nothing; negative: it lost. None: it was measured on no task that has
+    a baseline, too, and a method that gained something over it.
+    """
+    shares = []
+    for row in (row for row in rows if row.method == method):
+        same = [r for r in rows if r.task == row.task]
+        starts = [r.score for r in same if r.baseline]
+        if not starts:
+            continue
+        sign = 1 if row.larger_is_better else -1
+        start = max(sign * score for score in starts)
+        best = max(sign * r.score for r in same) - start
+        if best > 0:
+            shares.append((sign * row.score - start) / best)
+    return sum(shares) / len(shares) if shares else None
+
+
+def about(methods: Sequence[str], rows: Sequence[Row]) -> list[Row]:
+    """The rows of these methods, and the baselines of their tasks."""
+    tasks = {row.task for row in rows if row.method in methods}
+    return [row for row in rows if row.task in tasks and (row.method in methods or row.baseline)]

@@ -1,0 +1,64 @@
+"""A suggestion as plain text: the table of candidates, the evidence, and a configuration to paste."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+from ..tables import aligned
+from .candidates import Candidate, Targets
+from .evidence import Row
+from .prices import amount
+
+WIDTH = 100
+
+
+def table(candidates: Sequence[Candidate], chosen: Candidate) -> str:
+    """A block for each group of layers; `chosen` is marked. Without any evidence there is no column for it."""
+    measured = any(c.gain is not None for c in candidates)
+    blocks = []
+    for targets in dict.fromkeys(c.targets for c in candidates):
+        group = [c for c in candidates if c.targets == targets]
+        rows = [[f"{targets}: {group[0].layers} layers", "trained", "memory, MiB", "step", "file, MiB"]]
+        rows[0] += ["gain", ""] if measured else [""]
+        for c in group:
+            row = [
+                c.method, f"{c.trainable_parameters:,}", amount(c.memory_bytes), f"{c.step:.2f}x", amount(c.file_bytes)
+            ]  # fmt: skip
+            row += ["-" if c.gain is None else f"{c.gain:.0%}"] * measured
+            rows.append([*row, "<- suggested" if c == chosen else ""])
+        blocks.append("\n".join(aligned(rows, left=1, words=len(rows[0]) - 1)))
+    return "\n\n".join(blocks)
+
+
+def evidence_table(rows: Sequence[Row]) -> str:
+    cells = [["measured: task", "metric", "method", "learning rate", "mean", "+-", "seeds", "in"]]
+    for row in rows:
+        rate, spread = ("" if value is None else f"{value:.2g}" for value in (row.rate, row.spread))
+        cells.append([row.task, row.metric, row.method, rate, f"{row.score:.4g}", spread, str(row.seeds), row.source])
+    return "\n".join(aligned(cells, left=3, words=7))
+
+
+def code(kind: str, r: int, targets: Targets, alpha: float, lr: float) -> str:
+    """Python that adapts a ``model`` so, and makes an optimizer for it."""
+    arguments = [f"kind={kind!r}", f"r={r}", "randlora_alpha='auto'", f"target_modules={_plain(targets.modules)}"]
+    if targets.parameters:
+        arguments.append(f"target_parameters={_plain(targets.parameters)}")
+    config = f"config = randlora.RandLoraConfig({', '.join(arguments)})"
+    if len(config) > WIDTH:
+        config = f"config = randlora.RandLoraConfig(\n    {', '.join(arguments)}\n)"
+    config = config.replace("'", '"')  # as most Python is formatted
+    return "\n".join([
+        "import randlora, torch", "", f"# randlora_alpha comes to {alpha:g} for this model", config,
+        "model = randlora.get_peft_model(model, config)",
+        f"optimizer = torch.optim.AdamW(randlora.parameter_groups(model, lr={lr:g}))",
+    ])  # fmt: skip
+
+
+def wrapped(words: str, first: str = "") -> str:
+    """Lines of a page's width, of which the first begins with `first`, and the others with as many spaces."""
+    return textwrap.fill(words, WIDTH, initial_indent=first, subsequent_indent=" " * len(first), break_on_hyphens=False)
+
+
+def _plain(names: tuple[str, ...] | str | None) -> str:
+    return repr(list(names) if isinstance(names, tuple) else names)

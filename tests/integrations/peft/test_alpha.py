@@ -1,0 +1,61 @@
+"""``randlora_alpha="auto"`` in PEFT's config while randlora is enabled: what randlora's own models get."""
+
+import pytest
+import torch
+from helpers.models import IDS, net
+from torch import nn
+
+import randlora
+
+peft = pytest.importorskip("peft")
+import randlora.integrations.peft as integration  # noqa: E402
+
+SETTINGS = {"r": 4, "target_modules": ["q_proj", "up_proj", "down_proj"]}
+
+
+@pytest.fixture(autouse=True)
+def enabled():
+    with integration.enable():
+        yield
+
+
+def auto(**settings):
+    return peft.RandLoraConfig(**SETTINGS | {"randlora_alpha": "auto"} | settings)
+
+
+def test_alpha_and_gamma_are_those_of_our_models(tmp_path):
+    config = auto()
+    model = peft.get_peft_model(net(torch.float32), config)
+    ours = randlora.get_peft_model(net(torch.float32), randlora.RandLoraConfig(**SETTINGS, randlora_alpha="auto"))
+    alpha = ours.peft_config["default"].randlora_alpha
+    assert config.randlora_alpha == model.peft_config["default"].randlora_alpha == alpha
+    for (name, p), (other, q) in zip(model.named_parameters(), ours.named_parameters(), strict=True):
+        assert torch.equal(p, q), (name, other)
+    model.add_adapter("second", auto(r=3, target_modules=["up_proj"]))
+    model.add_adapter("random", auto(init_weights=False))
+    layer = model.base_model.model.layers[0].up_proj
+    assert layer.scaling["random"] == layer.scaling["default"] != layer.scaling["second"]
+    assert layer.randlora_gamma["random"].unique().tolist() == [torch.tensor(1 / layer.out_features).item()]
+
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.normal_(generator=torch.Generator().manual_seed(p.numel())).mul_(0.1)
+    model.eval().save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(net(torch.float32), tmp_path)
+    assert loaded.peft_config["default"].randlora_alpha == alpha
+    torch.testing.assert_close(loaded.eval()(IDS), model(IDS))
+    read = randlora.RandLoraModel.from_pretrained(net(torch.float32), tmp_path)
+    torch.testing.assert_close(read(IDS), model(IDS), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("alpha", ["Auto", ""])
+def test_errors_leave_the_model_and_the_config(alpha):
+    base, config = net(), auto(randlora_alpha=alpha)
+    with pytest.raises(TypeError, match="randlora_alpha must be a number or 'auto'"):
+        peft.get_peft_model(base, config)
+    assert config.randlora_alpha == alpha and type(base.layers[0].up_proj) is nn.Linear
+    config = auto(target_modules=["up_proj", "embed"])  # PEFT comes to the second one later
+    with pytest.raises(ValueError):
+        peft.get_peft_model(base, config)
+    assert config.randlora_alpha == "auto"
