@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from bench import ROOT, measure, records
+from bench.measure import without
 from bench.settings import pictures, selection, table
 from bench.settings.book import Book
 from bench.settings.points import Column, Point, Runner
@@ -34,17 +36,23 @@ def main(argv: list[str] | None = None) -> int:
     columns = selection.columns(options.selection, options.only)
     if not columns:
         raise SystemExit(f"no curve of {options.selection!r} has all of the words {options.only!r}")
+    code = 0
     try:
         Measurement(options, book, columns).run()
     except KeyboardInterrupt:
+        code = 130
         print("stopped; what has been measured is kept")
-    asked = set(columns)
-    rows = [row for row in book.rows.values() if table.column_of(row) in asked and row["mode"] == book.run["mode"]]
+    except BrokenProcessPool:
+        code = 1
+        print(
+            "a process ended by force, of too little memory for example (fewer --jobs); what has been measured is kept"
+        )
+    rows = book.of(columns, options.steps)
     print(table.text(rows))
     print(f"{len(rows)} points in {book.path}")
     for picture in pictures.draw(book.path):
         print(f"drawn: {picture}")
-    return 0
+    return code
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -69,11 +77,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="folder for what takes long to make, such as pretrained models (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--seconds-limit", type=float, help="no point is begun after this time")
+    argv = sys.argv[2:] if argv is None else argv
     options = parser.parse_args(argv)
     options.selection = options.selection or ("quick" if options.quick else "all")
     options.steps = options.steps or (QUICK_STEPS if options.quick else STEPS)
     options.threads = options.threads or max(1, torch.get_num_threads() // options.jobs)
-    options.command = shlex.join(["python", "-m", "bench", "settings", *(sys.argv[2:] if argv is None else argv)])
+    options.command = shlex.join(["python", "-m", "bench", "settings", *without(without(argv, "--results"), "--cache")])
     return options
 
 
@@ -83,16 +92,11 @@ class Measurement:
     def __init__(self, options: argparse.Namespace, book: Book, columns: list[Column]) -> None:
         self.options, self.book, self.columns = options, book, columns
         self.began = time.monotonic()
-        self.ready: set[tuple[str, int]] = set()
         self.running: set[Point] = set()
         self.given_up: set[Column] = set()  # a point of it failed
         # Losses by column, exponent of the rate and seed; infinite where a point diverged.
         self.known: dict[Column, dict[int, dict[int, float]]] = {column: {} for column in columns}
-        for column in columns:
-            for k in selection.EXPONENTS:
-                for seed in range(options.seeds):
-                    if (loss := book.loss(self._point(column, k, seed))) is not None:
-                        self.known[column].setdefault(k, {})[seed] = loss
+        self.fingerprints: dict[tuple[str, int], str] = {}  # of the models that are ready
 
     def run(self) -> None:
         options = self.options
@@ -140,7 +144,7 @@ class Measurement:
             if found.get("failed"):
                 tqdm.write(f"{what[0]} {what[1]}: {found['failed']}")
             else:
-                self.ready.add(what)
+                self._ready(*what, found["fingerprint"])
                 seconds = time.monotonic() - self.began
                 tqdm.write(f"{what[0]} {what[1] or ''}: ready after {seconds:.0f} s, loss {found['before']:.4f}")
             return
@@ -149,10 +153,19 @@ class Measurement:
             self.given_up.add(what.column)
             tqdm.write(f"{what.column}, rate {what.lr:g}: {found['failed']}")
         self.book.put(what, found)
-        if (loss := self.book.loss(what)) is not None:
+        if (loss := self.book.loss(what, found.get("fingerprint", ""))) is not None:
             self.known[what.column].setdefault(selection.exponent(what.lr), {})[what.seed] = loss
         bar.total = max(bar.total, bar.n + 1)
         bar.update()
+
+    def _ready(self, name: str, width: int, fingerprint: str) -> None:
+        self.fingerprints[name, width] = fingerprint
+        for column in self.columns:
+            if (column.task, column.width) == (name, width):
+                for k in selection.EXPONENTS:
+                    for seed in range(self.options.seeds):
+                        if (loss := self.book.loss(self._point(column, k, seed), fingerprint)) is not None:
+                            self.known[column].setdefault(k, {})[seed] = loss
 
     def next(self) -> Point | None:
         """The first rates of all curves, then what each curve asks for; None if nothing can be begun now."""
@@ -161,7 +174,7 @@ class Measurement:
             return None
         for coarse in (True, False):
             for column in self.columns:
-                if (column.task, column.width) not in self.ready or column in self.given_up:
+                if (column.task, column.width) not in self.fingerprints or column in self.given_up:
                     continue
                 for point in self._wanted(column, coarse):
                     if point not in self.running:
@@ -198,7 +211,8 @@ def begin_apart(*arguments: Any) -> None:
 def begin(device: str, cache: str, quick: bool, threads: int, precision: str, graphs: bool) -> None:
     global _runner
     torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    if torch.device(device).type == "cuda":
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     _runner = Runner(device, cache, quick, graphs)
 
 
@@ -212,7 +226,8 @@ def warm() -> None:
 
 def prepare(name: str, width: int) -> dict[str, Any]:
     try:
-        return {"before": _runner.load(name, width)[2]}
+        found, _, before = _runner.load(name, width)
+        return {"before": before, "fingerprint": found.fingerprint}
     except Exception as problem:
         return {"failed": measure.reason(problem)}
 

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from bench.settings import table
-from bench.settings.book import Row, read
+from bench.settings.book import Row, newest, read
 from bench.settings.table import Curve
 
 LINES = {4: "-", 32: "--", 128: ":"}
@@ -21,9 +21,8 @@ ACROSS = 3
 
 
 def draw(path: Path) -> list[Path]:
-    """``settings-<task>.png`` beside the file for each of its tasks; full runs only, where there are any."""
-    rows = read(path)
-    rows = [row for row in rows if row["mode"] == "full"] or rows
+    """``settings-<task>.png`` beside the file for each of its tasks."""
+    rows = newest(read(path))
     drawn = []
     for task in dict.fromkeys(row["task"] for row in rows):
         mine = [row for row in rows if row["task"] == task]

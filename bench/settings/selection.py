@@ -79,7 +79,7 @@ def tweets() -> Iterator[Column]:
 def everything() -> Iterator[Column]:
     yield from gpu()
     yield from tweets()
-    for width in (128, 256, 512, 512, 1024):
+    for width in (128, 256, 512, 1024):
         for kind in ("dense", "hadamard", "sparse", "very_sparse"):
             for r in (4, 32, 128):
                 yield rule(width, r, kind)

@@ -73,6 +73,23 @@ def test_the_rule_makes_every_layer_reach_as_far():
         assert math.prod(gammas) ** (1 / len(gammas)) == pytest.approx(0.05, rel=1e-5)
 
 
+def test_the_library_starts_by_the_same_rule():
+    import randlora
+    from randlora.layers.initial import GAIN, GAMMA
+
+    def model(alpha):
+        layers = {"a": nn.Linear(48, 48), "b": nn.Linear(48, 96), "c": nn.Linear(96, 24)}
+        config = randlora.RandLoraConfig(r=4, randlora_alpha=alpha, target_modules=list(layers))
+        return randlora.get_peft_model(nn.ModuleDict(layers), config)
+
+    own, ours = model("auto"), model(1)
+    points.set_start(ours, GAIN, GAMMA)
+    for name in "abc":
+        layer, other = own.base_model.model[name], ours.base_model.model[name]
+        assert layer.scaling["default"] == pytest.approx(other.scaling["default"], rel=1e-5)
+        torch.testing.assert_close(layer.randlora_gamma["default"], other.randlora_gamma["default"], rtol=1e-5, atol=0)
+
+
 def first_move(layer, lr):
     """How far Adam's first step moves a random token's output along its gradient, in units of the token."""
     x, direction = torch.randn(1, layer.in_features), torch.randn(1, layer.out_features)
@@ -167,7 +184,7 @@ def test_the_script_records_resumes_and_draws(runner, tmp_path, capsys, monkeypa
     arguments = ["--quick", "--steps", "2", "--device", "cpu", "--results", str(tmp_path), "--cache", str(tmp_path)]
     done = []
     monkeypatch.setattr(points.Runner, "run", stopping(points.Runner.run, done, after=2))
-    assert cli.main(arguments) == 0
+    assert cli.main(arguments) == 130
     assert "stopped; what has been measured is kept" in capsys.readouterr().out and len(done) == 2
     assert cli.main(arguments) == 0
     said = capsys.readouterr().out
@@ -179,6 +196,9 @@ def test_the_script_records_resumes_and_draws(runner, tmp_path, capsys, monkeypa
     assert len(set(keys)) == len(keys) == len(done) and {book.column_of(row) for row in rows} == set(COLUMNS[:2])
     assert all(row["commit"] and row["torch"] and row["fingerprint"] for row in rows)
     assert not list(path.parent.glob("*.part*")) and (path.parent / "settings-language.png").stat().st_size > 1000
+    for name, others in (("steps", "99"), ("fingerprint", "other data")):  # are not drawn together, nor taken for these
+        others = [{**row, name: others, "date": "2020-01-01"} for row in rows]
+        assert book.newest([*rows, *others]) == book.newest([*others, *rows]) == rows
     before = len(done)
     assert cli.main(arguments) == 0 and len(done) == before  # nothing is left to do
 
