@@ -16,7 +16,6 @@ from .layers.linear import Linear  # noqa: E402
 from .layers.randlora_layer import RandLoraLayer  # noqa: E402
 from .layers.update_cache import inference_cache  # noqa: E402
 from .model.model import RandLoraModel, get_peft_model  # noqa: E402
-from .model.parameter_groups import parameter_groups  # noqa: E402
 from .ops.unique_base import UniqueBaseGrad  # noqa: E402
 from .suggestion.suggest import Suggestion, suggest  # noqa: E402
 
@@ -42,7 +41,6 @@ __all__ = [
     "get_peft_model",
     "inference_cache",
     "keep_bases",
-    "parameter_groups",
     "suggest",
 ]
 

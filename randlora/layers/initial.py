@@ -30,7 +30,6 @@ from ..checks import require_float, require_size
 
 GAIN = 20.0
 GAMMA = 0.01  # the geometric mean of the layers' gamma_0
-GAMMA_LR_RATIO = 1.0  # of gamma's learning rate to lambda's
 
 Auto = Literal["auto"]
 AUTO: Auto = "auto"

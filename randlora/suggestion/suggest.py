@@ -33,7 +33,7 @@ class Suggestion:
 
     Attributes:
         config: to be given to :func:`randlora.get_peft_model`, with ``randlora_alpha="auto"``.
-        lr: learning rate for :func:`randlora.parameter_groups`. alpha: what ``"auto"`` comes to for this model.
+        lr: learning rate of AdamW, for all that is trained. alpha: what ``"auto"`` comes to for this model.
         reason: why this one, in a sentence or two. about_lora: what PEFT's LoRA on the same layers is beside it, or "".
         take_lora: whether `about_lora` says that LoRA is the better choice.
         candidate: the one that is suggested, of `candidates`.

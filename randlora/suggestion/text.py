@@ -63,7 +63,7 @@ def code(kind: str, r: int, targets: Targets, alpha: float, lr: float) -> str:
     return "\n".join([
         "import randlora, torch", "", f"# randlora_alpha comes to {alpha:g} for this model", config,
         "model = randlora.get_peft_model(model, config)",
-        f"optimizer = torch.optim.AdamW(randlora.parameter_groups(model, lr={lr:g}))",
+        f"optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr={lr:g})",
     ])  # fmt: skip
 
 
