@@ -53,6 +53,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--jobs", type=int, default=1, help="processes at once (default: 1)")
     add("--threads", type=int, help="CPU threads of each process (default: the cores, shared)")
     add("--device", default="cpu", help="cpu or cuda, with TF32 products there (default: cpu)")
+    add("--graphs", action="store_true", help="on CUDA, steps as CUDA graphs: sooner, where tests/bench/"
+        "test_quality_recorded.py passes")  # fmt: skip
     add("--cache", metavar="FOLDER", default=str(ROOT / ".gpu" / "quality"), help="of data and models, made once "
         "(default: .gpu/quality)")  # fmt: skip
     add("--prepare", metavar="FOLDER", help="make what --cache needs in FOLDER, and end: for a machine without network")
@@ -164,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     cache = options.prepare or options.cache
     Path(cache).mkdir(parents=True, exist_ok=True)
-    setup = Setup(options.quick, cache, options.device, options.threads, options.precision)
+    setup = Setup(options.quick, cache, options.device, options.threads, options.precision, options.graphs)
     if options.prepare:
         for name in tqdm(options.tasks, desc="prepare", unit="task", disable=None):
             found = setup.task(name)

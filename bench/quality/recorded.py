@@ -8,7 +8,7 @@ computed as always, and so are all after it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,36 +26,48 @@ def leaves(batch: Any) -> list[torch.Tensor]:
 
 
 class Recorded:
-    """``step(batch)``, which gives the loss. All of it runs on a stream of its own: :meth:`wait` in the end.
+    """``run(batches)`` gives the losses. All of it, the making of batches too, happens on one stream.
+
+    A tensor that another stream made must not be used here: whoever lets go of it there gives its memory to the next
+    one while this stream has yet to read it.
 
     Args:
         compute: one step, without anything that changes from step to step on the host. The batch is on the device.
+        after: what the host does after each step.
         device: a CUDA device.
     """
 
-    def __init__(self, compute: Callable[[Any], torch.Tensor], device: str) -> None:
-        self.compute, self.device = compute, device
+    def __init__(self, compute: Callable[[Any], torch.Tensor], after: Callable[[], Any], device: str) -> None:
+        self.compute, self.after, self.device = compute, after, device
         self.stream = torch.cuda.Stream(device)
-        self.stream.wait_stream(torch.cuda.current_stream(device))
         self.pool = torch.cuda.graph_pool_handle()
         self.seen: set[tuple[torch.Size, ...]] = set()
         self.graphs: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, Any, torch.Tensor]] = {}
         self.works = True
 
-    def step(self, batch: Any) -> torch.Tensor:
-        shape = tuple(leaf.shape for leaf in leaves(batch))
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+    def run(self, batches: Callable[[], Iterable[Any]]) -> list[torch.Tensor]:
+        """`batches` makes them, on this stream."""
+        torch.cuda.synchronize(self.device)
+        losses = []
         with torch.cuda.stream(self.stream):
-            if self.works and shape in self.seen and shape not in self.graphs:
-                self._record(shape, batch)
-            if shape not in self.graphs:
-                self.seen.add(shape)
-                return self.compute(batch)
-            graph, place, loss = self.graphs[shape]
-            for here, there in zip(leaves(place), leaves(batch), strict=True):
-                here.copy_(there)
-            graph.replay()
-            return loss.clone()
+            for batch in batches():
+                losses.append(self._step(batch))
+                self.after()
+        torch.cuda.synchronize(self.device)
+        return losses
+
+    def _step(self, batch: Any) -> torch.Tensor:
+        shape = tuple(leaf.shape for leaf in leaves(batch))
+        if self.works and shape in self.seen and shape not in self.graphs:
+            self._record(shape, batch)
+        if shape not in self.graphs:
+            self.seen.add(shape)
+            return self.compute(batch)
+        graph, place, loss = self.graphs[shape]
+        for here, there in zip(leaves(place), leaves(batch), strict=True):
+            here.copy_(there)
+        graph.replay()
+        return loss.clone()
 
     def _record(self, shape: tuple[torch.Size, ...], batch: Any) -> None:
         graph = torch.cuda.CUDAGraph()
@@ -68,7 +80,3 @@ class Recorded:
             self.works = False
             return
         self.graphs[shape] = graph, batch, loss
-
-    def wait(self) -> None:
-        torch.cuda.current_stream(self.device).wait_stream(self.stream)
-        torch.cuda.synchronize(self.device)

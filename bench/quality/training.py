@@ -62,7 +62,7 @@ class Trainer:
             return min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
 
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, part)
-        self.record = Recorded(self._compute, device) if recorded else None
+        self.record = Recorded(self._compute, self.schedule.step, device) if recorded else None
         model.train()
 
     @property
@@ -71,22 +71,16 @@ class Trainer:
 
     def step(self, batch: Any) -> torch.Tensor:
         """The loss, on the device: nothing waits for it."""
-        batch = moved(batch, self.device)
-        if self.record is None:
-            loss = self._compute(batch)
-            self.schedule.step()
-            return loss
-        loss = self.record.step(batch)
-        with torch.cuda.stream(self.record.stream):
-            self.schedule.step()
+        loss = self._compute(moved(batch, self.device))
+        self.schedule.step()
         return loss
 
     def train(self, batches: Iterable[Any]) -> list[torch.Tensor]:
         """Losses of all batches, when the last one is done."""
-        losses = [self.step(batch) for batch in batches]
         if self.record is not None:
-            self.record.wait()
-        elif torch.device(self.device).type == "cuda":
+            return self.record.run(lambda: (moved(batch, self.device) for batch in batches))
+        losses = [self.step(batch) for batch in batches]
+        if torch.device(self.device).type == "cuda":
             torch.cuda.synchronize(self.device)
         return losses
 
@@ -105,7 +99,16 @@ def build(task: Task, method: Method, seed: int, device: str) -> tuple[nn.Module
     return adapted.to(device), groups
 
 
-def run(task: Task, method: Method | None, phase: str, rate: float | None, seed: int, steps: int, device: str) -> dict:
+def run(
+    task: Task,
+    method: Method | None,
+    phase: str,
+    rate: float | None,
+    seed: int,
+    steps: int,
+    device: str,
+    recorded: bool = False,
+) -> dict:
     """Columns of a row. `method`: None for the model that all start from.
 
     "pick" gives what a learning rate is picked by, "test" the score on test data and what is kept.
@@ -113,7 +116,7 @@ def run(task: Task, method: Method | None, phase: str, rate: float | None, seed:
     if method is None:
         return {"trained": 0, **_looked_at(task, task.model(device).to(device), phase)}
     adapted, groups = build(task, method, seed, device)
-    trainer = Trainer(task, adapted, groups, rate, steps, device, recorded=True)
+    trainer = Trainer(task, adapted, groups, rate, steps, device, recorded)
     began = time.perf_counter()
     losses = trainer.train(batches(task, seed, steps))
     seconds = time.perf_counter() - began

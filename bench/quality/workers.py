@@ -35,6 +35,7 @@ class Setup:
     device: str
     threads: int
     precision: str
+    graphs: bool = False
 
     def apply(self) -> None:
         torch.set_num_threads(self.threads)
@@ -75,7 +76,9 @@ class Performer:
 
             return timing.task(task, {name: known[name] for name in job.methods}, self.setup)
         method = known[job.method] if job.method else None
-        return training.run(task, method, job.phase, job.rate, job.seed or 0, job.steps, self.setup.device)
+        return training.run(
+            task, method, job.phase, job.rate, job.seed or 0, job.steps, self.setup.device, self.setup.graphs
+        )
 
 
 # ---- processes ----

@@ -70,6 +70,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="per process (default: the cores, divided by the jobs)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("tf32", "fp32"), default="tf32", help="of products on a GPU")
+    parser.add_argument("--graphs", action="store_true", help="as of python -m bench quality")
     parser.add_argument("--results", type=Path, default=records.RESULTS, help="default: %(default)s")
     parser.add_argument(
         "--cache", type=Path, default=ROOT / ".gpu" / "quality",
@@ -99,7 +100,14 @@ class Measurement:
 
     def run(self) -> None:
         options = self.options
-        arguments = (options.device, str(options.cache), options.quick, options.threads, options.precision)
+        arguments = (
+            options.device,
+            str(options.cache),
+            options.quick,
+            options.threads,
+            options.precision,
+            options.graphs,
+        )
         if options.jobs == 1:
             begin(*arguments)
             self._fill(Here())
@@ -200,12 +208,12 @@ def begin_apart(*arguments: Any) -> None:
     begin(*arguments)
 
 
-def begin(device: str, cache: str, quick: bool, threads: int, precision: str) -> None:
+def begin(device: str, cache: str, quick: bool, threads: int, precision: str, graphs: bool) -> None:
     global _runner
     torch.set_num_threads(threads)
     if torch.device(device).type == "cuda":
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    _runner = Runner(device, cache, quick)
+    _runner = Runner(device, cache, quick, graphs)
 
 
 def warm() -> None:

@@ -137,8 +137,8 @@ def rms_of_update(model: nn.Module, adapter: str = "default") -> float:
 class Runner:
     """Runs points; tasks and models are loaded once and kept."""
 
-    def __init__(self, device: str, cache: str | None, quick: bool) -> None:
-        self.device, self.cache, self.quick = device, cache, quick
+    def __init__(self, device: str, cache: str | None, quick: bool, graphs: bool = False) -> None:
+        self.device, self.cache, self.quick, self.graphs = device, cache, quick, graphs
         self.loaded: dict[tuple[str, int], tuple[Task, nn.Module, float]] = {}
 
     def load(self, name: str, width: int) -> tuple[Task, nn.Module, float]:
@@ -162,7 +162,7 @@ class Runner:
         torch.manual_seed(point.seed)
         model = adapted(copy.deepcopy(untuned), found.head, column, point.seed).to(self.device)
         began = time.perf_counter()
-        train(found, model, groups(model, found.head, point.lr, column.gamma_factor), point)
+        train(found, model, groups(model, found.head, point.lr, column.gamma_factor), point, self.graphs)
         loss = found.validation_loss(model)
         seconds = time.perf_counter() - began
         score = math.exp(min(loss, 100.0)) if found.metric == "perplexity" else found.score(model, "validation")
@@ -178,9 +178,9 @@ class Runner:
         }
 
 
-def train(found: Task, model: nn.Module, parameter_groups: list[dict[str, Any]], point: Point) -> None:
+def train(found: Task, model: nn.Module, parameter_groups: list[dict[str, Any]], point: Point, graphs: bool) -> None:
     """As :mod:`bench.quality.training` trains."""
     device = str(next(model.parameters()).device)
-    trainer = training.Trainer(found, model, parameter_groups, point.lr, point.steps, device, recorded=True)
+    trainer = training.Trainer(found, model, parameter_groups, point.lr, point.steps, device, graphs)
     trainer.train(training.batches(found, point.seed, point.steps))
     model.eval()

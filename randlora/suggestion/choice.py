@@ -52,10 +52,11 @@ def choose(candidates: Sequence[Candidate], budget: Budget) -> Choice:
         good = [c for c, gain in measured if gain >= _enough(best)]
         judge = budget if budget.limit is None else Budget()
         found = min(good, key=_least_of(judge))
-        reason = f"of what was measured{inside} and gained at least {ENOUGH:.0%} of the best, it takes the least" + (
-            f": {price(found, judge.quantity)}" if judge.quantity else " of numbers, memory and time together"
+        least = price(found, judge.quantity) if judge.quantity else "numbers, memory and time together"
+        reason = (
+            f"of what was measured{inside}, and gained at least {ENOUGH:.0%} of what the best of these did, it takes the "
+            f"least: {least}. On average it gained {found.gain:.0%} of what the best of all methods did"
         )
-        reason += f". On average it gained {found.gain:.0%} of what the best of all methods did"
     elif budget.quantity is not None and budget.limit is None:
         found = min([c for c in within if c.kind in FIT] or within, key=_least_of(budget))
         reason = (

@@ -46,18 +46,21 @@ def gain(method: str, rows: Sequence[Row]) -> float | None:
     shares = []
     for row in (row for row in rows if row.method == method):
         same = [r for r in rows if r.task == row.task]
-        starts = [r.score for r in same if r.baseline]
-        if not starts:
-            continue
-        sign = 1 if row.larger_is_better else -1
-        start = max(sign * score for score in starts)
-        best = max(sign * r.score for r in same) - start
-        if best > 0:
-            shares.append((sign * row.score - start) / best)
+        if (start := next((_good(r) for r in same if r.baseline), None)) is not None:
+            best = max(map(_good, same)) - start
+            shares += [(_good(row) - start) / best] if best > 0 else []
     return sum(shares) / len(shares) if shares else None
 
 
 def about(methods: Sequence[str], rows: Sequence[Row]) -> list[Row]:
-    """The rows of these methods, and the baselines of their tasks."""
-    tasks = {row.task for row in rows if row.method in methods}
-    return [row for row in rows if row.task in tasks and (row.method in methods or row.baseline)]
+    """The rows of these methods, and of their tasks what a gain is counted from and to: baseline and best method."""
+    found: list[Row] = []
+    for task in dict.fromkeys(row.task for row in rows if row.method in methods):
+        same = [row for row in rows if row.task == task]
+        best = max(same, key=_good)
+        found += [row for row in same if row.method in methods or row.baseline or row is best]
+    return found
+
+
+def _good(row: Row) -> float:
+    return row.score if row.larger_is_better else -row.score

@@ -32,11 +32,23 @@ def table(candidates: Sequence[Candidate], chosen: Candidate) -> str:
 
 
 def evidence_table(rows: Sequence[Row]) -> str:
-    cells = [["measured: task", "metric", "method", "learning rate", "mean", "+-", "seeds", "in"]]
-    for row in rows:
-        rate, spread = ("" if value is None else f"{value:.2g}" for value in (row.rate, row.spread))
-        cells.append([row.task, row.metric, row.method, rate, f"{row.score:.4g}", spread, str(row.seeds), row.source])
-    return "\n".join(aligned(cells, left=3, words=7))
+    """A line for each method, the baselines first, with a score and a learning rate in the columns of each task."""
+    tasks = {row.task: row for row in rows}
+    scores = {(row.task, row.method): row for row in rows}
+    order = sorted({row.method: row for row in rows}.values(), key=lambda row: not row.baseline)
+    cells = [["measured on all linear layers"]]
+    for task, row in tasks.items():
+        cells[0] += [f"{task}: {row.metric}", "lr"]
+    for method in (row.method for row in order):
+        line = [method]
+        for task in tasks:
+            found = scores.get((task, method))
+            spread = "" if found is None or found.spread is None else f" +- {found.spread:.1g}"
+            line.append("" if found is None else f"{found.score:.4g}{spread}")
+            line.append("" if found is None or found.rate is None else f"{found.rate:.2g}")
+        cells.append(line)
+    sources = " ".join(dict.fromkeys(row.source for row in rows))
+    return "\n".join([*aligned(cells, left=1), wrapped(f"(means over seeds and their spread; {sources})")])
 
 
 def code(kind: str, r: int, targets: Targets, alpha: float, lr: float) -> str:

@@ -34,7 +34,7 @@ OWN = [NUMBERS, BYTES, SECONDS, BEST, BAD, UNKNOWN]
 def test_of_what_is_as_good_it_is_what_takes_the_least(order):
     for text, expected in {"numbers": NUMBERS, "bytes": BYTES, "seconds": SECONDS}.items():
         choice = choose(order, Budget.of(text))
-        assert choice.candidate is expected and "at least 90% of the best" in choice.reason
+        assert choice.candidate is expected and "at least 90% of what the best" in choice.reason
         assert (choice.about_lora, choice.take_lora) == ("", False)
     # 100 * 900 * 1.3 twice: of all three together the one that gained 92% or 93%, whichever is first.
     assert choose(order, Budget()).candidate in (NUMBERS, BYTES)

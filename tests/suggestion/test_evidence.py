@@ -37,11 +37,12 @@ def test_gains_are_shares_of_the_best_one_of_each_task():
     assert gain("dense r=8", MADE) is None and gain("dense r=128", MADE) is None and gain("dense r=32", ()) is None
 
 
-def test_rows_about_methods_come_with_where_they_started():
+def test_rows_about_methods_come_with_the_baseline_and_the_best():
     found = about(["sparse r=8", "dense r=128"], MADE)
     assert [(r.task, r.method) for r in found] == [
-        ("tweets", "best head"), ("tweets", "sparse r=8"), ("language", "untuned"), ("language", "sparse r=8"),
-    ]  # fmt: skip
+        ("tweets", "best head"), ("tweets", "dense r=32"), ("tweets", "sparse r=8"),
+        ("language", "untuned"), ("language", "full fine-tuning"), ("language", "sparse r=8"),
+    ]  # fmt: skip  # with what a gain is counted from, and to
     assert about([], MADE) == []
 
 

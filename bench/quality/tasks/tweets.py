@@ -63,8 +63,8 @@ def clean(content: bytes) -> tuple[list[tuple[str, str]], dict[str, int]]:
             counts["headers and broken rows"] += 1
             continue
         text = " ".join(row[2].replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">").split())
-        essence = re.sub(r"https?://\S*|@\w+|\brt\b|[\W_]+", " ", text.lower())
-        essence = " ".join(essence.split())
+        essence = re.sub(r"https?://\S*|@\w+|\brt\b", " ", text.lower())
+        essence = " ".join(re.findall(r"[^\W_]+", essence))
         if not essence:
             counts["without words"] += 1
             continue
