@@ -17,7 +17,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from bench import records, scaling_views
-from bench.__main__ import LONG
 
 Row = dict[str, str]
 
@@ -34,8 +33,10 @@ def draw(path: Path) -> list[Path]:
         from bench.quality import pictures  # its tables are made of those that import this module
 
         return pictures.draw(path)
-    if path.stem in LONG:  # draws its own
-        return []
+    if path.stem == "settings":
+        from bench.settings import pictures
+
+        return pictures.draw(path)
     rows = [row for row in usable(path) if row.get("median_ms") or row.get("energy_left")]
     groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:

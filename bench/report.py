@@ -19,10 +19,11 @@ if not __package__:  # run as a file: python bench/report.py
 from tqdm import tqdm
 
 from bench import plots, records, report_tables, scaling_views
-from bench.__main__ import LONG, summary
+from bench.__main__ import summary
 from bench.plots import Row, usable
 from bench.quality import summary as quality
 from bench.report_tables import caption, command, markdown, milliseconds, number
+from bench.settings import table as settings
 
 INTRODUCTION = """# Benchmark results
 
@@ -148,8 +149,8 @@ def section(path: Path, pictures: Sequence[Path], root: Path) -> list[str]:
         return parts + scaling_views.sections(path, markdown)
     if path.stem == "quality":
         return parts + quality.sections(path)
-    if path.stem in LONG:
-        return parts
+    if path.stem == "settings":
+        return parts + settings.sections(path)
     rows = usable(path)
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:

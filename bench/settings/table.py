@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from bench.settings.book import Row, column_of, loss_of
+from bench.settings.book import Row, column_of, loss_of, newest, read
 from bench.settings.points import Column
 
 
@@ -100,6 +101,8 @@ def text(rows: Sequence[Row]) -> str:
         end = f"{curve.best:.2e}" + ("" if curve.bracketed else " or beyond")
         lines.append(f"{curve.column!s:{width}} {curve.before:6.4f} {''.join(cells)}   {end}")
     for start, group in grouped(found).items():
+        if len(group) < 2:
+            continue
         best, off = one_rate(group)
         lost = [part for curve in group if (part := curve.lost(best)) is not None]
         lines.append(
@@ -107,6 +110,17 @@ def text(rows: Sequence[Row]) -> str:
             + (f", at worst {max(lost):.1%} of the gain lost, {_mean(lost):.1%} on average" if lost else "")
         )
     return "\n".join(lines)
+
+
+def sections(path: Path) -> list[str]:
+    """Of the report: the same, of what was measured last."""
+    rows = newest(read(path))
+    if not rows:
+        return []
+    said = (
+        f"{rows[-1]['command']}; {rows[-1]['gpu'] or rows[-1]['cpu']}, commit {rows[-1]['commit']}, {rows[-1]['date']}"
+    )
+    return [said, f"```text\n{text(rows)}\n```"]
 
 
 def grouped(found: Sequence[Curve]) -> Mapping[str, list[Curve]]:

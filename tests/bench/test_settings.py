@@ -14,6 +14,7 @@ for package in ("matplotlib", "tqdm", "transformers"):
 
 from torch import nn  # noqa: E402
 
+from bench import report  # noqa: E402
 from bench.quality.tasks import language, pretrain  # noqa: E402
 from bench.settings import book, cli, pictures, points, selection, table  # noqa: E402
 from bench.settings.points import Column, Point  # noqa: E402
@@ -199,6 +200,8 @@ def test_the_script_records_resumes_and_draws(runner, tmp_path, capsys, monkeypa
     for name, others in (("steps", "99"), ("fingerprint", "other data")):  # are not drawn together, nor taken for these
         others = [{**row, name: others, "date": "2020-01-01"} for row in rows]
         assert book.newest([*rows, *others]) == book.newest([*others, *rows]) == rows
+    written = report.write(tmp_path).read_text()
+    assert "settings-language.png" in written and "rule G=20 g=0.05: 2 curves; one rate for all" in written
     before = len(done)
     assert cli.main(arguments) == 0 and len(done) == before  # nothing is left to do
 

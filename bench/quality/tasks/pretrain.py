@@ -147,6 +147,7 @@ def _train(recipe: Recipe, device: str, corpus: Corpus) -> tuple[dict[str, Tenso
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=recipe.highest_rate, betas=(0.9, 0.95), fused=on_gpu)
+    tqdm.write(f"pretraining {recipe.name} on {device}: {recipe.steps} steps of {recipe.batch} x {CONTEXT} tokens")
     log, total, began = [], torch.zeros((), device=device), time.perf_counter()
     for step in (
         bar := tqdm(range(recipe.steps), desc=f"pretraining {recipe.name}", unit="step", leave=False, disable=None)
