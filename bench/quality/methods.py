@@ -14,13 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from bench.methods import pairs
-
-try:
-    from randlora.layers.initial import AUTO as ALPHA
-    from randlora.layers.initial import GAIN, GAMMA, GAMMA_LR_RATIO
-except ImportError:
-    ALPHA, GAIN, GAMMA, GAMMA_LR_RATIO = None, 20.0, 0.05, 1.0
+from randlora.layers import initial
 
 TRIES = 4  # learning rates of each method
 HEAD_RATE = 1e-3
@@ -108,23 +102,13 @@ def own(model: nn.Module, head: list[str], seed: int, *, kind: str, rank: int) -
     import randlora
 
     config = randlora.RandLoraConfig(
-        kind=kind, r=rank, randlora_alpha=ALPHA or rank, target_modules=targets(model, head),
+        kind=kind, r=rank, randlora_alpha=initial.AUTO, target_modules=targets(model, head),
         modules_to_save=head or None, projection_prng_key=seed,
     )  # fmt: skip
     adapted = randlora.get_peft_model(model, config)
-    if not ALPHA:
-        fill_gamma(adapted)
-        return adapted, groups(adapted, head)
     found = [group for group in randlora.parameter_groups(adapted, lr=1.0) if group["name"] != "other"]
     own_groups = [{"params": group["params"], "factor": group["lr"]} for group in found]
     return adapted, [*own_groups, *(group for group in groups(adapted, head) if "rate" in group)]
-
-
-def fill_gamma(adapted: nn.Module) -> None:
-    """The rule that ``randlora_alpha="auto"`` will follow, for alpha = r."""
-    for pair in pairs(adapted):
-        terms, ratio = pair.lam.numel(), pair.layer.in_features / pair.layer.out_features
-        nn.init.constant_(pair.gamma, GAIN / (pair.scaling * terms * ratio**0.5))
 
 
 # ---- the list ----
@@ -141,9 +125,9 @@ def _own(kind: str, rank: int) -> Method:
 
 
 def own_setting() -> str:
-    return f"alpha={ALPHA or 'r'} gain={GAIN:g} gamma={GAMMA:g}" + (
-        f" ratio={GAMMA_LR_RATIO:g}" if GAMMA_LR_RATIO != 1 else ""
-    )
+    """The rule's constants."""
+    ratio = f" ratio={initial.GAMMA_LR_RATIO:g}" if initial.GAMMA_LR_RATIO != 1 else ""
+    return f"alpha=auto gain={initial.GAIN:g} gamma={initial.GAMMA:g}{ratio}"
 
 
 def methods() -> dict[str, Method]:
@@ -168,7 +152,7 @@ def methods() -> dict[str, Method]:
     return {method.name: method for method in listed}
 
 
-QUICK = (FULL, "PEFT LoRA r=8", "PEFT RandLoRA r=32", "dense r=32", "hadamard r=32", "sparse r=32")
+QUICK = (FULL, "PEFT LoRA r=8", "hadamard r=32", "PEFT RandLoRA r=32")
 
 
 def tried(rates: Sequence[float], tries: int) -> tuple[float, ...]:
