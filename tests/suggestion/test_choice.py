@@ -52,6 +52,8 @@ def test_a_limit_leaves_out_what_takes_more_and_then_all_three_weigh_alike():
     assert choose(OWN, Budget.of("numbers=899")).candidate is NUMBERS
     assert choose(OWN, Budget.of("bytes=899")).candidate is BYTES
     assert choose(OWN, Budget.of("seconds=1.29x")).candidate is SECONDS
+    few_numbers, few_bytes = candidate("dense r=128", 100, 10_000, 1.1, 1.0), candidate("dense r=32", 900, 10, 1.1, 1.0)
+    assert choose([few_numbers, few_bytes], Budget.of("numbers=950")).candidate is few_bytes
     # Within it 50% is the best, as nothing better was measured; and what was not measured comes last.
     assert choose(OWN, Budget.of("numbers=99")).candidate is BAD
     least = choose(OWN, Budget.of("numbers=9"))
@@ -113,6 +115,8 @@ def test_lora_is_called_the_better_choice_where_it_is():
     said, better = about_lora(gain=None)
     assert not better and "Which is better was not measured" in said
     assert about_lora("bytes=900", gain=0.9, memory=901) == ("", False)  # nothing of it is within the limit
+    elsewhere = candidate("PEFT LoRA r=8", 1, 1, 1.0, 1.0, FEW)
+    assert not choose([NUMBERS, elsewhere], Budget()).about_lora  # on other layers
 
 
 @pytest.mark.parametrize("text, quantity, limit", [
