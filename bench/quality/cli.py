@@ -28,7 +28,7 @@ from bench.quality.tiny import TinyTask
 from bench.quality.workers import Pool, Setup
 
 TASKS = (*tasks.NAMES, TinyTask.name)
-QUICK_TASKS = ("tweets", "language")
+QUICK_TASKS = ("tweets",)
 QUICK_TRIES, QUICK_SEEDS, SEEDS = 2, 1, 3
 TIMING_PART, TIMING_SECONDS = 0.25, 60.0  # of a limited run's time, kept for the timing
 

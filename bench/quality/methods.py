@@ -123,6 +123,7 @@ def _own(kind: str, rank: int) -> Method:
 
 
 def own_setting() -> str:
+    """The rule's constants."""
     return f"alpha={AUTO} gain={GAIN:g} gamma={GAMMA:g}"
 
 
@@ -148,7 +149,7 @@ def methods() -> dict[str, Method]:
     return {method.name: method for method in listed}
 
 
-QUICK = (FULL, "PEFT LoRA r=8", "PEFT RandLoRA r=32", "dense r=32", "hadamard r=32", "sparse r=32")
+QUICK = (FULL, "PEFT LoRA r=8", "hadamard r=32", "PEFT RandLoRA r=32")
 
 
 def tried(rates: Sequence[float], tries: int) -> tuple[float, ...]:
