@@ -52,10 +52,10 @@ def choose(candidates: Sequence[Candidate], budget: Budget) -> Choice:
         good = [c for c, gain in measured if gain >= _enough(best)]
         judge = budget if budget.limit is None else Budget()
         found = min(good, key=_least_of(judge))
-        least = price(found, judge.quantity) if judge.quantity else "numbers, memory and time together"
+        what = price(found, judge.quantity) if judge.quantity else "numbers, memory and time together"
         reason = (
             f"of what was measured{inside}, and gained at least {ENOUGH:.0%} of what the best of these did, it takes "
-            f"the least: {least}. On average it gained {found.gain:.0%} of what the best of all methods did"
+            f"the least: {what}. On average it gained {found.gain:.0%} of what the best of all methods did"
         )
     elif budget.quantity is not None and budget.limit is None:
         found = min([c for c in within if c.kind in FIT] or within, key=_least_of(budget))

@@ -34,13 +34,13 @@ def relative_step(model: nn.Module, counted: Counted, method: str, multiply_adds
     moved = sum(step.rows(layer) * (layer.in_features + layer.out_features) for layer, _ in step.calls())
     own = multiply_adds + per_element * passes.get(method, passes["dense"]) * moved
     frozen = 0.0
-    for name, (rows, wide, high) in _products(model).items():
+    for name, (rows, wide, high) in products_of(model).items():
         times = step.tokens * rows * len(counted.calls.get(name) or "1")  # some models call a layer more than once
         frozen += times * (2 * wide * high + per_element * passes[FROZEN] * (wide + high))
     return 1.0 + own / frozen
 
 
-def _products(model: nn.Module) -> dict[str, tuple[int, int, int]]:
+def products_of(model: nn.Module) -> dict[str, tuple[int, int, int]]:
     """Of every product with weights: how often a token goes through it, and its (in, out)."""
     found: dict[str, tuple[int, int, int]] = {}
     for name, module in model.named_modules():

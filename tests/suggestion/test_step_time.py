@@ -51,4 +51,4 @@ def test_steps_take_about_as_long_as_measured(folder, model, tokens):
     for method, ratio in measured.items():
         values = counted.lora(r) if method == "lora" else counted.randlora(method)
         said = relative_step(plain, counted, method, values["multiply_adds"])
-        assert said == pytest.approx(ratio, rel=0.08), method
+        assert said == pytest.approx(ratio, rel=0.05), method

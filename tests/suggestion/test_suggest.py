@@ -12,6 +12,7 @@ from randlora import RandLoraConfig
 from randlora.__main__ import main
 from randlora.suggestion import suggest as module
 from randlora.suggestion.evidence import Row
+from randlora.suggestion.step_time import products_of
 
 TOKENS = IDS.numel()
 
@@ -99,6 +100,9 @@ def test_models_of_other_kinds():
     alone = randlora.suggest(torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4)))
     assert {str(c.targets) for c in alone.candidates} == {"all-linear"} and alone.candidate.method == "hadamard r=8"
     assert any(note.startswith("r = 32, 128 left out") for note in alone.notes)
+    assert not any(c.method == "PEFT LoRA r=32" for c in alone.candidates)
+    assert not any("no trial call" in note for note in result.notes) and any("no trial" in n for n in alone.notes)
+    assert randlora.suggest(torch.nn.Sequential(torch.nn.Linear(8, 8)), device="cuda").device == "cuda"
 
 
 def test_attention_of_torch_is_part_of_the_frozen_step():
@@ -107,6 +111,17 @@ def test_attention_of_torch_is_part_of_the_frozen_step():
     linear = randlora.suggest(attention[1:], tokens=8, device="cpu", kinds=["dense"], ranks=[4], target_modules=["1"])
     # Five products of 16 x 16 in place of one.
     assert linear.candidate.step - 1 == pytest.approx(5 * (result.candidate.step - 1))
+
+
+class Twice(torch.nn.Sequential):
+    def forward(self, x):
+        return super().forward(super().forward(x))
+
+
+def test_a_layer_that_is_called_twice_is_so_in_the_frozen_step_too():
+    arguments = {"tokens": 8, "device": "cpu", "kinds": ["dense"], "ranks": [4], "inputs": torch.zeros(8, 16)}
+    once, twice = (randlora.suggest(of(torch.nn.Linear(16, 16)), **arguments) for of in (torch.nn.Sequential, Twice))
+    assert twice.candidate.step == pytest.approx(once.candidate.step)
 
 
 def test_experts_are_named_where_they_stay_and_can_be_adapted():
@@ -118,6 +133,10 @@ def test_experts_are_named_where_they_stay_and_can_be_adapted():
     result = randlora.suggest(model, **arguments)
     names = ["experts.gate_up_proj", "experts.down_proj"]
     assert any(f"target_parameters={names!r}" in note for note in result.notes)
+    products = products_of(model)  # of two of all experts for each token
+    assert [products[f"model.layers.0.mlp.experts.{part}"] for part in ("gate_up_proj", "down_proj")] == [
+        (2, 16, 48), (2, 24, 16)
+    ]  # fmt: skip
     assert not any("no trial call" in note for note in result.notes)
     adapted = randlora.suggest(model, target_modules=[], target_parameters=names, **arguments)
     assert adapted.candidate.layers == 4 and not any("fused experts stay" in note for note in adapted.notes)
