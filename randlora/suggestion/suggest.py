@@ -14,6 +14,7 @@ from ..bases.definition import KINDS
 from ..checks import require_int, require_size
 from ..config import RandLoraConfig
 from ..estimation.count import Counted
+from ..layers.initial import LEARNING_RATE
 from ..layers.experts_form import is_fused_experts, weight_names
 from ..model.of_config import model_of_config
 from . import evidence, text
@@ -24,7 +25,6 @@ from .prices import amount
 from .rows import ROWS
 
 USUAL_KINDS, USUAL_RANKS = ("dense", "hadamard", "very_sparse"), (8, 32, 128)
-LEARNING_RATE = 1.6e-3  # with randlora_alpha="auto"
 
 
 @dataclass(frozen=True)
