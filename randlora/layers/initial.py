@@ -16,10 +16,10 @@ An adapter has one alpha, and so one s. The gamma_0 of a layer makes up for its 
 mean of all gamma_0 is GAMMA. How large that is decides when growth turns from linear in time to quadratic: once gamma
 has moved by about gamma_0, after gamma_0 / lr steps.
 
-Adam does not see the scale of a gradient, so that GAIN * c and GAMMA / c with a learning rate of lr / c go the same way:
-beside the unit of the learning rate only the product GAIN * GAMMA counts, and a rate of its own for gamma would be the
-same as another product (tests/layers/test_rates.py). docs/quality.md has what was measured: products from 0.05 to 0.2
-are alike, larger ones are worse. GAIN then says which learning rate is best: about LEARNING_RATE.
+Adam does not see the scale of a gradient, so that GAIN * c and GAMMA / c with a learning rate of lr / c go the same
+way: beside the unit of the learning rate only the product GAIN * GAMMA counts, and a rate of its own for gamma would be
+the same as another product (tests/layers/test_rates.py). docs/quality.md has what was measured: products from 0.05 to
+0.2 are alike, larger ones are worse. GAIN then says which learning rate is best: about LEARNING_RATE.
 """
 
 from __future__ import annotations

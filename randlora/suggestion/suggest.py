@@ -14,8 +14,8 @@ from ..bases.definition import KINDS
 from ..checks import require_int, require_size
 from ..config import RandLoraConfig
 from ..estimation.count import Counted
-from ..layers.initial import LEARNING_RATE
 from ..layers.experts_form import is_fused_experts, weight_names
+from ..layers.initial import LEARNING_RATE
 from ..model.of_config import model_of_config
 from . import evidence, text
 from .budget import Budget

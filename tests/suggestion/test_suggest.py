@@ -10,6 +10,7 @@ from helpers.models import IDS, net, tiny_llama
 import randlora
 from randlora import RandLoraConfig
 from randlora.__main__ import main
+from randlora.layers.initial import GAMMA
 from randlora.suggestion import suggest as module
 from randlora.suggestion.evidence import Row
 from randlora.suggestion.step_time import products_of
@@ -88,7 +89,7 @@ def test_a_kind_of_peft_comes_with_the_alpha_that_means_as_much_there(llama):
     result = randlora.suggest(llama, tokens=TOKENS, kinds=["dense"], ranks=[4], target_modules=["q_proj"], device="cpu")
     size = llama.model.layers[0].self_attn.q_proj.in_features
     # One shape, as many on both sides: gamma starts at GAMMA here and at 1 / size in PEFT.
-    assert result.candidate.peft_alpha == pytest.approx(result.alpha * 0.05 * size, rel=5e-3)
+    assert result.candidate.peft_alpha == pytest.approx(result.alpha * GAMMA * size, rel=5e-3)
     assert f"randlora_alpha={result.candidate.peft_alpha:g}" in str(result)
     assert [str(c.targets) for c in result.candidates] == ["q_proj"] * 3
 
