@@ -17,6 +17,8 @@ from ...model.parts import layers_with
 def alpha_by_rule(model: nn.Module, config: Any, adapter_name: str) -> Iterator[None]:
     """Around PEFT's injection of an adapter, which divides alpha by the rank. Afterwards the config has the number.
 
+    Layers that had an adapter of this name before, and are not among its targets now, keep what they are.
+
     Raises:
         TypeError: another string.
     """
@@ -24,11 +26,13 @@ def alpha_by_rule(model: nn.Module, config: Any, adapter_name: str) -> Iterator[
     if not isinstance(asked, str):
         yield
         return
-    require_alpha(config.randlora_alpha)
+    require_alpha(asked)
+    before = [layer.randlora_gamma[adapter_name] for layer in layers_with(model, adapter_name).values()]
     config.randlora_alpha = float(config.r)
     try:
         yield
-        layers = layers_with(model, adapter_name).values()
+        every = layers_with(model, adapter_name).values()
+        layers = [layer for layer in every if all(layer.randlora_gamma[adapter_name] is not old for old in before)]
         shapes = [Shape(layer.in_features, layer.out_features, layer.num_bases[adapter_name]) for layer in layers]
         alpha = alpha_of(config.r, shapes)
         for layer, shape in zip(layers, shapes, strict=True):

@@ -59,3 +59,17 @@ def test_errors_leave_the_model_and_the_config(alpha):
     with pytest.raises(ValueError):
         peft.get_peft_model(base, config)
     assert config.randlora_alpha == "auto"
+
+
+def test_injected_once_more_under_one_name_other_layers_keep_what_they_have_learned():
+    model = peft.inject_adapter_in_model(auto(target_modules=["up_proj"]), net(torch.float32))
+    layer = model.layers[0].up_proj
+    scaling, gamma = layer.scaling["default"], layer.randlora_gamma["default"]
+    with torch.no_grad():
+        gamma.fill_(7.0)
+    peft.inject_adapter_in_model(auto(target_modules=["down_proj"]), model)
+    assert layer.randlora_gamma["default"] is gamma and (gamma == 7).all() and layer.scaling["default"] == scaling
+    alone = peft.inject_adapter_in_model(auto(target_modules=["down_proj"]), net(torch.float32))
+    for part in ("scaling", "randlora_gamma"):
+        new, other = (getattr(m.layers[0].down_proj, part)["default"] for m in (model, alone))
+        assert torch.equal(torch.as_tensor(new), torch.as_tensor(other)), part
