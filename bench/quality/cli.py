@@ -8,6 +8,7 @@ alone. What quality.csv already has for the same data and settings is not run ag
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 import sys
@@ -68,8 +69,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options.tasks = _chosen(parser, "task", options.tasks, ",", TASKS, QUICK_TASKS if options.quick else tasks.NAMES)
     options.methods = _chosen(parser, "method", options.methods, ";", list(methods()), QUICK if options.quick else None)
     options.tries = options.tries or (QUICK_TRIES if options.quick else TRIES)
-    options.seeds = options.seeds or (QUICK_SEEDS if options.quick else SEEDS)
-    if min(options.seeds, options.jobs) < 1 or options.steps <= 0:
+    if options.seeds is None:
+        options.seeds = QUICK_SEEDS if options.quick else SEEDS
+    if min(options.seeds, options.jobs) < 1 or not 0 < options.steps < math.inf:
         parser.error("--seeds, --jobs and --steps must be positive")
     options.threads = options.threads or max(1, (os.cpu_count() or 1) // options.jobs)
     on_gpu = torch.device(options.device).type == "cuda"

@@ -1,7 +1,7 @@
 """What ``randlora.suggest`` rests on, from quality.csv: ``python -m bench.quality.evidence FILE...`` writes it anew.
 
 Test results only, of full runs, and all that a file has of a task: which rows are shown is not for anybody to choose.
-Of a task that several files have, the first one's.
+Of a task of which several files have methods' results, the first one's.
 """
 
 from __future__ import annotations
@@ -32,12 +32,15 @@ def rows_of(files: Iterable[Path], root: Path = ROOT) -> list[Row]:
             raise ValueError(f"{source} has no test results of a full run")
         for task, rows in tasks.items():
             of_task = summary.summary(rows)
+            if not any(line.scores for line in of_task.lines):
+                continue
             lines = [line for line in [of_task.baseline, *of_task.lines] if line is not None and line.scores]
             found.setdefault(task, [
                 Row(
                     task=task, metric=of_task.row["metric"], larger_is_better=of_task.larger_is_better,
                     method=line.method, baseline=line is of_task.baseline, rate=float(line.rate) if line.rate else None,
-                    score=_short(line.score), spread=None if line.spread is None else _short(line.spread),
+                    score=_short(line.score) if line.finite else None,
+                    spread=None if line.spread is None else _short(line.spread),
                     seeds=len(line.scores), source=source,
                 )
                 for line in lines

@@ -1,10 +1,13 @@
 """Pictures of quality.csv, one per task: the score over trained numbers, over seconds and over what is forgotten.
 
+What diverged is not in them; the tables say so.
+
 The number in a point is the rank. Joined in grey is what nothing else beats in both: the Pareto front.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -42,7 +45,7 @@ def draw(path: Path) -> list[Path]:
     drawn = []
     for task, rows in load(path).items():
         found = summary(rows)
-        if any(line.scores for line in found.lines):
+        if any(line.finite for line in found.lines):
             drawn.append(picture(path.with_name(f"quality-{task}.png"), found, known))
     return drawn
 
@@ -58,7 +61,8 @@ def picture(path: Path, found: Summary, known: dict[str, Method]) -> Path:
     low, high = _limits(found)
     axes[0].set_ylim((low, high) if found.larger_is_better else (high, low))
     for axis, (label, log, value) in zip(axes, panels, strict=True):
-        points = [(x, line.score, line) for line in found.lines if line.scores and (x := value(line)) is not None]
+        points = [(x, line.score, line) for line in found.lines
+                  if line.finite and (x := value(line)) is not None and math.isfinite(x)]  # fmt: skip
         _panel(axis, found, known, points, label, log)
     row = found.row
     better = "higher" if found.larger_is_better else "lower"
@@ -128,7 +132,7 @@ def _panel(axis: Axes, found: Summary, known: dict[str, Method], points: list[Po
 
 def _limits(found: Summary) -> tuple[float, float]:
     """Of the scores' axis: all methods, and the baseline where it does not press them together."""
-    scores = [score for line in found.lines for score in line.scores]
+    scores = [score for line in found.lines if line.finite for score in line.scores]
     low, high = min(scores), max(scores)
     span = max(high - low, 1e-3 * abs(high))
     if found.baseline and found.baseline.scores and low - span < found.baseline.score < high + span:

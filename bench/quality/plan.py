@@ -11,13 +11,14 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from bench.quality.methods import Method, tried
 from bench.quality.records import PICK, TEST, TIMING, Facts, Row, Table
 
 TIER = 6  # methods that are brought to an end before the next ones begin
 FACTS = "facts"
+Rate = TypeVar("Rate", float, str)
 SEED_OF_PICKS = 0  # tests have others: a rate that was lucky with its seed gains nothing by it
 
 
@@ -174,8 +175,8 @@ class Plan:
         return count
 
 
-def best_rate(losses: dict[float, float]) -> float | None:
-    """Of the lowest loss; what is not finite has diverged."""
+def best_rate(losses: dict[Rate, float]) -> Rate | None:
+    """Of the lowest loss; what is not finite has diverged. None: all of them."""
     finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
     return min(finite, key=finite.get) if finite else None
 

@@ -79,6 +79,9 @@ class Table:
         whole = {**case, **self.run, **facts.columns(), **values, **self.about, **self.environment}
         row = {name: str(whole.get(name, "")) for name in COLUMNS} | {k: str(v) for k, v in self.environment.items()}
         self.rows[key_of(row)] = row
+        if self.path.exists():  # another run may have written meanwhile
+            for other in records.read(self.path):
+                self.rows.setdefault(key_of(other), other)
         partial = self.path.with_suffix(".csv.part")
         records.write(partial, records.columns(list(self.rows.values())), self.rows.values())
         partial.replace(self.path)

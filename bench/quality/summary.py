@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.quality.methods import methods
-from bench.quality.plan import at_edge
+from bench.quality.plan import at_edge, best_rate
 from bench.quality.records import PICK, TEST, TIMING, Row, load
 from bench.report_tables import markdown, number
 
@@ -40,7 +41,12 @@ class Line:
 
     @property
     def spread(self) -> float | None:
-        return statistics.stdev(self.scores) if len(self.scores) > 1 else None
+        return statistics.stdev(self.scores) if len(self.scores) > 1 and self.finite else None
+
+    @property
+    def finite(self) -> bool:
+        """Whether there are scores, and all are numbers: what diverged has others."""
+        return bool(self.scores) and all(map(math.isfinite, self.scores))
 
 
 @dataclass
@@ -87,12 +93,15 @@ def summary(rows: Sequence[Row]) -> Summary:
 def _line(name: str, rows: Sequence[Row]) -> Line:
     line = Line(name)
     tests = [row for row in rows if row["phase"] == TEST and row["score"]]
+    picks = [row for row in rows if row["phase"] == PICK]
+    losses = {row["rate"]: float(row["validation_loss"]) for row in picks if row["validation_loss"]}
     if tests:
-        line.rate = tests[-1]["rate"]
+        tested = {row["rate"] for row in tests}  # several, where another number of them was tried at another time
+        line.rate = best_rate({rate: loss for rate, loss in losses.items() if rate in tested}) or tests[-1]["rate"]
         tests = [row for row in tests if row["rate"] == line.rate]
         line.scores = [float(row["score"]) for row in tests]
         line.kept = [float(row["kept"]) for row in tests if row["kept"]]
-    tried = [float(row["rate"]) for row in rows if row["phase"] == PICK]
+    tried = [float(row["rate"]) for row in picks]
     if line.rate and tried:
         line.edge = at_edge(float(line.rate), tried)
     for row in rows:
@@ -101,6 +110,8 @@ def _line(name: str, rows: Sequence[Row]) -> Line:
             line.ms = float(row["ms_per_step"]) if row["ms_per_step"] else None
             line.peak = int(row["peak_bytes"]) if row["peak_bytes"] else None
     line.failed = next((row["failed"] for row in rows if row["failed"]), "")
+    if losses and not tests and best_rate(losses) is None:
+        line.failed = line.failed or "diverged at every learning rate"
     return line
 
 
@@ -123,6 +134,8 @@ def _cells(line: Line) -> list[str]:
     notes = [line.edge, line.failed and f"failed: {line.failed}"]
     if line.scores and line.rate and len(line.scores) < 2:
         notes.append("one seed")
+    if diverged := sum(not math.isfinite(score) for score in line.scores):
+        notes.append(f"diverged with {diverged} of {len(line.scores)} seeds")
     return [
         line.method,
         line.rate,

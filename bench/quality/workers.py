@@ -112,7 +112,8 @@ class Worker:
 
     def begin(self, job: Job) -> None:
         self.job = job
-        self.pipe.send(job)
+        with contextlib.suppress(BrokenPipeError):  # it has died meanwhile, which is seen when its result is asked for
+            self.pipe.send(job)
 
     def result(self) -> dict[str, Any]:
         return self.pipe.recv()

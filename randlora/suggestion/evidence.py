@@ -6,6 +6,7 @@ package without the repository. Each row names the file that it comes from. Wher
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ class Row:
         larger_is_better: whether more of it is better.
         method: ``"hadamard r=32"``, ``"PEFT LoRA r=8"`` ... baseline: whether it is where all others start.
         rate: the learning rate, picked on validation data; None for the baseline.
-        score: mean over `seeds`. spread: standard deviation; None where there is one seed.
+        score: mean over `seeds`; None: it diverged. spread: standard deviation; None where there is one seed.
         source: the CSV file, as a path in the repository.
     """
 
@@ -31,7 +32,7 @@ class Row:
     method: str
     baseline: bool
     rate: float | None
-    score: float
+    score: float | None
     spread: float | None
     seeds: int
     source: str
@@ -40,15 +41,16 @@ class Row:
 def gain(method: str, rows: Sequence[Row]) -> float | None:
     """The mean over tasks of the share that `method` has of what the best method there gained over the baseline.
 
-    1: it is the best on every task; 0: it gained nothing; negative: it lost. None: it was measured on no task that has
-    a baseline, too, and a method that gained something over it.
+    1: it is the best on every task; 0: it gained nothing, or diverged; negative: it lost. None: it was measured on no
+    task that has a baseline, too, and a method that gained something over it.
     """
     shares = []
     for row in (row for row in rows if row.method == method):
         same = [r for r in rows if r.task == row.task]
-        if (start := next((_good(r) for r in same if r.baseline), None)) is not None:
+        if (start := next((_good(r) for r in same if r.baseline), -math.inf)) > -math.inf:
             best = max(map(_good, same)) - start
-            shares += [(_good(row) - start) / best] if best > 0 else []
+            own = start if row.score is None else _good(row)
+            shares += [(own - start) / best] if best > 0 else []
     return sum(shares) / len(shares) if shares else None
 
 
@@ -63,4 +65,6 @@ def about(methods: Sequence[str], rows: Sequence[Row]) -> list[Row]:
 
 
 def _good(row: Row) -> float:
+    if row.score is None:
+        return -math.inf
     return row.score if row.larger_is_better else -row.score

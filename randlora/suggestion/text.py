@@ -44,7 +44,8 @@ def evidence_table(rows: Sequence[Row]) -> str:
         for task in tasks:
             found = scores.get((task, method))
             spread = "" if found is None or found.spread is None else f" +- {found.spread:.1g}"
-            line.append("" if found is None else f"{found.score:.4g}{spread}")
+            score = "" if found is None else "diverged" if found.score is None else f"{found.score:.4g}{spread}"
+            line.append(score)
             line.append("" if found is None or found.rate is None else f"{found.rate:.2g}")
         cells.append(line)
     sources = " ".join(dict.fromkeys(row.source for row in rows))

@@ -13,7 +13,7 @@ for package in ("peft", "matplotlib", "tqdm"):
 
 from torch import nn  # noqa: E402
 
-from bench import gpu_table, methods, plots, report  # noqa: E402
+from bench import gpu_table, methods, report  # noqa: E402
 from bench.quality import cli, pictures, plan, records, summary, tasks, timing, training, workers  # noqa: E402
 from bench.quality import methods as compared  # noqa: E402
 from bench.quality.tiny import TinyTask  # noqa: E402
@@ -159,15 +159,35 @@ def test_tables_and_pictures_show_it(whole):
     )
     line = tiny.lines[0]
     assert tiny.forgotten(line) == pytest.approx(sum(line.kept) / 3 - tiny.baseline.kept[0])
-    # A file of the other long question is nothing that these know.
-    other = path.with_name("settings.csv")
-    other.write_text("width,rate\n1,2\n")
     page = report.write(folder).read_text()
-    assert "| PEFT LoRA r=8 |" in page and "quality-tiny.png" in page and "### settings" in page
+    assert "| PEFT LoRA r=8 |" in page and "quality-tiny.png" in page
     assert {p.name for p in path.parent.glob("*.png")} == {"quality-docstrings.png", "quality-tiny.png"}
-    assert plots.draw(other) == []
     assert any("dense r=32" in line for line in gpu_table.table("head", [], folder, None).splitlines())
-    other.unlink()
+
+
+def test_a_score_that_is_no_number_is_told_and_not_drawn(whole, tmp_path, monkeypatch):
+    folder, _ = whole
+    rows = records.load(next(folder.glob("*/quality.csv")))["tiny"]
+    changed = [dict(row) for row in rows]
+    mine = [row for row in changed if row["method"] == "PEFT LoRA r=8" and row["phase"] == "test"]
+    mine[1]["score"], mine[2]["kept"] = "nan", "inf"
+    found = summary.summary(changed)
+    assert "diverged with 1 of 3 seeds" in summary.text(found)
+    drawn = []
+    monkeypatch.setattr(pictures, "_panel", lambda *arguments: drawn.append(arguments[3]))
+    pictures.picture(tmp_path / "x.png", found, LISTED)
+    assert [[line.method for *_, line in points] for points in drawn] == 3 * [["full fine-tuning", "dense r=32"]]
+
+
+def test_of_two_rates_that_were_tested_the_one_that_validation_data_prefer_is_shown(whole):
+    """Fewer tries than before pick another one: its tests are later in the file."""
+    folder, _ = whole
+    rows = [r for r in records.load(next(folder.glob("*/quality.csv")))["tiny"] if r["method"] == "dense r=32"]
+    best = next(row["rate"] for row in rows if row["phase"] == "test")
+    other = next(row["rate"] for row in rows if row["phase"] == "pick" and row["rate"] != best)
+    more = [row | {"rate": other, "score": "0.9"} for row in rows if row["phase"] == "test"]
+    assert summary._line("dense r=32", rows + more).rate == best
+    assert summary._line("dense r=32", more).rate == other
 
 
 def points(*numbers):
@@ -263,6 +283,8 @@ def test_a_rate_that_diverges_is_not_picked(tmp_path, monkeypatch):
     assert run(tmp_path, "--no-timing", methods="dense r=32") == 0
     assert {row["phase"] for row in rows_of(tmp_path)} == {"pick", "test"}  # of the baseline
     assert sum(row["phase"] == "test" for row in rows_of(tmp_path)) == 1
+    (found,) = map(summary.summary, records.load(next(tmp_path.glob("*/quality.csv"))).values())
+    assert "diverged at every learning rate" in summary.text(found)
 
 
 def test_a_process_that_dies_is_replaced(tmp_path, monkeypatch):
@@ -300,6 +322,26 @@ def test_a_process_that_dies_is_replaced(tmp_path, monkeypatch):
     assert sum(row["phase"] == "test" and bool(row["rate"]) for row in rows) == 1 and Fake.ended == 1
 
 
+def test_a_process_that_died_while_it_had_nothing_to_do_is_noticed():
+    worker = workers.Worker.__new__(workers.Worker)
+    worker.pipe, its = workers.multiprocessing.Pipe()
+    its.close()
+    worker.begin(plan.Job("tiny", plan.FACTS))
+    with pytest.raises((EOFError, ConnectionResetError)):
+        worker.result()
+
+
+def test_rows_that_another_run_has_written_meanwhile_stay(tmp_path):
+    options = cli.parse(["--tasks", "tiny", "--results", str(tmp_path)])
+    first, second = records.Table(options), records.Table(options)
+    facts = records.Facts.of(TinyTask())
+    case = {"task": "tiny", "method": "dense r=32", "setting": "", "phase": "pick", "seed": "0", "steps": "8",
+            "fingerprint": "made up"}  # fmt: skip
+    for table, rate in ((first, "0.1"), (second, "0.2"), (first, "0.3")):
+        table.put(case | {"rate": rate}, facts, {"validation_loss": "1"})
+    assert sorted(row["rate"] for row in rows_of(tmp_path)) == ["0.1", "0.2", "0.3"]
+
+
 # ---- options ----
 
 
@@ -310,7 +352,14 @@ def test_options(capsys, tmp_path):
     full = cli.parse(["--cache", "somewhere", "--results", "there"])
     assert full.tasks == list(tasks.NAMES) and full.methods == list(LISTED) and full.command.endswith("quality")
     assert cli.parse(["--methods", "hadamard"]).methods == [f"hadamard r={r}" for r in (32, 8, 128)]
-    for wrong in (["--tasks", "nothing"], ["--methods", "nothing"], ["--seeds", "-1"], ["--steps", "0"]):
+    for wrong in (
+        ["--tasks", "nothing"],
+        ["--methods", "nothing"],
+        ["--seeds", "-1"],
+        ["--seeds", "0"],
+        ["--steps", "0"],
+        ["--steps", "nan"],
+    ):
         with pytest.raises(SystemExit):
             cli.parse(wrong)
     assert run(tmp_path, "--plan", tasks="tiny,search") == 0

@@ -9,6 +9,7 @@ import pytest
 
 from randlora.suggestion.evidence import Row, about, gain
 from randlora.suggestion.rows import ROWS
+from randlora.suggestion.text import evidence_table
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,6 +36,14 @@ def test_gains_are_shares_of_the_best_one_of_each_task():
     assert gain("sparse r=8", MADE) == pytest.approx((0.5 - 0.2) / 2)
     assert gain("full fine-tuning", MADE) == 1
     assert gain("dense r=8", MADE) is None and gain("dense r=128", MADE) is None and gain("dense r=32", ()) is None
+
+
+def test_a_method_that_diverged_has_gained_nothing_there():
+    rows = [*MADE, row("tweets", "sign r=8", None), row("language", "sign r=8", 10.0, False)]
+    assert gain("sign r=8", rows) == pytest.approx((0 + 1) / 2)
+    assert gain("dense r=32", rows) == gain("dense r=32", MADE)
+    assert gain("sign r=8", [row("new", "untuned", None, baseline=True), row("new", "sign r=8", 1.0)]) is None
+    assert [r.method for r in about(["sign r=8"], rows)][:3] == ["best head", "dense r=32", "sign r=8"]
 
 
 def test_rows_about_methods_come_with_the_baseline_and_the_best():
@@ -89,6 +98,22 @@ def test_rows_are_made_of_the_test_results_of_a_file(bench_evidence, tmp_path):
     exec(compile(text, "rows.py", "exec"), space)
     assert space["ROWS"] == tuple(rows) and max(map(len, text.splitlines())) <= 120
     assert bench_evidence.rows_of([], tmp_path) == []
+    path = measured(tmp_path)
+    path.write_text(path.read_text().replace("0.7512345", "nan"))
+    (_, diverged) = bench_evidence.rows_of([path], tmp_path)
+    assert (diverged.score, diverged.spread, diverged.seeds) == (None, None, 2)
+    exec(
+        compile(bench_evidence.text([diverged]).replace("from .", "from randlora.suggestion."), "rows.py", "exec"),
+        space,
+    )
+    assert space["ROWS"] == (diverged,) and "diverged" in evidence_table([diverged])
+    # A file that came to no method of a task is not taken for it before one that did.
+    path.rename(tmp_path / "cut.csv")
+    cut = tmp_path / "cut.csv"
+    cut.write_text(
+        "\n".join(line for line in cut.read_text().splitlines() if ",0.7612345" not in line and ",nan" not in line)
+    )
+    assert len(bench_evidence.rows_of([cut, measured(tmp_path)], tmp_path)) == 2
     quick = measured(tmp_path, mode="quick")
     with pytest.raises(ValueError, match=r"quality\.csv has no test results of a full run"):
         bench_evidence.rows_of([quick], tmp_path)
@@ -102,5 +127,7 @@ def test_what_is_said_to_be_measured_is_in_its_source(bench_evidence):
     )
     for each in ROWS:
         assert all(
-            value is not None for name, value in dataclasses.asdict(each).items() if name not in ("rate", "spread")
+            value is not None
+            for name, value in dataclasses.asdict(each).items()
+            if name not in ("rate", "score", "spread")
         )
