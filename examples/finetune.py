@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Adapt a pretrained text encoder to a classification task with RandLoRA, LoRA, only a new head, or all weights.
 
-Without arguments: all-MiniLM-L6-v2 learns whether a tweet is negative, neutral or positive. With --task docstrings: which
-module of Python's standard library a docstring comes from.
+Without arguments: all-MiniLM-L6-v2 learns whether a tweet is negative, neutral or positive. With --task docstrings:
+which module of Python's standard library a docstring comes from.
 Several processes, of torchrun or accelerate launch, share every batch: on CPUs, or on a GPU each.
 """
 
