@@ -78,7 +78,7 @@ def measured(folder, **changes):
     return path
 
 
-def test_rows_are_made_of_the_test_results_of_a_file(bench_evidence, tmp_path):
+def test_rows_are_made_of_the_test_results_of_a_file(bench_evidence, tmp_path, monkeypatch):
     rows = bench_evidence.rows_of([measured(tmp_path)], tmp_path)
     assert rows == [
         Row("tweets", "accuracy", True, "best head", True, None, 0.72, None, 1, "quality.csv"),
@@ -90,8 +90,10 @@ def test_rows_are_made_of_the_test_results_of_a_file(bench_evidence, tmp_path):
     assert space["ROWS"] == tuple(rows) and max(map(len, text.splitlines())) <= 120
     assert bench_evidence.rows_of([], tmp_path) == []
     quick = measured(tmp_path, mode="quick")
-    with pytest.raises(ValueError, match=r"quality\.csv has no test results of a full run"):
+    with pytest.raises(ValueError, match=r"quality\.csv has no test results of a full run, or of one with 3 seeds"):
         bench_evidence.rows_of([quick], tmp_path)
+    monkeypatch.setattr(bench_evidence, "SEEDS", 2)
+    assert bench_evidence.rows_of([quick], tmp_path) == rows
 
 
 def test_what_is_said_to_be_measured_is_in_its_source(bench_evidence):
