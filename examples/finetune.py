@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Adapt a pretrained text encoder to a classification task with RandLoRA, LoRA, only a new head, or all weights.
 
-Without arguments: all-MiniLM-L6-v2 learns which module of Python's standard library a docstring comes from.
+Without arguments: all-MiniLM-L6-v2 learns whether a tweet is negative, neutral or positive. With --task docstrings:
+which module of Python's standard library a docstring comes from.
 Several processes, of torchrun or accelerate launch, share every batch: on CPUs, or on a GPU each.
 """
 
@@ -21,9 +22,11 @@ from text_data import UserError, load_task
 
 METHODS = ("randlora", "lora", "head", "full")
 KINDS = ("dense", "hadamard", "sparse", "very_sparse")
+TASKS = ("tweets", "docstrings")
+EPOCHS = {"tweets": 1}  # others: 3
 # An option is None unless it is given: each method has defaults of its own, and one that has no use for it says so.
 DEFAULTS = {
-    "randlora": {"kind": "dense", "rank": 32, "alpha": None, "dropout": 0.0, "targets": ["all-linear"], "lr": 4e-4},
+    "randlora": {"kind": "hadamard", "rank": 32, "alpha": None, "dropout": 0.0, "targets": ["all-linear"], "lr": 2e-3},
     "lora": {"rank": 8, "alpha": None, "dropout": 0.0, "targets": ["all-linear"], "lr": 1e-3},
     "full": {"lr": 1e-4},
     "head": {},
@@ -43,7 +46,8 @@ def parse(argv):
     add("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data", metavar="FILE", help="CSV or JSON lines (default: the docstrings of Python's standard library)")
+    add("--task", choices=TASKS, help="what is there without a file (default: tweets)")
+    add("--data", metavar="FILE", help="CSV or JSON lines, in place of --task")
     add("--test-data", metavar="FILE", help="test set of its own (default: 20 %% of --data)")
     add("--text-column", default="text", help="(default: %(default)s)")
     add("--label-column", default="label", help="(default: %(default)s)")
@@ -51,17 +55,20 @@ def parse(argv):
 
     add = parser.add_argument_group("adapter").add_argument
     add(
-        "--kind", choices=KINDS, help=f"of RandLoRA's random bases: {', '.join(KINDS)} (default: dense)", metavar="KIND"
+        "--kind",
+        choices=KINDS,
+        help=f"of RandLoRA's random bases: {', '.join(KINDS)} (default: hadamard)",
+        metavar="KIND",
     )
     add("--rank", type=at_least(1), help="(default: 32; LoRA: 8). A lower rank trains more in RandLoRA, less in LoRA")
-    add("--alpha", type=float, help="the update is scaled by alpha / rank (default: 20 x rank; LoRA: 2 x rank)")
+    add("--alpha", type=float, help='the update is scaled by alpha / rank (default: "auto"; LoRA: 2 x rank)')
     add("--dropout", type=float, help="on the adapters' input (default: 0)")
     add("--targets", nargs="+", metavar="NAME", help="layers to adapt, such as query value (default: all linear ones)")
 
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=at_least(1), help="(default: 3)")
+    add("--epochs", type=at_least(1), help="(default: 3; tweets: 1)")
     add("--batch-size", type=at_least(1), default=32, help="of all processes together (default: %(default)s)")
-    add("--lr", type=float, help="learning rate (default: 4e-4; LoRA: 1e-3; full: 1e-4)")
+    add("--lr", type=float, help="learning rate (default: 2e-3; LoRA: 1e-3; full: 1e-4)")
     return parser.parse_args(argv)
 
 
@@ -79,8 +86,12 @@ def at_least(low):
 def fill_in(args):
     """The method's defaults; an option that it has no use for is an error, not silently ignored."""
     defaults = dict(DEFAULTS[args.method])
+    if args.data and args.task:
+        raise UserError("--task names a task that is there without --data: give one of them")
+    if not args.data:
+        args.task = args.task or TASKS[0]
     if args.method != "head":
-        defaults["epochs"] = 3
+        defaults["epochs"] = EPOCHS.get(args.task, 3)
     for name in ("kind", "rank", "alpha", "dropout", "targets", "lr", "epochs"):
         given = getattr(args, name)
         if given is None:
@@ -88,10 +99,10 @@ def fill_in(args):
         elif name not in defaults:
             raise UserError(f"--{name} has no meaning for --method {args.method}")
     if "alpha" in defaults and args.alpha is None:
-        args.alpha = args.rank * (20 if args.method == "randlora" else 2)
+        args.alpha = "auto" if args.method == "randlora" else args.rank * 2
     for name, low, high in (("alpha", 0, float("inf")), ("lr", 0, float("inf")), ("dropout", -1, 1)):
         value = getattr(args, name)
-        if value is not None and not low < value < high:
+        if isinstance(value, (int, float)) and not low < value < high:
             raise UserError(f"--{name} {value} is out of range")
 
 
@@ -146,7 +157,7 @@ def run(args):
     fill_in(args)
     device = pick_device(args.device)
     processes.join(device)
-    task = load_task(args.seed, args.data, args.test_data, args.text_column, args.label_column)
+    task = load_task(args.seed, args.data, args.test_data, args.text_column, args.label_column, args.task)
     print(f"Task: {task.description}: {len(task.names)} classes")
     print(f"Texts: {len(task.train)} for training, {len(task.validation)} for validation, {len(task.test)} for testing")
     model_name = args.model or default_model()
@@ -161,7 +172,7 @@ def run(args):
 
     features = training.frozen_features(model, sets)
     alike = training.fit_head_alike(
-        features, sets, len(task.names), epochs=args.epochs or 3, lr=HEAD_LR, seed=args.seed
+        features, sets, len(task.names), epochs=args.epochs or EPOCHS.get(args.task, 3), lr=HEAD_LR, seed=args.seed
     )
     started = time.perf_counter()
     training.fit_head(model, features, sets)

@@ -171,9 +171,9 @@ def main(argv: list[str] | None = None) -> int:
     setup = Setup(options.quick, cache, options.device, options.threads, options.precision, options.graphs)
     if options.prepare:
         for name in tqdm(options.tasks, desc="prepare", unit="task", disable=None):
-            found = setup.task(name)
-            found.model(options.device)
-            tqdm.write(f"  {name}: {found.steps} steps, {found.metric}, {found.fingerprint[:12]}")
+            if name != TinyTask.name:
+                tasks.prepare(options.prepare, names=(name,), minilm=name != "language")
+            tqdm.write(f"  {name}: done")
         return 0
     known = methods()
     chosen = {name: known[name] for name in known if name in options.methods}

@@ -1,7 +1,8 @@
 """What ``randlora.suggest`` rests on, from quality.csv: ``python -m bench.quality.evidence FILE...`` writes it anew.
 
-Test results only, of full runs, and all that a file has of a task: which rows are shown is not for anybody to choose.
-Of a task of which several files have methods' results, the first one's.
+Test results only, and all that a file has of a task: which rows are shown is not for anybody to choose. Of quick runs,
+which have little data, those methods that were tested with as many seeds as full runs have.
+Of a task that several files have, the first one's.
 """
 
 from __future__ import annotations
@@ -19,22 +20,25 @@ from randlora.suggestion.evidence import Row
 
 TARGET = ROOT / "randlora" / "suggestion" / "rows.py"
 HEAD = """What was measured. Written by ``python -m bench.quality.evidence``, not by hand; a test compares it."""
+SEEDS = 3  # as `python -m bench quality` takes without --quick
 FIRST_LINE = 5  # fields of a row
 
 
 def rows_of(files: Iterable[Path], root: Path = ROOT) -> list[Row]:
-    """Raises ``ValueError`` for a file that has no test results of a full run, or lies outside the repository."""
+    """Raises ``ValueError`` for a file that has no such results, or lies outside the repository."""
     found: dict[str, list[Row]] = {}
     for path in files:
         source = path.resolve().relative_to(root.resolve()).as_posix()
-        tasks = {task: rows for task, rows in records.load(path).items() if rows[0]["mode"] == "full"}
-        if not any(row["phase"] == records.TEST for rows in tasks.values() for row in rows):
-            raise ValueError(f"{source} has no test results of a full run")
-        for task, rows in tasks.items():
+        told = False
+        for task, rows in records.load(path).items():
             of_task = summary.summary(rows)
-            if not any(line.scores for line in of_task.lines):
+            seeds = 1 if rows[0]["mode"] == "full" else SEEDS
+            lines = [line for line in of_task.lines if len(line.scores) >= seeds]
+            if not lines:
                 continue
-            lines = [line for line in [of_task.baseline, *of_task.lines] if line is not None and line.scores]
+            if of_task.baseline is not None and of_task.baseline.scores:
+                lines.insert(0, of_task.baseline)
+            told = True
             found.setdefault(task, [
                 Row(
                     task=task, metric=of_task.row["metric"], larger_is_better=of_task.larger_is_better,
@@ -45,6 +49,8 @@ def rows_of(files: Iterable[Path], root: Path = ROOT) -> list[Row]:
                 )
                 for line in lines
             ])  # fmt: skip
+        if not told:
+            raise ValueError(f"{source} has no test results of a full run, or of one with {SEEDS} seeds")
     return [row for rows in found.values() for row in rows]
 
 

