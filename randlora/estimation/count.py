@@ -88,6 +88,9 @@ def count(
 
 def _device(model: nn.Module, device: torch.device | str | None) -> torch.device:
     if device is not None:
-        return torch.device(device)
+        try:
+            return torch.device(device)
+        except RuntimeError as error:  # torch has no class of its own for it
+            raise ValueError(f"device must be one that torch knows, such as 'cpu' or 'cuda', got {device!r}") from error
     found = next((p.device for p in model.parameters()), torch.device("cpu"))
     return torch.device("cuda" if torch.cuda.is_available() else "cpu") if found.type == "meta" else found

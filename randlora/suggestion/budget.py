@@ -37,12 +37,13 @@ class Budget:
             return cls()
         if not isinstance(text, str):
             raise TypeError(f"budget must be None or a string such as 'numbers' or 'bytes=8GiB', got {text!r}")
-        quantity, equals, limit = (part.strip() for part in text.lower().partition("="))
+        said = text.strip()
+        quantity, equals, limit = (part.strip() for part in said.lower().partition("="))
         if quantity not in QUANTITIES:
             raise ValueError(f"budget must be one of {', '.join(QUANTITIES)}, or such as bytes=8GiB, got {text!r}")
         if not equals:
-            return cls(quantity, said=quantity)
-        found = re.fullmatch(r"([0-9][0-9_]*\.?[0-9]*(?:e[+-]?[0-9]+)?)\s*([a-z]*)", limit)
+            return cls(quantity, said=said)
+        found = re.fullmatch(r"([0-9]+(?:_[0-9]+)*\.?[0-9]*(?:e[+-]?[0-9]+)?)\s*([a-z]*)", limit)
         units = UNITS[quantity]
         value = float(found[1]) * units[found[2]] if found and found[2] in units else math.nan
         if not 0 < value < math.inf:
@@ -54,7 +55,7 @@ class Budget:
                 f"the limit in budget={text!r} must be a number greater than 0, such as {EXAMPLES[quantity]}"
                 + why * (quantity == "seconds")
             )
-        return cls(quantity, value, f"{quantity}={limit}")
+        return cls(quantity, value, said)
 
     def amount(self, candidate: Candidate) -> float:
         """What `candidate` takes of the quantity; without one: the product of all three."""

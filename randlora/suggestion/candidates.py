@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from torch import nn
@@ -13,8 +13,8 @@ from ..bases.definition import PEFT_KINDS
 from ..config import ALL_LINEAR, RandLoraConfig
 from ..estimation.count import Counted, count
 from ..layers import initial
-from ..model.adapter_plan import Plan
-from ..model.targets import find_targets
+from ..model.adapter_plan import Plan, filled
+from ..model.targets import find_targets, named_targets
 from .evidence import LORA, Row, gain
 from .step_time import relative_step
 
@@ -28,7 +28,7 @@ QUERY_VALUE = (
 
 @dataclass(frozen=True)
 class Targets:
-    """Layers that may be adapted, as a config names them. `few`: there are others with more."""
+    """Layers that may be adapted, as a config names them. `few`: not all linear ones, about which evidence is."""
 
     modules: tuple[str, ...] | str | None
     parameters: tuple[str, ...] | None = None
@@ -91,10 +91,24 @@ def usual_targets(model: nn.Module) -> list[Targets]:
     Raises:
         ValueError: `model` has no linear layers.
     """
-    linear = find_targets(model, RandLoraConfig(target_modules=ALL_LINEAR))
+    config = RandLoraConfig(target_modules=ALL_LINEAR)
+    named_targets(model, config)  # a model that is one layer is told so
+    linear = find_targets(model, config)
     endings = {name.rpartition(".")[2] for name in linear}
-    known = [Targets(names, few=True) for names in QUERY_VALUE if endings.issuperset(names)]
+    known = [Targets(names, few=True) for names in QUERY_VALUE if endings.issuperset(names) and endings - set(names)]
     return [Targets(ALL_LINEAR), *known[:1]]
+
+
+def given_targets(model: nn.Module, modules: list[str] | str | None, parameters: list[str] | None) -> Targets:
+    """What a user asks for. Raises ``TypeError`` or ``ValueError`` as the config does, and for what is not there."""
+    group = Targets.of(modules, parameters)
+    config = group.config("dense", 1)
+    asked = find_targets(model, filled(config, target_modules=named_targets(model, config)))
+    try:
+        every = find_targets(model, RandLoraConfig(target_modules=ALL_LINEAR))
+    except ValueError:  # it has no linear layers
+        every = {}
+    return replace(group, few=not every or not every.keys() <= asked.keys())
 
 
 def candidates(

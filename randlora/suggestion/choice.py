@@ -48,25 +48,27 @@ def choose(candidates: Sequence[Candidate], budget: Budget) -> Choice:
     measured = [(c, c.gain) for c in within if c.gain is not None]
     best = max((gain for _, gain in measured), default=None)
     inside = "" if budget.limit is None else f" within {budget}"
+    unknown = "no quality was measured" + " on these layers alone" * all(c.targets.few for c in within)
     if best is not None:
         good = [c for c, gain in measured if gain >= _enough(best)]
         judge = budget if budget.limit is None else Budget()
         found = min(good, key=_least_of(judge))
         what = price(found, judge.quantity) if judge.quantity else "numbers, memory and time together"
-        reason = (
-            f"of what was measured{inside}, and gained at least {ENOUGH:.0%} of what the best of these did, it takes "
-            f"the least: {what}. On average it gained {found.gain:.0%} of what the best of all methods did"
-        )
+        if best > 0:
+            reason = (
+                f"of what was measured{inside}, and gained at least {ENOUGH:.0%} of what the best of these did, it "
+                f"takes the least: {what}. On average it gained {found.gain:.0%} of what the best of all methods did"
+            )
+        else:
+            reason = f"nothing that was measured{inside} gained anything, and this lost the least; it takes {what}"
     elif budget.quantity is not None and budget.limit is None:
         found = min([c for c in within if c.kind in FIT] or within, key=_least_of(budget))
-        reason = (
-            f"no quality was measured, so that the cost alone decides: {price(found, budget.quantity)} is the least"
-        )
+        reason = f"{unknown}, so that the cost alone decides: {price(found, budget.quantity)} is the least"
     else:
         found = min(within, key=_unusual)
-        usual = "Hadamard bases, which fit what dense ones do and cost less" if found.kind == FIT[0] else "these bases"
+        usual = "Hadamard bases, which fit what dense ones do" if found.kind == FIT[0] else f"{found.kind} bases"
         rank = f"r = {RANK}, as in PEFT" if found.r == RANK else f"the rank nearest to PEFT's {RANK}"
-        reason = f"no quality was measured, so that it is the usual choice{inside}: {usual}, and {rank}"
+        reason = f"{unknown}, so that it is the usual choice{inside}: {usual}, and {rank}"
     others = [c for c in candidates if c.kind is None and c.targets == found.targets and budget.allows(c)]
     return Choice(found, reason, *_beside_lora(found, best, others, Budget(budget.quantity).amount))
 

@@ -18,6 +18,8 @@ def price(candidate: Candidate, quantity: str | None) -> str:
 
 
 def amount(size: int) -> str:
-    """Bytes in MiB, with three digits that count at least."""
+    """Bytes in MiB, with three digits that count at least, or two of what is very little."""
     mib = size / MIB
+    if 0 < mib < 0.01:
+        return f"{mib:.1e}" if mib < 1e-4 else f"{mib:.2g}"
     return f"{mib:,.{0 if mib >= 100 else 1 if mib >= 10 else 2}f}"

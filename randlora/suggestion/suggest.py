@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ from ..layers.initial import LEARNING_RATE
 from ..model.of_config import model_of_config
 from . import evidence, text
 from .budget import Budget
-from .candidates import Candidate, Targets, candidates, usual_targets
+from .candidates import Candidate, candidates, given_targets, usual_targets
 from .choice import choose
 from .prices import amount
 from .rows import ROWS
@@ -83,7 +84,7 @@ class Suggestion:
 
 
 def suggest(
-    model: nn.Module | str,
+    model: nn.Module | str | os.PathLike[str],
     budget: str | None = None,
     *,
     tokens: int = 2048,
@@ -126,14 +127,14 @@ def suggest(
         if kind not in KINDS:
             raise ValueError(f"kinds must be among {', '.join(KINDS)}, got {kind!r}")
     ranks = [require_size("ranks", r) for r in _listed("ranks", ranks, USUAL_RANKS)]
-    if isinstance(model, str):
-        model = model_of_config(model, dtype)
+    if isinstance(model, (str, os.PathLike)):
+        model = model_of_config(os.fspath(model), dtype)
     elif not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, a folder or an id, got {type(model).__name__}")
     elif dtype is not None:
         raise ValueError(f"dtype is for a model that is named, got a {type(model).__name__} and dtype={dtype}")
     given = target_modules is not None or target_parameters is not None
-    groups = [Targets.of(target_modules, target_parameters)] if given else usual_targets(model)
+    groups = [given_targets(model, target_modules, target_parameters)] if given else usual_targets(model)
     found, counted, notes = candidates(
         model, groups, kinds, ranks, ROWS, tokens, device=device, autocast=autocast, inputs=inputs
     )
@@ -158,7 +159,7 @@ def _listed(name: str, values: Sequence[Any] | None, usual: Sequence[Any]) -> li
         return list(usual)
     if isinstance(values, str) or not isinstance(values, Sequence) or not values:
         raise ValueError(f"{name} must be a list with at least one to choose from, got {values!r}")
-    return list(dict.fromkeys(values))
+    return [value for i, value in enumerate(values) if value not in values[:i]]
 
 
 def _notes(

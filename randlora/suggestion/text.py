@@ -19,7 +19,8 @@ def table(candidates: Sequence[Candidate], chosen: Candidate) -> str:
     blocks = []
     for targets in dict.fromkeys(c.targets for c in candidates):
         group = [c for c in candidates if c.targets == targets]
-        rows = [[f"{targets}: {group[0].layers} layers", "trained", "memory, MiB", "step", "file, MiB"]]
+        layers = f"{group[0].layers} layer{'s' * (group[0].layers != 1)}"
+        rows = [[f"{targets}: {layers}", "trained", "memory, MiB", "step", "file, MiB"]]
         rows[0] += ["gain", ""] if measured else [""]
         for c in group:
             row = [

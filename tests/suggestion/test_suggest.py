@@ -85,6 +85,14 @@ def test_what_was_measured_decides_and_is_shown(llama, monkeypatch):
     )
 
 
+def test_what_was_measured_on_all_layers_is_not_claimed_for_some(llama, monkeypatch):
+    monkeypatch.setattr(module, "ROWS", ROWS)
+    for modules, gained in ((["q_proj", "v_proj"], None), (r".*_proj", 1.0), ("all-linear", 1.0)):
+        result = randlora.suggest(llama, tokens=TOKENS, ranks=[8], kinds=["hadamard"], target_modules=modules)
+        assert result.candidate.gain == gained, modules
+        assert ("measured on these layers alone" in result.reason) == (gained is None)
+
+
 def test_a_kind_of_peft_comes_with_the_alpha_that_means_as_much_there(llama):
     result = randlora.suggest(llama, tokens=TOKENS, kinds=["dense"], ranks=[4], target_modules=["q_proj"], device="cpu")
     size = llama.model.layers[0].self_attn.q_proj.in_features
@@ -109,6 +117,10 @@ def test_models_of_other_kinds():
 def test_attention_of_torch_is_part_of_the_frozen_step():
     attention = torch.nn.Sequential(torch.nn.MultiheadAttention(16, 2), torch.nn.Linear(16, 16))
     result = randlora.suggest(attention, tokens=8, device="cpu", kinds=["dense"], ranks=[4], target_modules=["1"])
+    assert "1: 1 layer " in result.table()
+    one = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(8, 8), "v_proj": torch.nn.Linear(8, 8)})
+    shown = randlora.suggest(one, tokens=8, device="cpu", kinds=["hadamard"], ranks=[4]).table()
+    assert "q_proj" not in shown and " 0.00 " not in shown  # queries and values are all there is
     linear = randlora.suggest(attention[1:], tokens=8, device="cpu", kinds=["dense"], ranks=[4], target_modules=["1"])
     # Five products of 16 x 16 in place of one.
     assert linear.candidate.step - 1 == pytest.approx(5 * (result.candidate.step - 1))
@@ -156,7 +168,9 @@ def test_experts_are_named_where_they_stay_and_can_be_adapted():
     ({"target_modules": ["q_prj"]}, ValueError, "did you mean 'q_proj'"),
     ({"target_modules": 3}, TypeError, "target_modules must be a list of names or a string"),
     ({"dtype": torch.bfloat16}, ValueError, "dtype is for a model that is named"),
+    ({"device": "gpu"}, ValueError, "device must be"), ({"kinds": [["dense"]]}, ValueError, "kinds must be among"),
     ({"model": 3}, TypeError, "a folder or an id, got int"),
+    ({"model": torch.nn.Linear(4, 4)}, ValueError, "this model is itself one layer"),
     ({"model": torch.nn.Sequential(torch.nn.ReLU())}, ValueError, "has no layer that could be adapted"),
 ], ids=str)  # fmt: skip
 def test_what_does_not_fit_is_refused(llama, arguments, error, match):
@@ -182,7 +196,13 @@ def test_command_line_tells_what_the_function_does(folder, llama, capsys, monkey
     assert told["config"]["kind"] == told["candidate"]["kind"] == "hadamard" and told["dtype"] == "bfloat16"
     assert main(arguments) == 0
     assert capsys.readouterr().out == f"{folder}\n\n{expected}\n"
-    for argument, match in ((["--budget", "x"], "budget must be"), (["--target-modules", "q_prj"], "did you mean")):
+    given = {"tokens": 20, "kinds": ["hadamard"], "ranks": [4], "device": "cpu"}
+    assert randlora.suggest(Path(folder), **given).candidates == randlora.suggest(folder, **given).candidates
+    for argument, match in (
+        (["--budget", "x"], "budget must be"),
+        (["--device", "gpu"], "device must be"),
+        (["--target-modules", "q_prj"], "did you mean"),
+    ):
         assert main([*arguments, *argument]) == 2
         shown = capsys.readouterr()
         assert match in shown.err and shown.err.count("\n") == 1 and not shown.out
