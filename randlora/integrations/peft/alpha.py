@@ -13,6 +13,12 @@ from ...layers.offload import fill
 from ...model.parts import layers_with
 
 
+class Found(float):
+    """A number that the rule has found. PEFT's models keep the very config that they are given, and with it this: for
+    the next model it is found anew. Files have a plain number.
+    """
+
+
 @contextmanager
 def alpha_by_rule(model: nn.Module, config: Any, adapter_name: str) -> Iterator[None]:
     """Around PEFT's injection of an adapter, which divides alpha by the rank. Afterwards the config has the number.
@@ -23,10 +29,10 @@ def alpha_by_rule(model: nn.Module, config: Any, adapter_name: str) -> Iterator[
         TypeError: another string.
     """
     asked = config.randlora_alpha
-    if not isinstance(asked, str):
+    if not isinstance(asked, (str, Found)):
         yield
         return
-    require_alpha(asked)
+    require_alpha(config.randlora_alpha)
     before = [layer.randlora_gamma[adapter_name] for layer in layers_with(model, adapter_name).values()]
     config.randlora_alpha = float(config.r)
     try:
@@ -42,4 +48,4 @@ def alpha_by_rule(model: nn.Module, config: Any, adapter_name: str) -> Iterator[
     except BaseException:
         config.randlora_alpha = asked
         raise
-    config.randlora_alpha = alpha
+    config.randlora_alpha = Found(alpha)

@@ -1,5 +1,9 @@
 """``randlora_alpha="auto"`` in PEFT's config while randlora is enabled: what randlora's own models get."""
 
+import copy
+import json
+import pickle
+
 import pytest
 import torch
 from helpers.models import IDS, net
@@ -59,6 +63,28 @@ def test_errors_leave_the_model_and_the_config(alpha):
     with pytest.raises(ValueError):
         peft.get_peft_model(base, config)
     assert config.randlora_alpha == "auto"
+
+
+def test_a_config_that_is_used_again_goes_by_the_rule_again(tmp_path):
+    """PEFT's models keep the object that they are given, so that it has the first model's number then."""
+    config = auto()
+    first = peft.get_peft_model(net(torch.float32), config)
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["randlora_alpha"] == config.randlora_alpha
+    for again in (config, copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        second = peft.get_peft_model(net(torch.float32), again)
+        for (name, p), q in zip(first.named_parameters(), second.parameters(), strict=True):
+            assert torch.equal(p, q), name
+    config.r, config.target_modules = 3, {"down_proj"}
+    other = peft.get_peft_model(net(torch.float32), config)
+    fresh = peft.get_peft_model(net(torch.float32), auto(r=3, target_modules=["down_proj"]))
+    assert config.randlora_alpha == fresh.peft_config["default"].randlora_alpha
+    for (name, p), q in zip(other.named_parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    # What comes from a file has the number alone.
+    read = peft.get_peft_model(net(torch.float32), peft.RandLoraConfig.from_pretrained(tmp_path))
+    layer = read.base_model.model.layers[0].up_proj
+    assert layer.randlora_gamma["default"].unique().item() == pytest.approx(1 / min(layer.weight.shape))
 
 
 def test_injected_once_more_under_one_name_other_layers_keep_what_they_have_learned():
