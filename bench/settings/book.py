@@ -53,6 +53,8 @@ class Book:
         row = self._case(point) | {"failed": ""} | found | self.environment
         row = {name: str(value) for name, value in row.items()}
         self.rows[key_of(row)] = row
+        for other in read(self.path):  # another run may have written meanwhile
+            self.rows.setdefault(key_of(other), other)
         columns = dict.fromkeys(name for row in self.rows.values() for name in row)
         partial = self.path.with_suffix(".csv.part")
         records.write(partial, columns, self.rows.values())

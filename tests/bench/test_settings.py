@@ -4,6 +4,7 @@ import itertools
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,6 +90,15 @@ def test_the_library_starts_by_the_same_rule():
         layer, other = own.base_model.model[name], ours.base_model.model[name]
         assert layer.scaling["default"] == pytest.approx(other.scaling["default"], rel=1e-5)
         torch.testing.assert_close(layer.randlora_gamma["default"], other.randlora_gamma["default"], rtol=1e-5, atol=0)
+
+
+def test_rows_that_another_run_has_written_meanwhile_stay(tmp_path):
+    options = SimpleNamespace(command="x", device="cpu", results=tmp_path, precision="fp32", quick=True)
+    first, second = book.Book(options), book.Book(options)
+    column = Column("language", 64, "rule", "dense", 4)
+    for one, lr in ((first, 1e-3), (second, 2e-3), (first, 3e-3)):
+        one.put(Point(column, lr, 0, 2), {"loss": 1.0, "before": 2.0, "fingerprint": "words"})
+    assert sorted(row["lr"] for row in book.read(first.path)) == ["0.001", "0.002", "0.003"]
 
 
 def first_move(layer, lr):
