@@ -26,7 +26,7 @@ TASKS = ("tweets", "docstrings")
 EPOCHS = {"tweets": 1}  # others: 3
 # An option is None unless it is given: each method has defaults of its own, and one that has no use for it says so.
 DEFAULTS = {
-    "randlora": {"kind": "hadamard", "rank": 32, "alpha": None, "dropout": 0.0, "targets": ["all-linear"], "lr": 2e-3},
+    "randlora": {"kind": "hadamard", "rank": 32, "alpha": None, "dropout": 0.0, "targets": ["all-linear"], "lr": 1e-3},
     "lora": {"rank": 8, "alpha": None, "dropout": 0.0, "targets": ["all-linear"], "lr": 1e-3},
     "full": {"lr": 1e-4},
     "head": {},
@@ -68,7 +68,7 @@ def parse(argv):
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=at_least(1), help="(default: 3; tweets: 1)")
     add("--batch-size", type=at_least(1), default=32, help="of all processes together (default: %(default)s)")
-    add("--lr", type=float, help="learning rate (default: 2e-3; LoRA: 1e-3; full: 1e-4)")
+    add("--lr", type=float, help="learning rate (default: 1e-3; full: 1e-4)")
     return parser.parse_args(argv)
 
 
