@@ -26,7 +26,7 @@ TASKS = ("tweets", "docstrings")
 EPOCHS = {"tweets": 1}  # others: 3
 # An option is None unless it is given: each method has defaults of its own, and one that has no use for it says so.
 DEFAULTS = {
-    "randlora": {"kind": "hadamard", "rank": 32, "alpha": None, "dropout": 0.0, "targets": ["all-linear"], "lr": 1e-3},
+    "randlora": {"kind": "hadamard", "rank": 8, "alpha": None, "dropout": 0.0, "targets": ["all-linear"], "lr": 1e-3},
     "lora": {"rank": 8, "alpha": None, "dropout": 0.0, "targets": ["all-linear"], "lr": 1e-3},
     "full": {"lr": 1e-4},
     "head": {},
@@ -60,7 +60,7 @@ def parse(argv):
         help=f"of RandLoRA's random bases: {', '.join(KINDS)} (default: hadamard)",
         metavar="KIND",
     )
-    add("--rank", type=at_least(1), help="(default: 32; LoRA: 8). A lower rank trains more in RandLoRA, less in LoRA")
+    add("--rank", type=at_least(1), help="(default: 8). A lower rank trains more in RandLoRA, less in LoRA")
     add("--alpha", type=float, help='the update is scaled by alpha / rank (default: "auto"; LoRA: 2 x rank)')
     add("--dropout", type=float, help="on the adapters' input (default: 0)")
     add("--targets", nargs="+", metavar="NAME", help="layers to adapt, such as query value (default: all linear ones)")
