@@ -60,7 +60,8 @@ def text(rows: Iterable[Row]) -> str:
     for row in rows:
         told = dataclasses.asdict(row)
         fields = [f"{name}={json.dumps(v) if isinstance(v, str) else repr(v)}" for name, v in told.items()]
-        lines += f"    Row({', '.join(fields[:FIRST_LINE])},\n        {', '.join(fields[FIRST_LINE:-1])},\n        {fields[-1]}),\n"
+        parts = [", ".join(part) for part in (fields[:FIRST_LINE], fields[FIRST_LINE:-1], fields[-1:])]
+        lines += "    Row(" + ",\n        ".join(parts) + "),\n"
     return (
         f'"""{HEAD}"""\n\nfrom __future__ import annotations\n\nfrom .evidence import Row\n\nROWS: tuple[Row, ...] = '
         + (f"(\n{lines})  # fmt: skip\n" if lines else "()\n")
