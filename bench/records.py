@@ -106,11 +106,13 @@ def put_beside(options: Any, name: str, rows: Sequence[Mapping[str, Any]]) -> Pa
 
 
 def write(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """A CSV, whole; what a row does not say stays empty."""
-    with path.open("w", newline="") as file:
+    """A CSV, whole and moved into place; what a row does not say stays empty."""
+    partial = path.with_suffix(".csv.part")
+    with partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(columns), restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    partial.replace(path)
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -144,9 +146,7 @@ def _merge(path: Path, rows: list[dict[str, Any]], key: Sequence[str], interrupt
         for row in table
         if row["provider"] != EVERYTHING or tuple(row[k] for k in key if k != "provider") not in done
     ]
-    partial = path.with_suffix(".csv.part")
-    write(partial, columns(table), table)
-    partial.replace(path)
+    write(path, columns(table), table)
 
 
 def columns(table: list[dict[str, str]]) -> list[str]:

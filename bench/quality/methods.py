@@ -58,14 +58,15 @@ def targets(model: nn.Module, head: Sequence[str]) -> list[str]:
     found = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not output and not _within(name, head)
+        if isinstance(module, nn.Linear) and module is not output and not within(name, head)
     ]
     if not found:
         raise ValueError(f"the model has no linear layer beside its head {list(head)}")
     return found
 
 
-def _within(name: str, head: Sequence[str]) -> bool:
+def within(name: str, head: Sequence[str]) -> bool:
+    """Whether a module or parameter of this name belongs to the head."""
     return any(f".{part}." in f".{name}." for part in head)
 
 
@@ -73,8 +74,8 @@ def groups(adapted: nn.Module, head: Sequence[str]) -> Groups:
     """What is trained, the head apart."""
     trained = [(name, p) for name, p in adapted.named_parameters() if p.requires_grad]
     found = [
-        {"params": [p for name, p in trained if not _within(name, head)], "factor": 1.0},
-        {"params": [p for name, p in trained if _within(name, head)], "rate": HEAD_RATE},
+        {"params": [p for name, p in trained if not within(name, head)], "factor": 1.0},
+        {"params": [p for name, p in trained if within(name, head)], "rate": HEAD_RATE},
     ]
     return [group for group in found if group["params"]]
 

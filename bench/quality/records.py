@@ -82,9 +82,7 @@ class Table:
         if self.path.exists():  # another run may have written meanwhile
             for other in records.read(self.path):
                 self.rows.setdefault(key_of(other), other)
-        partial = self.path.with_suffix(".csv.part")
-        records.write(partial, records.columns(list(self.rows.values())), self.rows.values())
-        partial.replace(self.path)
+        records.write(self.path, records.columns(list(self.rows.values())), self.rows.values())
         return row
 
 

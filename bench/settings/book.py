@@ -56,9 +56,7 @@ class Book:
         for other in read(self.path):  # another run may have written meanwhile
             self.rows.setdefault(key_of(other), other)
         columns = dict.fromkeys(name for row in self.rows.values() for name in row)
-        partial = self.path.with_suffix(".csv.part")
-        records.write(partial, columns, self.rows.values())
-        partial.replace(self.path)
+        records.write(self.path, columns, self.rows.values())
 
     def _case(self, point: Point) -> dict[str, Any]:
         run = {"lr": f"{point.lr:g}", "seed": point.seed, "steps": point.steps}

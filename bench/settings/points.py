@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from bench.quality import training
+from bench.quality.methods import HEAD_RATE, targets, within
 from bench.quality.tasks import Task, task
 
-HEAD_RATE = 1e-3  # of modules that are trained in full beside every adapter: not what is asked about
 LORA_ALPHA = 16
 
 
@@ -81,7 +81,7 @@ def adapted(model: nn.Module, head: list[str], column: Column, seed: int) -> nn.
         import peft
 
         config = peft.LoraConfig(
-            r=column.r, lora_alpha=LORA_ALPHA, target_modules=_targets(model, head), modules_to_save=head or None
+            r=column.r, lora_alpha=LORA_ALPHA, target_modules=targets(model, head), modules_to_save=head or None
         )
         return peft.get_peft_model(model, config)
     import randlora
@@ -92,7 +92,7 @@ def adapted(model: nn.Module, head: list[str], column: Column, seed: int) -> nn.
         kind=column.kind,
         num_bases=column.num_bases or None,
         projection_prng_key=seed,
-        target_modules=_targets(model, head),
+        target_modules=targets(model, head),
         modules_to_save=head or None,
     )
     wrapped = randlora.get_peft_model(model, config)
@@ -101,22 +101,12 @@ def adapted(model: nn.Module, head: list[str], column: Column, seed: int) -> nn.
     return wrapped
 
 
-def _targets(model: nn.Module, head: list[str]) -> list[str]:
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    return [
-        name
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and layer is not output and not any(f".{part}." in f".{name}." for part in head)
-    ]
-
-
 def groups(model: nn.Module, head: list[str], lr: float, gamma_factor: float) -> list[dict[str, Any]]:
     """Parameter groups: lambda (or LoRA's matrices), gamma, and the head."""
     found: dict[float, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            in_head = any(f".{part}." in f".{name}." for part in head)
-            rate = HEAD_RATE if in_head else lr * gamma_factor if "randlora_gamma" in name else lr
+            rate = HEAD_RATE if within(name, head) else lr * gamma_factor if "randlora_gamma" in name else lr
             found.setdefault(rate, []).append(parameter)
     return [{"params": parameters, "rate": rate} for rate, parameters in found.items()]
 

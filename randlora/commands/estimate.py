@@ -11,7 +11,7 @@ from ..config import RandLoraConfig
 from ..estimation.estimate import estimate
 from ..model.of_config import model_of_config
 from ..planner import STRATEGIES
-from .options import DTYPES, Failed, names, paragraph
+from .options import DTYPES, Failed, asked_layers, paragraph
 
 EXAMPLE = "python -m randlora estimate --model meta-llama/Llama-3.2-3B --target-modules q_proj,v_proj --tokens 840"
 
@@ -54,10 +54,7 @@ def add_options(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    targets = arguments.target_modules
-    if targets is not None and targets != "all-linear":
-        targets = names(targets)
-    parameters = None if arguments.target_parameters is None else names(arguments.target_parameters)
+    targets, parameters = asked_layers(arguments)
     if arguments.sparsity is not None and len(arguments.kind or ()) != 1:
         raise Failed("--sparsity is that of one kind: name it with --kind sparse or --kind very_sparse")
     config = RandLoraConfig(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import sys
 import textwrap
 
 import torch
+
+from ..config import ALL_LINEAR
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -22,6 +25,14 @@ def paragraph(text: str) -> str:
 
 def names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def asked_layers(arguments: argparse.Namespace) -> tuple[list[str] | str | None, list[str] | None]:
+    """``--target-modules`` and ``--target-parameters`` as a config takes them; None where they were not given."""
+    targets, parameters = arguments.target_modules, arguments.target_parameters
+    if targets is not None and targets != ALL_LINEAR:
+        targets = names(targets)
+    return targets, None if parameters is None else names(parameters)
 
 
 def progressbar() -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..bases.definition import KINDS
 from ..suggestion.suggest import USUAL_KINDS, USUAL_RANKS, suggest
-from .options import DTYPES, Failed, names, paragraph
+from .options import DTYPES, Failed, asked_layers, paragraph
 
 EXAMPLE = "python -m randlora suggest --model meta-llama/Llama-3.2-3B --budget bytes"
 BUDGETS = """
@@ -61,10 +61,7 @@ def add_options(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    targets = arguments.target_modules
-    if targets is not None and targets != "all-linear":
-        targets = names(targets)
-    parameters = None if arguments.target_parameters is None else names(arguments.target_parameters)
+    targets, parameters = asked_layers(arguments)
     try:
         result = suggest(
             arguments.model, arguments.budget, tokens=arguments.tokens, target_modules=targets,

@@ -14,7 +14,7 @@ from typing import Any
 FORMAT = 1
 
 
-def write(path: Path, fill: Callable[[Path], None]) -> None:
+def write(path: Path, fill: Callable[[Path], object]) -> None:
     """`fill` writes a file of another name in the same folder, which then takes the place of `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -48,7 +48,7 @@ def data(name: str, cache: str | None, build: Callable[[], Any]) -> Any:
     result = build()
     text = json.dumps({"format": FORMAT, "data": result}, ensure_ascii=False, separators=(",", ":"))
     # without a time in its head: the same data make the same file
-    write(path, lambda new: new.write_bytes(gzip.compress(text.encode(), compresslevel=9, mtime=0)) and None)
+    write(path, lambda new: new.write_bytes(gzip.compress(text.encode(), compresslevel=9, mtime=0)))
     return result
 
 

@@ -14,12 +14,13 @@ import lzma
 import os
 import re
 import sysconfig
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from bench.quality.tasks import cache as caches
 
 VOCABULARY = 4096
 END = "<|end of file|>"  # id 0, after every file
@@ -59,7 +60,7 @@ class Corpus:
     def write(self, path: Path) -> None:
         arrays = io.BytesIO()
         np.savez(arrays, tokenizer=np.frombuffer(self.tokenizer.encode(), dtype=np.uint8), **self.ids)
-        replace(path, lambda partial: partial.write_bytes(lzma.compress(arrays.getvalue(), preset=6)))
+        caches.write(path, lambda partial: partial.write_bytes(lzma.compress(arrays.getvalue(), preset=6)))
 
     @classmethod
     def read(cls, path: Path) -> Corpus:
@@ -199,17 +200,3 @@ def _until(texts: Iterator[str], size: int) -> list[str]:
         if total >= size:
             break
     return taken
-
-
-def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file whole and move it into place: another process sees the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    os.close(handle)
-    partial = Path(name)
-    try:
-        write(partial)
-        partial.chmod(0o644)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -55,7 +55,7 @@ def write(cache: str) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         if (source / name).is_file():
-            caches.write(target / name, lambda new, name=name: shutil.copyfile(source / name, new) and None)
+            caches.write(target / name, lambda new, name=name: shutil.copyfile(source / name, new))
     # the weights last: a folder that has them is complete
     caches.write(target / "model.safetensors", lambda new: save_file(_weights(source), new))
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bench.quality.tasks.corpus import VOCABULARY, Corpus, replace
+from bench.quality.tasks import cache as caches
+from bench.quality.tasks.corpus import VOCABULARY, Corpus
 
 CONTEXT = 256
 LOG_EVERY = 100  # steps
@@ -95,9 +96,9 @@ def pretrained(recipe: Recipe, device: str, corpus: Corpus, cache: Path | None =
         with _alone(path.with_suffix(".lock")):
             if (found := _read(path, fingerprint)) is None:
                 found, log = _train(recipe, device, corpus)
-                replace(path, lambda partial: save_file(found, partial, {"fingerprint": fingerprint}))
+                caches.write(path, lambda partial: save_file(found, partial, {"fingerprint": fingerprint}))
                 rows = "".join(f"{step},{seconds:.1f},{loss:.4f}\n" for step, seconds, loss in log)
-                replace(path.with_suffix(".csv"), lambda partial: partial.write_text("step,seconds,loss\n" + rows))
+                caches.write(path.with_suffix(".csv"), lambda partial: partial.write_text("step,seconds,loss\n" + rows))
     return found
 
 
