@@ -26,9 +26,9 @@ from bench.quality import pictures, records, summary, tasks
 from bench.quality.methods import QUICK, TRIES, methods
 from bench.quality.plan import Job, Plan
 from bench.quality.tiny import TinyTask
-from bench.quality.workers import Pool, Setup
+from bench.quality.workers import PRECISIONS, Pool, Setup
 
-TASKS = (*tasks.NAMES, TinyTask.name)
+TASKS = (*tasks.NAMES, *tasks.WIDTHS, TinyTask.name)
 QUICK_TASKS = ("tweets",)
 QUICK_TRIES, QUICK_SEEDS, SEEDS = 2, 1, 3
 TIMING_PART, TIMING_SECONDS = 0.25, 60.0  # of a limited run's time, kept for the timing
@@ -41,11 +41,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--quick", action="store_true", help=f"about ten minutes on two cores: {', '.join(QUICK_TASKS)}, little "
         f"data, {len(QUICK)} methods, {QUICK_TRIES} learning rates, {QUICK_SEEDS} seed")  # fmt: skip
-    add("--tasks", metavar="NAME,...", help=f"of {', '.join(tasks.NAMES)} (default: all), or tiny, to try the "
-        "script")  # fmt: skip
+    add("--tasks", metavar="NAME,...", help=f"of {', '.join(tasks.NAMES)} (default: all), language-128, -256 ... for "
+        "models of that width, or tiny, to try the script")  # fmt: skip
     add("--methods", metavar="NAME;...", help="or parts of names (default: all)")
     add("--tries", type=int, choices=range(1, TRIES + 1), help=f"learning rates of each method (default: {TRIES})")
     add("--seeds", type=int, help=f"test runs of each method (default: {SEEDS})")
+    add("--rate", type=float, help="test at this learning rate, and pick none: what a rate is worth that nobody tuned")
     add("--steps", type=float, default=1.0, metavar="FACTOR", help="of each task's number of steps (default: 1)")
     add("--timing", action="store_true", help="the timing alone")
     add("--no-timing", action="store_true", help="all but the timing")
@@ -53,7 +54,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "minute at most, is for the timing")  # fmt: skip
     add("--jobs", type=int, default=1, help="processes at once (default: 1)")
     add("--threads", type=int, help="CPU threads of each process (default: the cores, shared)")
-    add("--device", default="cpu", help="cpu or cuda, with TF32 products there (default: cpu)")
+    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    add("--precision", choices=PRECISIONS, help="of products, all else is float32; bf16 is for CPUs that have "
+        "instructions for it (default: float32, on cuda tf32)")  # fmt: skip
     add("--graphs", action="store_true", help="on CUDA, steps as CUDA graphs: sooner, where tests/bench/"
         "test_quality_recorded.py passes")  # fmt: skip
     add("--cache", metavar="FOLDER", default=str(ROOT / ".gpu" / "quality"), help="of data and models, made once "
@@ -73,11 +76,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         options.seeds = QUICK_SEEDS if options.quick else SEEDS
     if min(options.seeds, options.jobs) < 1 or not 0 < options.steps < math.inf:
         parser.error("--seeds, --jobs and --steps must be positive")
+    if options.rate is not None and not 0 < options.rate < math.inf:
+        parser.error(f"--rate must be positive, got {options.rate:g}")
     options.threads = options.threads or max(1, (os.cpu_count() or 1) // options.jobs)
     on_gpu = torch.device(options.device).type == "cuda"
     if on_gpu and not torch.cuda.is_available():
         parser.error("this PyTorch sees no CUDA device")
-    options.precision = "tf32" if on_gpu else "float32"
+    options.precision = options.precision or ("tf32" if on_gpu else "float32")
     options.deadline = None
     if options.seconds_limit is not None:
         kept = 0.0 if options.no_timing else min(TIMING_PART * options.seconds_limit, TIMING_SECONDS)
@@ -156,11 +161,11 @@ def explain(options: argparse.Namespace, plan: Plan, setup: Setup) -> None:
             print(f"{name}: cannot be had: {problem}")
             continue
         steps = plan.steps(name)
-        runs = len(plan.methods) * (options.tries + options.seeds)
+        runs = len(plan.methods) * plan.runs_of_method
         print(f"{name}: {runs} runs of {steps} steps ({runs * steps:,}), {plan.facts[name].untuned}, timing")
     print("methods, and the learning rates that are tried:")
     for method in plan.methods.values():
-        rates = ", ".join(f"{job.rate:g}" for job in plan.picks(next(iter(plan.facts)), method)) if plan.facts else ""
+        rates = ", ".join(f"{rate:g}" for rate in plan.rates(method))
         print(f"  {method.name:24} {rates:36} {method.setting}")
 
 
@@ -172,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.prepare:
         for name in tqdm(options.tasks, desc="prepare", unit="task", disable=None):
             if name != TinyTask.name:
-                tasks.prepare(options.prepare, names=(name,), minilm=name != "language")
+                tasks.prepare(options.prepare, names=(name,), minilm=not name.startswith("language"))
             tqdm.write(f"  {name}: done")
         return 0
     known = methods()

@@ -76,7 +76,7 @@ def picture(path: Path, found: Summary, known: dict[str, Method]) -> Path:
     quick = ", a quick run" if row["mode"] == "quick" else ""
     seeds = max(len(line.scores) for line in found.lines)
     said = f"mean and standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
-    machine = f"{row['gpu'] or row['cpu']}, randlora {row['randlora']}, torch {row['torch']}, peft {row['peft']}"
+    machine = f"{found.machine}, randlora {row['randlora']}, torch {row['torch']}, peft {row['peft']}"
     figure.suptitle(
         f"{row['task']}{quick}: {said}; number in a point: rank\n"
         f"{machine}, commit {row['commit']}, {row['date'][:10]}", fontsize=10,

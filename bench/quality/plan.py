@@ -75,9 +75,13 @@ class Plan:
     def steps(self, task: str) -> int:
         return max(1, round(self.facts[task].steps * self.options.steps))
 
+    def rates(self, method: Method) -> tuple[float, ...]:
+        """What is tried; nothing where the rate is given."""
+        return () if self.options.rate is not None else tried(method.rates, self.options.tries)
+
     def picks(self, task: str, method: Method) -> list[Job]:
-        rates = tried(method.rates, self.options.tries)
-        return [Job(task, PICK, method.name, rate, SEED_OF_PICKS, self.steps(task)) for rate in rates]
+        steps = self.steps(task)
+        return [Job(task, PICK, method.name, rate, SEED_OF_PICKS, steps) for rate in self.rates(method)]
 
     def tests(self, task: str, method: Method, rate: float | None) -> list[Job]:
         seeds = range(SEED_OF_PICKS + 1, SEED_OF_PICKS + 1 + self.options.seeds)
@@ -103,6 +107,8 @@ class Plan:
 
     def picked(self, task: str, method: Method) -> float | None:
         """The rate of the lowest loss on validation data; None where there is none yet, or none at all."""
+        if self.options.rate is not None:
+            return self.options.rate
         jobs = self.picks(task, method)
         if not all(self.done(job) for job in jobs):
             return None
@@ -158,9 +164,13 @@ class Plan:
 
     # ---- how much there is ----
 
+    @property
+    def runs_of_method(self) -> int:
+        return self.options.seeds + (self.options.tries if self.options.rate is None else 0)
+
     def size(self) -> int:
         """Runs of all tasks, without the timing."""
-        return len(self.tasks) * (1 + len(self.methods) * (self.options.tries + self.options.seeds))
+        return len(self.tasks) * (1 + len(self.methods) * self.runs_of_method)
 
     def ready(self) -> int:
         """Runs of known tasks that are done."""

@@ -22,6 +22,7 @@ class Line:
         rate: the learning rate that was picked, as in the file; "" for the baseline.
         edge: "lowest tried" or "highest tried" where the best rate might lie beyond.
         scores, kept: one per seed.
+        others: scores at rates that were tested and not picked (`--rate`, or another number of tries).
         trained, ms, peak: None where they are not known.
     """
 
@@ -34,6 +35,7 @@ class Line:
     ms: float | None = None
     peak: int | None = None
     failed: str = ""
+    others: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def score(self) -> float:
@@ -41,7 +43,7 @@ class Line:
 
     @property
     def spread(self) -> float | None:
-        return statistics.stdev(self.scores) if len(self.scores) > 1 and self.finite else None
+        return _spread(self.scores)
 
     @property
     def finite(self) -> bool:
@@ -55,9 +57,11 @@ class Summary:
 
     Attributes:
         row: any of the task's, for what they all say.
+        machine: that of the timing, and those where other rows come from: scores do not depend on them, times do.
     """
 
     row: Row
+    machine: str
     baseline: Line | None
     lines: list[Line]
 
@@ -87,7 +91,18 @@ def summary(rows: Sequence[Row]) -> Summary:
     known = list(methods())
     lines.sort(key=lambda line: known.index(line.method) if line.method in known else len(known))
     baseline = next((line for line in lines if line.method == row["untuned"]), None)
-    return Summary(row, baseline, [line for line in lines if line is not baseline])
+    return Summary(row, _machines(rows), baseline, [line for line in lines if line is not baseline])
+
+
+def _machines(rows: Sequence[Row]) -> str:
+    def of(some: Sequence[Row]) -> list[str]:
+        return list(dict.fromkeys(row["gpu"] or f"{row['cpu']} ({row['cpu_capability']})" for row in some))
+
+    timed = of([row for row in rows if row["phase"] == TIMING])
+    others = ", ".join(name for name in of(rows) if name not in timed)
+    if timed and others:
+        return f"{', '.join(timed)}; scores also of {others}"
+    return ", ".join(timed) or others
 
 
 def _line(name: str, rows: Sequence[Row]) -> Line:
@@ -98,6 +113,9 @@ def _line(name: str, rows: Sequence[Row]) -> Line:
     if tests:
         tested = {row["rate"] for row in tests}  # several, where another number of them was tried at another time
         line.rate = best_rate({rate: loss for rate, loss in losses.items() if rate in tested}) or tests[-1]["rate"]
+        for row in tests:
+            if row["rate"] != line.rate:
+                line.others.setdefault(row["rate"], []).append(float(row["score"]))
         tests = [row for row in tests if row["rate"] == line.rate]
         line.scores = [float(row["score"]) for row in tests]
         line.kept = [float(row["kept"]) for row in tests if row["kept"]]
@@ -130,8 +148,8 @@ def cells(found: Summary) -> list[list[str]]:
 
 
 def _cells(line: Line) -> list[str]:
-    spread = f" ± {line.spread:.2g}" if line.spread is not None else ""
     notes = [line.edge, line.failed and f"failed: {line.failed}"]
+    notes += [f"at {rate}: {_score(line.others[rate])}" for rate in sorted(line.others, key=float)]
     if line.scores and line.rate and len(line.scores) < 2:
         notes.append("one seed")
     if diverged := sum(not math.isfinite(score) for score in line.scores):
@@ -139,7 +157,7 @@ def _cells(line: Line) -> list[str]:
     return [
         line.method,
         line.rate,
-        f"{line.score:.4g}{spread}" if line.scores else "",
+        _score(line.scores),
         f"{statistics.fmean(line.kept):.4g}" if line.kept else "",
         f"{line.trained:,}" if line.trained is not None else "",
         number(line.ms) if line.ms is not None else "",
@@ -148,13 +166,24 @@ def _cells(line: Line) -> list[str]:
     ]
 
 
+def _score(scores: Sequence[float]) -> str:
+    """Mean and standard deviation."""
+    spread = _spread(scores)
+    return (f"{statistics.fmean(scores):.4g}" if scores else "") + (f" ± {spread:.2g}" if spread is not None else "")
+
+
+def _spread(scores: Sequence[float]) -> float | None:
+    return statistics.stdev(scores) if len(scores) > 1 and all(map(math.isfinite, scores)) else None
+
+
 def about(row: Row) -> str:
     """What a table's numbers depend on."""
     better = "more" if row["larger_is_better"] == "True" else "less"
     quick = (
         "a quick run: little data, few steps, to be looked at and not to be quoted; " if row["mode"] == "quick" else ""
     )
-    return f"{quick}{row['steps']} steps; {row['metric']}: {better} is better"
+    products = "" if row["precision"] == "float32" else f"products in {row['precision']}; "
+    return f"{quick}{products}{row['steps']} steps; {row['metric']}: {better} is better"
 
 
 def text(found: Summary) -> str:
@@ -175,8 +204,7 @@ def sections(path: Path) -> list[str]:
     """Of quality.csv, for the report."""
     found = [summary(rows) for rows in load(path).values()]
     last = found[-1].row
-    machine = last["gpu"] or f"{last['cpu']} ({last['cpu_capability']})"
+    machine = found[-1].machine
     versions = ", ".join(f"{package} {last[package]}" for package in ("randlora", "torch", "peft"))
-    precision = ", products in TF32" if last["precision"] == "tf32" else ""
-    about_it = f"{machine}{precision}; {versions}; commit {last['commit']}; {last['date'][:10]}"
+    about_it = f"{machine}; {versions}; commit {last['commit']}; {last['date'][:10]}"
     return [f"`{last['command']}`  \n<sub>{about_it}</sub>", *map(page, found)]

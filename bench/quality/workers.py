@@ -25,6 +25,9 @@ from bench.quality.records import TIMING, Facts
 from bench.quality.tasks import Task
 from bench.quality.tiny import TinyTask
 
+# As torch.set_float32_matmul_precision calls them. "medium" is bfloat16 where a CPU multiplies that, else float32.
+PRECISIONS = {"float32": "highest", "tf32": "high", "bf16": "medium"}
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -39,7 +42,7 @@ class Setup:
 
     def apply(self) -> None:
         torch.set_num_threads(self.threads)
-        torch.set_float32_matmul_precision("high" if self.precision == "tf32" else "highest")
+        torch.set_float32_matmul_precision(PRECISIONS[self.precision])
 
     def task(self, name: str) -> Task:
         return TinyTask() if name == TinyTask.name else tasks.task(name, quick=self.quick, cache=self.cache)

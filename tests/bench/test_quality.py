@@ -186,8 +186,22 @@ def test_of_two_rates_that_were_tested_the_one_that_validation_data_prefer_is_sh
     best = next(row["rate"] for row in rows if row["phase"] == "test")
     other = next(row["rate"] for row in rows if row["phase"] == "pick" and row["rate"] != best)
     more = [row | {"rate": other, "score": "0.9"} for row in rows if row["phase"] == "test"]
-    assert summary._line("dense r=32", rows + more).rate == best
+    line = summary._line("dense r=32", rows + more)
+    assert line.rate == best and line.others == {other: [0.9] * 3}
+    assert f"at {other}: 0.9 ± 0" in summary._cells(line)[-1]
     assert summary._line("dense r=32", more).rate == other
+
+
+def test_machines_of_scores_and_of_times_are_told_apart(whole):
+    """Scores may come from another machine, by its file; times are of one."""
+    folder, _ = whole
+    rows = records.load(next(folder.glob("*/quality.csv")))["tiny"]
+    here = f"{rows[0]['cpu']} ({rows[0]['cpu_capability']})"
+    assert summary.summary(rows).machine == here
+    moved = [row if row["phase"] == "timing" else row | {"cpu": "Another"} for row in rows]
+    assert summary.summary(moved).machine == f"{here}; scores also of Another ({rows[0]['cpu_capability']})"
+    tests = [row for row in moved if row["phase"] != "timing"]
+    assert summary.summary(tests).machine == f"Another ({rows[0]['cpu_capability']})"
 
 
 def points(*numbers):
@@ -342,30 +356,7 @@ def test_rows_that_another_run_has_written_meanwhile_stay(tmp_path):
     assert sorted(row["rate"] for row in rows_of(tmp_path)) == ["0.1", "0.2", "0.3"]
 
 
-# ---- options ----
-
-
-def test_options(capsys, tmp_path):
-    quick = cli.parse(["--quick"])
-    assert quick.tasks == list(cli.QUICK_TASKS) and set(quick.methods) == set(compared.QUICK) <= set(LISTED)
-    assert (quick.tries, quick.seeds) == (2, 1) and quick.command == "python -m bench quality --quick"
-    full = cli.parse(["--cache", "somewhere", "--results", "there"])
-    assert full.tasks == list(tasks.NAMES) and full.methods == list(LISTED) and full.command.endswith("quality")
-    assert cli.parse(["--methods", "hadamard"]).methods == [f"hadamard r={r}" for r in (32, 8, 128)]
-    for wrong in (
-        ["--tasks", "nothing"],
-        ["--methods", "nothing"],
-        ["--seeds", "-1"],
-        ["--seeds", "0"],
-        ["--steps", "0"],
-        ["--steps", "nan"],
-    ):
-        with pytest.raises(SystemExit):
-            cli.parse(wrong)
-    assert run(tmp_path, "--plan", tasks="tiny,search") == 0
-    said = capsys.readouterr().out
-    assert "tiny: 21 runs of 8 steps" in said and "search: cannot be had" in said and not list(tmp_path.glob("*/*.csv"))
-    assert run(tmp_path, "--prepare", str(tmp_path / "caches")) == 0 and (tmp_path / "caches").is_dir()
+# ---- measures ----
 
 
 def test_peak_on_a_cpu_is_counted_for_every_way_to_train():

@@ -67,16 +67,22 @@ class Task(Protocol):
 
 
 NAMES = ("tweets", "docstrings", "search", "language")
+WIDTHS = ("language-128", "language-256", "language-512", "language-1024")  # "language" with models of other sizes
 
 
 def task(name: str, *, quick: bool = False, cache: str | None = None) -> Task:
-    """The task of that name. `quick`: little data and few steps. `cache`: a folder for what took long to make.
+    """The task of that name, of NAMES or WIDTHS.
+
+    `quick`: little data and few steps. `cache`: a folder for what took long to make.
 
     Raises FileNotFoundError, with what to install, where what the task is made of is neither on the machine nor in the
     cache; ValueError where the cache's files are damaged.
     """
+    if name in WIDTHS:
+        module, _, width = name.partition("-")
+        return importlib.import_module(f"bench.quality.tasks.{module}").make(quick=quick, cache=cache, width=int(width))
     if name not in NAMES:
-        raise ValueError(f"task must be one of {', '.join(NAMES)}, got {name!r}")
+        raise ValueError(f"task must be one of {', '.join((*NAMES, *WIDTHS))}, got {name!r}")
     return importlib.import_module(f"bench.quality.tasks.{name}").make(quick=quick, cache=cache)
 
 
@@ -90,5 +96,7 @@ def prepare(folder: str, *, names: tuple[str, ...] = NAMES, minilm: bool = True)
     for name in names:
         for quick in (False, True):
             found = task(name, quick=quick, cache=folder)
-            if name != "language":  # its model is pretrained where it is used: minutes on a GPU, hours on a CPU
+            if not name.startswith(
+                "language"
+            ):  # its model is pretrained where it is used: minutes on a GPU, hours on a CPU
                 found.model("cpu")

@@ -7,6 +7,7 @@ pretraining has not seen. The weights come from :mod:`bench.quality.tasks.pretra
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Iterator
@@ -42,14 +43,15 @@ RECIPE = WIDTHS[512]  # 17 M numbers
 class Language:
     """See :class:`bench.quality.tasks.Task`. Batches are ids ``[16, 256]``, int64, where the last model went."""
 
-    name = "language"
     metric = kept_metric = "perplexity"
     larger_is_better = larger_kept_is_better = False
     untuned = "untuned"
 
     def __init__(
-        self, corpus: Corpus, recipe: Recipe, cache: Path | None, *, steps: int, held_out_windows: int
-    ) -> None:
+        self, corpus: Corpus, recipe: Recipe, cache: Path | None, *, steps: int, held_out_windows: int,
+        name: str = "language",
+    ) -> None:  # fmt: skip
+        self.name = name
         self.head: list[str] = []
         self.corpus, self.recipe, self.cache, self.steps, self.held_out_windows = (
             corpus,
@@ -117,11 +119,14 @@ def make(*, quick: bool = False, cache: str | None = None, width: int | None = N
     if width is not None and width not in WIDTHS:
         raise ValueError(f"width must be one of {', '.join(map(str, WIDTHS))}, got {width}")
     folder = None if cache is None else Path(cache)
-    recipe = QUICK_RECIPE if quick else RECIPE if width is None else WIDTHS[width]
+    recipe = RECIPE if width is None else WIDTHS[width]
+    if quick:
+        recipe = dataclasses.replace(QUICK_RECIPE, width=width or QUICK_RECIPE.width)
     return Language(
         corpora.corpus(quick=quick, cache=folder),
         recipe,
         folder,
         steps=QUICK_STEPS if quick else STEPS,
         held_out_windows=QUICK_WINDOWS if quick else HELD_OUT_WINDOWS,
+        name="language" if width is None else f"language-{width}",
     )
