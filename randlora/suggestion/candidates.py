@@ -15,7 +15,7 @@ from ..estimation.count import Counted, count
 from ..layers import initial
 from ..model.adapter_plan import Plan, filled
 from ..model.targets import find_targets, named_targets
-from .evidence import LORA, Row, gain
+from .evidence import LORA, Row, gains
 from .step_time import relative_step
 
 LORA_RANKS = (8, 32)
@@ -67,7 +67,7 @@ class Candidate:
         memory_bytes: of training beyond the frozen model: bases, saved activations, workspace, trained numbers with
             their gradients and AdamW's moments.
         step: how many times as long as one of the frozen model a step takes, about.
-        gain: see :func:`randlora.suggestion.evidence.gain`; None: not measured, as on few layers.
+        gains: see :func:`randlora.suggestion.evidence.gains`; empty: not measured, as on few layers.
     """
 
     method: str
@@ -82,7 +82,12 @@ class Candidate:
     file_bytes_without_projections: int
     memory_bytes: int
     step: float
-    gain: float | None
+    gains: tuple[float, ...]
+
+    @property
+    def gain(self) -> float | None:
+        """On average over the tasks."""
+        return sum(self.gains) / len(self.gains) if self.gains else None
 
 
 def usual_targets(model: nn.Module) -> list[Targets]:
@@ -144,18 +149,18 @@ def _of_kinds(
     for kind in kinds:
         values, method = counted.randlora(kind), f"{kind} r={r}"
         step = relative_step(model, counted, kind, values["multiply_adds"])
-        yield _candidate(method, kind, r, group, counted, values, step, gain(method, rows))
+        yield _candidate(method, kind, r, group, counted, values, step, gains(method, rows))
 
 
 def _of_lora(model: nn.Module, group: Targets, counted: Counted, rank: int, rows: Sequence[Row]) -> Candidate:
     values, method = counted.lora(rank), f"{LORA} r={rank}"
     step = relative_step(model, counted, "lora", values["multiply_adds"])
-    return _candidate(method, None, rank, group, counted, values, step, gain(method, rows))
+    return _candidate(method, None, rank, group, counted, values, step, gains(method, rows))
 
 
 def _candidate(
     method: str, kind: str | None, r: int, group: Targets, counted: Counted, values: dict[str, Any], step: float,
-    measured: float | None,
+    measured: tuple[float, ...],
 ) -> Candidate:  # fmt: skip
     # The trained numbers and their gradients take as much as AdamW's two moments of them.
     memory = ("bases_bytes", "saved_bytes", "workspace_bytes", "optimizer_bytes", "optimizer_bytes")
@@ -165,7 +170,7 @@ def _candidate(
         peft_alpha=_peft_alpha(counted.plan) if kind in PEFT_KINDS else None,
         trainable_parameters=values["trainable_parameters"], file_bytes=values["file_bytes"],
         file_bytes_without_projections=values["file_bytes_without_projections"],
-        memory_bytes=sum(values[name] for name in memory), step=step, gain=None if group.few else measured,
+        memory_bytes=sum(values[name] for name in memory), step=step, gains=() if group.few else measured,
     )  # fmt: skip
 
 

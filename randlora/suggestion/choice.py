@@ -28,8 +28,8 @@ def choose(candidates: Sequence[Candidate], budget: Budget) -> Choice:
     """One of the candidates that are not LoRA:
 
     1. What exceeds the budget's limit is left out.
-    2. If any of the rest was measured, what was not, or has less than ENOUGH of their best gain, is left out. Otherwise
-       kinds that fit worse than others are.
+    2. If any of the rest was measured, what was not, or on fewer tasks than others, or has less than ENOUGH of their
+       best gain, is left out. Otherwise kinds that fit worse than others are.
     3. Of these it is the one that takes the least of the budget's quantity. With a limit, or with no budget, it is the
        least product of all three quantities; but where nothing was measured, the usual rank on the usual layers.
 
@@ -45,7 +45,8 @@ def choose(candidates: Sequence[Candidate], budget: Budget) -> Choice:
             f"no candidate is within budget={str(budget)!r}: the least is {price(least, budget.quantity)}, with "
             f"{least.method} on {least.targets}; higher ranks and fewer layers take less" + "".join(lora[:1])
         )
-    measured = [(c, c.gain) for c in within if c.gain is not None]
+    tasks = max(len(c.gains) for c in within)  # averages over other tasks are not to be compared
+    measured = [(c, c.gain) for c in within if c.gain is not None and len(c.gains) == tasks]
     best = max((gain for _, gain in measured), default=None)
     inside = "" if budget.limit is None else f" within {budget}"
     unknown = "no quality was measured" + " on these layers alone" * all(c.targets.few for c in within)
@@ -98,7 +99,7 @@ def _beside_lora(
     """
     if not others:
         return "", False
-    measured = [(c, c.gain) for c in others if c.gain is not None]
+    measured = [(c, c.gain) for c in others if c.gain is not None and len(c.gains) == len(found.gains)]
     if best is None or not measured:
         return (
             f"{_beside(min(others, key=amount), found)}. Which is better was not measured: LoRA fits what is nearly of "
@@ -119,6 +120,6 @@ def _beside(lora: Candidate, found: Candidate) -> str:
         f"numbers, {lora.memory_bytes / found.memory_bytes:.2g} times the memory and {lora.step / found.step:.2f} "
         "times the step"
     )
-    if lora.gain is not None and found.gain is not None:
+    if lora.gain is not None and found.gain is not None and len(lora.gains) == len(found.gains):
         told += f", and {lora.gain:.0%} of the best gain, not {found.gain:.0%}"
     return told

@@ -38,20 +38,20 @@ class Row:
     source: str
 
 
-def gain(method: str, rows: Sequence[Row]) -> float | None:
-    """The mean over tasks of the share that `method` has of what the best method there gained over the baseline.
+def gains(method: str, rows: Sequence[Row]) -> tuple[float, ...]:
+    """For each task the share that `method` has of what the best method there gained over the baseline.
 
-    1: it is the best on every task; 0: it gained nothing, or diverged; negative: it lost. None: it was measured on no
-    task that has a baseline, too, and a method that gained something over it.
+    1: it is the best; 0: it gained nothing, or diverged; negative: it lost. Of tasks that it was measured on, and that
+    have a baseline and a method that gained something over it.
     """
-    shares = []
+    shares: list[float] = []
     for row in (row for row in rows if row.method == method):
         same = [r for r in rows if r.task == row.task]
         if (start := next((_good(r) for r in same if r.baseline), -math.inf)) > -math.inf:
             best = max(map(_good, same)) - start
             own = start if row.score is None else _good(row)
             shares += [(own - start) / best] if best > 0 else []
-    return sum(shares) / len(shares) if shares else None
+    return tuple(shares)
 
 
 def about(methods: Sequence[str], rows: Sequence[Row]) -> list[Row]:

@@ -15,21 +15,29 @@ WIDTH = 100
 
 def table(candidates: Sequence[Candidate], chosen: Candidate) -> str:
     """A block for each group of layers; `chosen` is marked. Without any evidence there is no column for it."""
-    measured = any(c.gain is not None for c in candidates)
+    tasks = max(len(c.gains) for c in candidates)
     blocks = []
     for targets in dict.fromkeys(c.targets for c in candidates):
         group = [c for c in candidates if c.targets == targets]
         layers = f"{group[0].layers} layer{'s' * (group[0].layers != 1)}"
         rows = [[f"{targets}: {layers}", "trained", "memory, MiB", "step", "file, MiB"]]
-        rows[0] += ["gain", ""] if measured else [""]
+        rows[0] += ["gain", ""] if tasks else [""]
         for c in group:
             row = [
                 c.method, f"{c.trainable_parameters:,}", amount(c.memory_bytes), f"{c.step:.2f}x", amount(c.file_bytes)
             ]  # fmt: skip
-            row += ["-" if c.gain is None else f"{c.gain:.0%}"] * measured
+            row += [_gain(c, tasks)] if tasks else []
             rows.append([*row, "<- suggested" if c == chosen else ""])
         blocks.append("\n".join(aligned(rows, left=1, words=len(rows[0]) - 1)))
     return "\n\n".join(blocks)
+
+
+def _gain(candidate: Candidate, tasks: int) -> str:
+    """`tasks`: the most on which a candidate was measured."""
+    if candidate.gain is None:
+        return "-"
+    of = len(candidate.gains)
+    return f"{candidate.gain:.0%}" + (f" ({of} task{'s' * (of > 1)})" if of < tasks else "")
 
 
 def evidence_table(rows: Sequence[Row]) -> str:

@@ -11,12 +11,12 @@ from randlora.suggestion.choice import choose
 ALL, FEW = Targets("all-linear"), Targets(("q", "v"), few=True)
 
 
-def candidate(method, numbers, memory, step, gain=None, targets=ALL):
+def candidate(method, numbers, memory, step, gain=None, targets=ALL, tasks=1):
     kind, _, rank = method.rpartition(" r=")
     return Candidate(
         method=method, kind=None if "LoRA" in kind else kind, r=int(rank), targets=targets, layers=3, alpha=1.0,
         peft_alpha=None, trainable_parameters=numbers, file_bytes=9 * numbers, file_bytes_without_projections=numbers,
-        memory_bytes=memory, step=step, gain=gain,
+        memory_bytes=memory, step=step, gains=() if gain is None else (gain,) * tasks,
     )  # fmt: skip
 
 
@@ -46,6 +46,21 @@ def test_what_gained_less_is_not_suggested_however_little_it_takes():
     nothing_gained = [candidate("dense r=8", 50, 50, 1.05, -0.5), candidate("dense r=32", 5, 5, 1.05, -0.6)]
     choice = choose(nothing_gained, Budget.of("numbers"))
     assert choice.candidate is nothing_gained[0] and "nothing that was measured gained anything" in choice.reason
+
+
+def test_what_was_measured_on_fewer_tasks_is_not_compared():
+    """On the one task of `lucky` the others may have gained as much."""
+    lucky = candidate("dense r=8", 50, 50, 1.05, 1.0)
+    two = [candidate("hadamard r=32", 100, 100, 1.2, 0.6, tasks=2), candidate("sparse r=8", 200, 90, 1.3, 0.6, tasks=2)]
+    for order in ([lucky, *two], [*two, lucky]):
+        choice = choose(order, Budget.of("numbers"))
+        assert choice.candidate is two[0]
+    assert choose([lucky, *two], Budget.of("numbers=99")).candidate is lucky  # alone within the limit
+    lora = candidate("PEFT LoRA r=8", 10, 10, 1.0, 1.0)
+    choice = choose([*two, lora], Budget.of("numbers"))
+    assert not choice.take_lora and "not measured" in choice.about_lora
+    lora = candidate("PEFT LoRA r=8", 10, 10, 1.0, 1.0, tasks=2)
+    assert choose([*two, lora], Budget.of("numbers")).take_lora
 
 
 def test_a_limit_leaves_out_what_takes_more_and_then_all_three_weigh_alike():

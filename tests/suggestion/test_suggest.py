@@ -1,5 +1,6 @@
 """randlora.suggest and ``python -m randlora suggest`` on small models."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -84,6 +85,14 @@ def test_what_was_measured_decides_and_is_shown(llama, monkeypatch):
     assert (
         dear.take_lora and "as it gained more" in dear.about_lora and "PEFT LoRA r=8 is the better choice" in str(dear)
     )
+
+
+def test_what_was_measured_on_fewer_tasks_says_so(llama, monkeypatch):
+    more = [dataclasses.replace(each, task="other") for each in ROWS if each.method != "hadamard r=8"]
+    monkeypatch.setattr(module, "ROWS", (*ROWS, *more))
+    result = randlora.suggest(llama, "numbers", tokens=TOKENS, ranks=[4, 8], device="cpu")
+    assert result.candidate.method == "dense r=4" and len(result.candidate.gains) == 2
+    assert "100% (1 task)" in result.table()
 
 
 def test_what_was_measured_on_all_layers_is_not_claimed_for_some(llama, monkeypatch):
