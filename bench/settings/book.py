@@ -27,10 +27,9 @@ class Book:
         folder = records.machine_folder(options.results, self.environment)
         (folder / "machine.json").write_text(json.dumps(records.machine(options.device), indent=2) + "\n")
         self.path = folder / "settings.csv"
-        on_gpu = torch.device(options.device).type == "cuda"
         self.run = {
-            "device": "cuda" if on_gpu else "cpu",
-            "precision": options.precision if on_gpu else "fp32",
+            "device": torch.device(options.device).type,
+            "precision": options.precision,
             "mode": "quick" if options.quick else "full",
         }
         self.rows = {key_of(row): row for row in read(self.path)}

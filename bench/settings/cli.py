@@ -26,6 +26,7 @@ from bench.settings.book import Book
 from bench.settings.points import Column, Point, Runner
 
 STEPS, QUICK_STEPS = 120, 30
+PRECISIONS = {"fp32": "highest", "tf32": "high", "bf16": "medium"}  # as torch.set_float32_matmul_precision has them
 
 _runner: Runner | None = None  # of this process
 
@@ -69,7 +70,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="processes that run points at once (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="per process (default: the cores, divided by the jobs)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=("tf32", "fp32"), default="tf32", help="of products on a GPU")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, help="of products; bf16 is for CPUs that have instructions for it "
+        "(default: fp32, on cuda tf32)",
+    )  # fmt: skip
     parser.add_argument("--graphs", action="store_true", help="as of python -m bench quality")
     parser.add_argument("--results", type=Path, default=records.RESULTS, help="default: %(default)s")
     parser.add_argument(
@@ -82,6 +86,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options.selection = options.selection or ("quick" if options.quick else "all")
     options.steps = options.steps or (QUICK_STEPS if options.quick else STEPS)
     options.threads = options.threads or max(1, torch.get_num_threads() // options.jobs)
+    on_gpu = torch.device(options.device).type == "cuda"
+    options.precision = options.precision or ("tf32" if on_gpu else "fp32")
     options.command = shlex.join(["python", "-m", "bench", "settings", *without(without(argv, "--results"), "--cache")])
     return options
 
@@ -211,8 +217,7 @@ def begin_apart(*arguments: Any) -> None:
 def begin(device: str, cache: str, quick: bool, threads: int, precision: str, graphs: bool) -> None:
     global _runner
     torch.set_num_threads(threads)
-    if torch.device(device).type == "cuda":
-        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.set_float32_matmul_precision(PRECISIONS[precision])
     _runner = Runner(device, cache, quick, graphs)
 
 

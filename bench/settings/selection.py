@@ -76,6 +76,13 @@ def tweets() -> Iterator[Column]:
     yield rule(0, 32, num_bases=4, task="tweets")
 
 
+def kinds() -> Iterator[Column]:
+    """Kinds and numbers of bases at the width that two cores can pretrain, ranks far apart first."""
+    yield from (rule(128, r, kind) for kind in ("hadamard", "very_sparse") for r in (4, 128))
+    yield from (rule(128, 32), rule(128, 32, "sparse"), rule(128, 32, num_bases=1), rule(128, 8, num_bases=4))
+    yield from (rule(128, 32, "hadamard", num_bases=1), rule(128, r=4), rule(128, r=128), peft(128, 32, num_bases=1))
+
+
 def everything() -> Iterator[Column]:
     yield from gpu()
     yield from tweets()
@@ -94,7 +101,7 @@ def quick() -> Iterator[Column]:
     yield from (start(128, r) for r in (4, 32) for start in (rule, peft))
 
 
-SELECTIONS = {"gpu": gpu, "tweets": tweets, "all": everything, "quick": quick}
+SELECTIONS = {"gpu": gpu, "tweets": tweets, "kinds": kinds, "all": everything, "quick": quick}
 
 
 def columns(name: str, only: str | None = None) -> list[Column]:
