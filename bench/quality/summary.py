@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench.quality import rates
 from bench.quality.methods import methods
 from bench.quality.plan import at_edge, best_rate
 from bench.quality.records import PICK, TEST, TIMING, Row, load
@@ -202,9 +203,11 @@ def page(found: Summary) -> str:
 
 def sections(path: Path) -> list[str]:
     """Of quality.csv, for the report."""
-    found = [summary(rows) for rows in load(path).values()]
+    groups = load(path)
+    found = [summary(rows) for rows in groups.values()]
     last = found[-1].row
     machine = found[-1].machine
     versions = ", ".join(f"{package} {last[package]}" for package in ("randlora", "torch", "peft"))
     about_it = f"{machine}; {versions}; commit {last['commit']}; {last['date'][:10]}"
-    return [f"`{last['command']}`  \n<sub>{about_it}</sub>", *map(page, found)]
+    tables = [text for one, rows in zip(found, groups.values(), strict=True) for text in (page(one), rates.page(rows))]
+    return [f"`{last['command']}`  \n<sub>{about_it}</sub>", *filter(None, tables)]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.settings.book import Row, column_of, loss_of, newest, read
 from bench.settings.points import Column
@@ -13,11 +14,14 @@ from bench.settings.points import Column
 
 @dataclass
 class Curve:
-    """Losses over learning rates; `before`: the loss of the untuned model. Means over seeds."""
+    """Losses over learning rates; `before`: the loss of the untuned model. Means over seeds.
 
-    column: Column
+    `column`: what it is of, a :class:`Column` but where others use this.
+    """
+
+    column: Any
     losses: dict[float, float]
-    before: float
+    before: float = math.nan
 
     @property
     def best(self) -> float:

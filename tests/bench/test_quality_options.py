@@ -1,6 +1,7 @@
 """The options of python -m bench quality."""
 
 import csv
+import math
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 for package in ("peft", "matplotlib", "tqdm", "tokenizers", "transformers"):
     pytest.importorskip(package)
 
-from bench.quality import cli, tasks, workers  # noqa: E402
+from bench.quality import cli, rates, tasks, workers  # noqa: E402
 from bench.quality import methods as compared  # noqa: E402
 from bench.quality.tasks import corpus, language  # noqa: E402
 
@@ -92,3 +93,25 @@ def test_the_language_task_has_models_of_several_widths(monkeypatch):
     assert cli.parse(["--tasks", "language-256,tiny"]).tasks == ["language-256", "tiny"]
     with pytest.raises(ValueError, match="language-1024"):
         tasks.task("language-100")
+
+
+def test_the_rates_that_were_tried_say_where_the_best_one_lies():
+    def pick(method, rate, loss, setting="", phase="pick"):
+        return {"phase": phase, "method": method, "rate": str(rate), "validation_loss": str(loss), "setting": setting}
+
+    def parabola(method, best):  # on a grid of factors of four
+        return [pick(method, rate, (math.log2(rate / best)) ** 2 + 1) for rate in (2.5e-4, 1e-3, 4e-3)]
+
+    rows = [
+        *parabola("dense r=8", 8e-4), *parabola("hadamard r=8", 1.25e-3), *parabola("PEFT LoRA r=8", 1e-3),
+        *(pick("dense r=32", rate, loss) for rate, loss in ((2.5e-4, 1), (1e-3, 2), (4e-3, math.nan))),
+        pick("sparse r=8", 1e-3, 3), pick("full fine-tuning", 1e-3, "", phase="test"),
+        pick("PEFT LoRA r=8", 1e-3, 9, setting="another"), pick("PEFT LoRA r=8", 2e-3, 8, setting="another"),
+    ]  # fmt: skip
+    found = rates.curves(rows)
+    assert list(found) == ["PEFT LoRA r=8", "dense r=32", "dense r=8", "hadamard r=8"]
+    assert found["dense r=8"].best == pytest.approx(8e-4) and found["PEFT LoRA r=8"].losses == {1e-3: 9.0, 2e-3: 8.0}
+    said = rates.page(rows)
+    assert "One rate for 2 of randlora's 3: 1.0e-03, at worst 1.25 times off the best." in said
+    assert "| dense r=32 | 1.000 | 2.000 | inf |  |" in said and said.count("| validation loss |") == 2
+    assert rates.page(rows[-2:-1]) == ""
