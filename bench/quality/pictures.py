@@ -2,7 +2,8 @@
 
 What diverged is not in them; the tables say so.
 
-The number in a point is the rank. Joined in grey is what nothing else beats in both: the Pareto front.
+The number in a point is the rank. Joined in grey is what nothing else beats in both: the Pareto front. Hollow points
+are of learning rates that were tested and not picked.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ STYLES = {
 }
 OTHER = ("#999999", "h")
 FRONT = "#b9c7b0"
-DODGE = {"dense": 0.91, "hadamard": 0.97, "sparse": 1.03, "very_sparse": 1.1}
+DODGE = {"dense": 0.84, "hadamard": 0.95, "sparse": 1.07, "very_sparse": 1.2}
 Point = tuple[float, float, Line]
 
 
@@ -63,7 +64,9 @@ def picture(path: Path, found: Summary, known: dict[str, Method]) -> Path:
     for axis, (label, log, value) in zip(axes, panels, strict=True):
         points = [(x, line.score, line) for line in found.lines
                   if line.finite and (x := value(line)) is not None and math.isfinite(x)]  # fmt: skip
-        _panel(axis, found, known, points, label, log)
+        aside = [(x, other.score, other) for line in found.lines for other in line.others
+                 if other.finite and (x := value(other)) is not None and math.isfinite(x)]  # fmt: skip
+        _panel(axis, found, known, points, aside, label, log)
     row = found.row
     better = "higher" if found.larger_is_better else "lower"
     axes[0].set_ylabel(f"{row['metric']} on test data ({better} is better)")
@@ -74,11 +77,13 @@ def picture(path: Path, found: Summary, known: dict[str, Method]) -> Path:
         [named[name] for name in names], names, loc="outside lower center", ncols=6, frameon=False, fontsize=9
     )
     quick = ", a quick run" if row["mode"] == "quick" else ""
+    rates = sorted({other.rate for line in found.lines for other in line.others}, key=float)
+    hollow = f"; hollow: at {', '.join(f'{float(rate):g}' for rate in rates)}, not picked" if rates else ""
     seeds = max(len(line.scores) for line in found.lines)
     said = f"mean and standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
     machine = f"{found.machine}, randlora {row['randlora']}, torch {row['torch']}, peft {row['peft']}"
     figure.suptitle(
-        f"{row['task']}{quick}: {said}; number in a point: rank\n"
+        f"{row['task']}{quick}: {said}; number in a point: rank{hollow}\n"
         f"{machine}, commit {row['commit']}, {row['date'][:10]}", fontsize=10,
     )  # fmt: skip
     figure.savefig(path, dpi=110)
@@ -86,7 +91,10 @@ def picture(path: Path, found: Summary, known: dict[str, Method]) -> Path:
     return path
 
 
-def _panel(axis: Axes, found: Summary, known: dict[str, Method], points: list[Point], label: str, log: bool) -> None:
+def _panel(
+    axis: Axes, found: Summary, known: dict[str, Method], points: list[Point], aside: list[Point], label: str, log: bool
+) -> None:  # fmt: skip
+    """`aside`: at learning rates that were not picked."""
     axis.set_xlabel(label)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
@@ -111,6 +119,15 @@ def _panel(axis: Axes, found: Summary, known: dict[str, Method], points: list[Po
         # The kinds train equally many numbers.
         drawn = (x * DODGE.get(family, 1) if log else x, y, line)
         families.setdefault(family, []).append((method.rank if method else None, drawn))
+    for x, y, line in aside:
+        method = known.get(line.method)
+        family = method.family if method else line.method
+        color, marker, _ = STYLES.get(family, (*OTHER, family))
+        axis.plot(x * DODGE.get(family, 1) if log else x, y, marker, ms=12 if marker == "o" else 9, color=color,
+                  markerfacecolor="white", markeredgewidth=1.2, zorder=2.5)  # fmt: skip
+        axis.annotate("" if method is None or method.rank is None else str(method.rank),
+                      (x * DODGE.get(family, 1) if log else x, y), color=color, fontsize=5.5, ha="center", va="center",
+                      zorder=2.6)  # fmt: skip
     best = {id(line) for _, _, line in pareto(points, found.larger_is_better)}
     shown = [point for members in families.values() for _, point in members]
     front = sorted((point for point in shown if id(point[2]) in best), key=lambda point: point[0])
@@ -132,7 +149,8 @@ def _panel(axis: Axes, found: Summary, known: dict[str, Method], points: list[Po
 
 def _limits(found: Summary) -> tuple[float, float]:
     """Of the scores' axis: all methods, and the baseline where it does not press them together."""
-    scores = [score for line in found.lines if line.finite for score in line.scores]
+    drawn = [one for line in found.lines for one in (line, *line.others) if one.finite]
+    scores = [score for line in drawn for score in line.scores]
     low, high = min(scores), max(scores)
     span = max(high - low, 1e-3 * abs(high))
     if found.baseline and found.baseline.scores and low - span < found.baseline.score < high + span:

@@ -23,7 +23,7 @@ class Line:
         rate: the learning rate that was picked, as in the file; "" for the baseline.
         edge: "lowest tried" or "highest tried" where the best rate might lie beyond.
         scores, kept: one per seed.
-        others: scores at rates that were tested and not picked (`--rate`, or another number of tries).
+        others: the same at rates that were tested and not picked (`--rate`, or another number of tries).
         trained, ms, peak: None where they are not known.
     """
 
@@ -36,7 +36,7 @@ class Line:
     ms: float | None = None
     peak: int | None = None
     failed: str = ""
-    others: dict[str, list[float]] = field(default_factory=dict)
+    others: list[Line] = field(default_factory=list)
 
     @property
     def score(self) -> float:
@@ -114,12 +114,11 @@ def _line(name: str, rows: Sequence[Row]) -> Line:
     if tests:
         tested = {row["rate"] for row in tests}  # several, where another number of them was tried at another time
         line.rate = best_rate({rate: loss for rate, loss in losses.items() if rate in tested}) or tests[-1]["rate"]
-        for row in tests:
-            if row["rate"] != line.rate:
-                line.others.setdefault(row["rate"], []).append(float(row["score"]))
-        tests = [row for row in tests if row["rate"] == line.rate]
-        line.scores = [float(row["score"]) for row in tests]
-        line.kept = [float(row["kept"]) for row in tests if row["kept"]]
+        line.others = [Line(name, rate) for rate in sorted(tested - {line.rate}, key=float)]
+        for one in (line, *line.others):
+            same = [row for row in tests if row["rate"] == one.rate]
+            one.scores = [float(row["score"]) for row in same]
+            one.kept = [float(row["kept"]) for row in same if row["kept"]]
     tried = [float(row["rate"]) for row in picks]
     if line.rate and tried:
         line.edge = at_edge(float(line.rate), tried)
@@ -128,6 +127,8 @@ def _line(name: str, rows: Sequence[Row]) -> Line:
         if row["phase"] == TIMING:
             line.ms = float(row["ms_per_step"]) if row["ms_per_step"] else None
             line.peak = int(row["peak_bytes"]) if row["peak_bytes"] else None
+    for other in line.others:
+        other.trained, other.ms, other.peak = line.trained, line.ms, line.peak
     line.failed = next((row["failed"] for row in rows if row["failed"]), "")
     if losses and not tests and best_rate(losses) is None:
         line.failed = line.failed or "diverged at every learning rate"
@@ -150,7 +151,9 @@ def cells(found: Summary) -> list[list[str]]:
 
 def _cells(line: Line) -> list[str]:
     notes = [line.edge, line.failed and f"failed: {line.failed}"]
-    notes += [f"at {rate}: {_score(line.others[rate])}" for rate in sorted(line.others, key=float)]
+    for other in line.others:
+        kept = f", kept {statistics.fmean(other.kept):.4g}" if other.kept else ""
+        notes.append(f"at {other.rate}: {_score(other.scores)}{kept}")
     if line.scores and line.rate and len(line.scores) < 2:
         notes.append("one seed")
     if diverged := sum(not math.isfinite(score) for score in line.scores):

@@ -187,8 +187,9 @@ def test_of_two_rates_that_were_tested_the_one_that_validation_data_prefer_is_sh
     other = next(row["rate"] for row in rows if row["phase"] == "pick" and row["rate"] != best)
     more = [row | {"rate": other, "score": "0.9"} for row in rows if row["phase"] == "test"]
     line = summary._line("dense r=32", rows + more)
-    assert line.rate == best and line.others == {other: [0.9] * 3}
-    assert f"at {other}: 0.9 ± 0" in summary._cells(line)[-1]
+    (aside,) = line.others
+    assert line.rate == best and (aside.rate, aside.scores, aside.trained) == (other, [0.9] * 3, line.trained)
+    assert f"at {other}: 0.9 ± 0, kept" in summary._cells(line)[-1]
     assert summary._line("dense r=32", more).rate == other
 
 
