@@ -3,7 +3,7 @@
 What diverged is not in them; the tables say so.
 
 The number in a point is the rank. Joined in grey is what nothing else beats in both: the Pareto front. Hollow points
-are of learning rates that were tested and not picked.
+are of learning rates that were tested and not picked, but for those that are worse than the baseline.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def picture(path: Path, found: Summary, known: dict[str, Method]) -> Path:
     for axis, (label, log, value) in zip(axes, panels, strict=True):
         points = [(x, line.score, line) for line in found.lines
                   if line.finite and (x := value(line)) is not None and math.isfinite(x)]  # fmt: skip
-        aside = [(x, other.score, other) for line in found.lines for other in line.others
-                 if other.finite and (x := value(other)) is not None and math.isfinite(x)]  # fmt: skip
+        aside = [(x, other.score, other) for other in _aside(found)
+                 if (x := value(other)) is not None and math.isfinite(x)]  # fmt: skip
         _panel(axis, found, known, points, aside, label, log)
     row = found.row
     better = "higher" if found.larger_is_better else "lower"
@@ -77,7 +77,7 @@ def picture(path: Path, found: Summary, known: dict[str, Method]) -> Path:
         [named[name] for name in names], names, loc="outside lower center", ncols=6, frameon=False, fontsize=9
     )
     quick = ", a quick run" if row["mode"] == "quick" else ""
-    rates = sorted({other.rate for line in found.lines for other in line.others}, key=float)
+    rates = sorted({other.rate for other in _aside(found)}, key=float)
     hollow = f"; hollow: at {', '.join(f'{float(rate):g}' for rate in rates)}, not picked" if rates else ""
     seeds = max(len(line.scores) for line in found.lines)
     said = f"mean and standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
@@ -149,13 +149,21 @@ def _panel(
 
 def _limits(found: Summary) -> tuple[float, float]:
     """Of the scores' axis: all methods, and the baseline where it does not press them together."""
-    drawn = [one for line in found.lines for one in (line, *line.others) if one.finite]
+    drawn = [*(line for line in found.lines if line.finite), *_aside(found)]
     scores = [score for line in drawn for score in line.scores]
     low, high = min(scores), max(scores)
     span = max(high - low, 1e-3 * abs(high))
     if found.baseline and found.baseline.scores and low - span < found.baseline.score < high + span:
         low, high = min(low, found.baseline.score), max(high, found.baseline.score)
     return low - 0.1 * span, high + 0.1 * span
+
+
+def _aside(found: Summary) -> list[Line]:
+    """What is drawn of rates that were not picked."""
+    sign = 1 if found.larger_is_better else -1
+    worst = sign * found.baseline.score if found.baseline and found.baseline.scores else -math.inf
+    others = [other for line in found.lines for other in line.others]
+    return [other for other in others if other.finite and sign * other.score > worst]
 
 
 def pareto(points: Sequence[Point], larger_is_better: bool) -> list[Point]:
