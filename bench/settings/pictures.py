@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter
 
 from bench.settings import table
 from bench.settings.book import Row, newest, read
@@ -42,7 +43,7 @@ def _picture(path: Path, found: Sequence[Curve], rows: Sequence[Row]) -> Path:
     colors = {width: plt.get_cmap("viridis")(i / max(1, len(lowest))) for i, width in enumerate(sorted(lowest))}
     across = min(ACROSS, len(panels))
     down = -(-len(panels) // across)
-    size = (5.2 * across, 0.8 + 3.9 * down)
+    size = (max(8.0, 5.2 * across), 0.8 + 3.9 * down)
     figure, axes = plt.subplots(
         down, across, figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained"
     )
@@ -69,6 +70,7 @@ def _picture(path: Path, found: Sequence[Curve], rows: Sequence[Row]) -> Path:
             name += f": one rate {best:.1e}, {off:.1f} x off at worst"
         axis.set_title(name, fontsize=8, loc="left")
         axis.set_xscale("log")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_ylim(-0.03 * top, 1.1 * top)
         axis.legend(fontsize=6, ncols=2)
         axis.tick_params(labelsize=8)
