@@ -96,7 +96,6 @@ def prepare(folder: str, *, names: tuple[str, ...] = NAMES, minilm: bool = True)
     for name in names:
         for quick in (False, True):
             found = task(name, quick=quick, cache=folder)
-            if not name.startswith(
-                "language"
-            ):  # its model is pretrained where it is used: minutes on a GPU, hours on a CPU
+            # Its model is pretrained where it is used: minutes on a GPU, hours on a CPU.
+            if not name.startswith("language"):
                 found.model("cpu")
