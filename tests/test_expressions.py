@@ -103,8 +103,9 @@ def test_of_a_file(tmp_path, pattern):
         assert_refused(root / name, "takes more than|does not fit this model", Deep)
 
 
+# The third is deeper than Python's limit, also than the one to which torch's inductor raises it in a process.
 @pytest.mark.parametrize(
-    "pattern", ["(", "(" * 5000, "(?:" * 300 + ")*" * 300, "a{" + "9" * 30 + "}", "[", "*", r"\p{L}", "(?R)"]
+    "pattern", ["(", "(" * 5000, "(?:" * 3000 + ")*" * 3000, "a{" + "9" * 30 + "}", "[", "*", r"\p{L}", "(?R)"]
 )
 def test_what_is_no_expression(pattern, tmp_path):
     for setting in SETTINGS:

@@ -353,7 +353,10 @@ def test_offloaded(tmp_path):
     model = adapt(net(), num_bases=2)
     expected = to_lora(model, tmp_path / "a", dtype=torch.float64, inputs=IDS)
     model = offloaded(model, "cpu", tmp_path)
-    assert to_lora(model, tmp_path / "b", dtype=torch.float64, inputs=IDS) == expected
+    found = to_lora(model, tmp_path / "b", dtype=torch.float64, inputs=IDS)
+    # Weights that lie elsewhere in memory may be multiplied in another order.
+    assert found["logits"] == {name: pytest.approx(value, abs=1e-12) for name, value in expected["logits"].items()}
+    assert {**found, "logits": None} == {**expected, "logits": None}
     assert any(p.is_meta for p in model.parameters()) and expected["logits"]["largest_difference"] < 1e-12
     first, second = (written(tmp_path / folder)[0] for folder in "ab")
     assert all(torch.equal(first[name], second[name]) for name in first)
