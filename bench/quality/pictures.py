@@ -112,21 +112,22 @@ def _panel(
         return
     if log:
         axis.set_xscale("log")
+
+    def placed(point: Point) -> tuple[str, int | None, Point]:
+        """Family, rank, and where it is drawn: the kinds train equally many numbers."""
+        x, y, line = point
+        method = known.get(line.method)
+        family = method.family if method else line.method
+        return family, method.rank if method else None, (x * DODGE.get(family, 1) if log else x, y, line)
+
     families: dict[str, list[tuple[int | None, Point]]] = {}
-    for x, y, line in points:
-        method = known.get(line.method)
-        family = method.family if method else line.method
-        # The kinds train equally many numbers.
-        drawn = (x * DODGE.get(family, 1) if log else x, y, line)
-        families.setdefault(family, []).append((method.rank if method else None, drawn))
-    for x, y, line in aside:
-        method = known.get(line.method)
-        family = method.family if method else line.method
+    for family, rank, drawn in map(placed, points):
+        families.setdefault(family, []).append((rank, drawn))
+    for family, rank, (x, y, _) in map(placed, aside):
         color, marker, _ = STYLES.get(family, (*OTHER, family))
-        axis.plot(x * DODGE.get(family, 1) if log else x, y, marker, ms=12 if marker == "o" else 9, color=color,
-                  markerfacecolor="white", markeredgewidth=1.2, zorder=2.5)  # fmt: skip
-        axis.annotate("" if method is None or method.rank is None else str(method.rank),
-                      (x * DODGE.get(family, 1) if log else x, y), color=color, fontsize=5.5, ha="center", va="center",
+        axis.plot(x, y, marker, ms=12 if marker == "o" else 9, color=color, markerfacecolor="white",
+                  markeredgewidth=1.2, zorder=2.5)  # fmt: skip
+        axis.annotate("" if rank is None else str(rank), (x, y), color=color, fontsize=5.5, ha="center", va="center",
                       zorder=2.6)  # fmt: skip
     best = {id(line) for _, _, line in pareto(points, found.larger_is_better)}
     shown = [point for members in families.values() for _, point in members]

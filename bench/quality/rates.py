@@ -6,29 +6,24 @@ import math
 from collections.abc import Sequence
 
 from bench.quality.methods import KINDS, methods
-from bench.quality.records import PICK, Row
+from bench.quality.records import PICK, Row, by_method
 from bench.report_tables import markdown
 from bench.settings.table import Curve, one_rate
 
 
 def curves(rows: Sequence[Row]) -> dict[str, Curve]:
-    """Method -> its losses over its rates, in the order of :func:`bench.quality.methods.methods`.
+    """Method -> its losses over its rates, as :func:`bench.quality.records.by_method` has the rows of one task.
 
-    `rows`: of one task. Of each method the newest setting; what was tried at one rate only is left out.
+    What was tried at one rate only is left out.
     """
-    known = list(methods())
-    found: dict[str, dict[str, dict[float, float]]] = {}
-    for row in rows:
-        if row["phase"] == PICK and row["validation_loss"]:
-            losses = found.setdefault(row["method"], {}).setdefault(row["setting"], {})
-            losses[float(row["rate"])] = float(row["validation_loss"])
-    order = sorted(found, key=lambda name: known.index(name) if name in known else len(known))
-    newest = {name: list(found[name].values())[-1] for name in order}
-    return {
-        name: Curve(name, {rate: loss if math.isfinite(loss) else math.inf for rate, loss in sorted(losses.items())})
-        for name, losses in newest.items()
-        if len(losses) > 1
-    }
+    found = {}
+    for name, own in by_method(rows).items():
+        picks = [row for row in own if row["phase"] == PICK and row["validation_loss"]]
+        losses = {float(row["rate"]): float(row["validation_loss"]) for row in picks}
+        if len(losses) > 1:
+            finite = {rate: loss if math.isfinite(loss) else math.inf for rate, loss in sorted(losses.items())}
+            found[name] = Curve(name, finite)
+    return found
 
 
 def page(rows: Sequence[Row]) -> str:

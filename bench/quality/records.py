@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from bench import records
+from bench.quality.methods import methods
 from bench.quality.tasks import NAMES
 
 Row = dict[str, str]
@@ -97,6 +98,19 @@ def load(path: Path) -> dict[str, list[Row]]:
     """:func:`newest` of a file, in the order of the tasks; nothing where there is none."""
     found = newest(records.read(path) if path.exists() else [])
     return {name: found[name] for name in dict.fromkeys((*NAMES, *found)) if name in found}
+
+
+def by_method(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Method -> its rows, in the order of the comparison; of one whose settings have changed since, the newest.
+
+    `rows`: of one task.
+    """
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["method"], []).append(row)
+    known = list(methods())
+    order = sorted(found, key=lambda name: known.index(name) if name in known else len(known))
+    return {name: [row for row in found[name] if row["setting"] == found[name][-1]["setting"]] for name in order}
 
 
 def newest(rows: Iterable[Row]) -> dict[str, list[Row]]:

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.quality import rates
-from bench.quality.methods import methods
 from bench.quality.plan import at_edge, best_rate
-from bench.quality.records import PICK, TEST, TIMING, Row, load
+from bench.quality.records import PICK, TEST, TIMING, Row, by_method, load
 from bench.report_tables import markdown, number
 
 
@@ -81,16 +80,7 @@ class Summary:
 def summary(rows: Sequence[Row]) -> Summary:
     """`rows`: of one task, as :func:`bench.quality.records.newest` gives them."""
     row = rows[-1]
-    by_method: dict[str, list[Row]] = {}
-    for each in rows:
-        by_method.setdefault(each["method"], []).append(each)
-    # Of a method whose settings have changed since, the newest.
-    lines = [
-        _line(name, [each for each in found if each["setting"] == found[-1]["setting"]])
-        for name, found in by_method.items()
-    ]
-    known = list(methods())
-    lines.sort(key=lambda line: known.index(line.method) if line.method in known else len(known))
+    lines = [_line(name, found) for name, found in by_method(rows).items()]
     baseline = next((line for line in lines if line.method == row["untuned"]), None)
     return Summary(row, _machines(rows), baseline, [line for line in lines if line is not baseline])
 

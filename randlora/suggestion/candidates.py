@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from torch import nn
@@ -68,6 +68,7 @@ class Candidate:
             their gradients and AdamW's moments.
         step: how many times as long as one of the frozen model a step takes, about.
         gains: see :func:`randlora.suggestion.evidence.gains`; empty: not measured, as on few layers.
+        gain: their mean; None: not measured.
     """
 
     method: str
@@ -83,11 +84,10 @@ class Candidate:
     memory_bytes: int
     step: float
     gains: tuple[float, ...]
+    gain: float | None = field(init=False)  # a field, so that dicts and JSON have it
 
-    @property
-    def gain(self) -> float | None:
-        """On average over the tasks."""
-        return sum(self.gains) / len(self.gains) if self.gains else None
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "gain", sum(self.gains) / len(self.gains) if self.gains else None)
 
 
 def usual_targets(model: nn.Module) -> list[Targets]:

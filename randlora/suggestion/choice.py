@@ -46,7 +46,7 @@ def choose(candidates: Sequence[Candidate], budget: Budget) -> Choice:
             f"{least.method} on {least.targets}; higher ranks and fewer layers take less" + "".join(lora[:1])
         )
     tasks = max(len(c.gains) for c in within)  # averages over other tasks are not to be compared
-    measured = [(c, c.gain) for c in within if c.gain is not None and len(c.gains) == tasks]
+    measured = _measured(within, tasks)
     best = max((gain for _, gain in measured), default=None)
     inside = "" if budget.limit is None else f" within {budget}"
     unknown = "no quality was measured" + " on these layers alone" * all(c.targets.few for c in within)
@@ -74,6 +74,11 @@ def choose(candidates: Sequence[Candidate], budget: Budget) -> Choice:
     return Choice(found, reason, *_beside_lora(found, best, others, Budget(budget.quantity).amount))
 
 
+def _measured(candidates: Sequence[Candidate], tasks: int) -> list[tuple[Candidate, float]]:
+    """Those that were measured on so many tasks, and their gains."""
+    return [(c, c.gain) for c in candidates if c.gain is not None and len(c.gains) == tasks]
+
+
 def _enough(best: float) -> float:
     """The least gain that is as good as the best."""
     return min(best, ENOUGH * best)
@@ -99,7 +104,7 @@ def _beside_lora(
     """
     if not others:
         return "", False
-    measured = [(c, c.gain) for c in others if c.gain is not None and len(c.gains) == len(found.gains)]
+    measured = _measured(others, len(found.gains))
     if best is None or not measured:
         return (
             f"{_beside(min(others, key=amount), found)}. Which is better was not measured: LoRA fits what is nearly of "
@@ -120,6 +125,6 @@ def _beside(lora: Candidate, found: Candidate) -> str:
         f"numbers, {lora.memory_bytes / found.memory_bytes:.2g} times the memory and {lora.step / found.step:.2f} "
         "times the step"
     )
-    if lora.gain is not None and found.gain is not None and len(lora.gains) == len(found.gains):
+    if lora.gain is not None and found.gain is not None and _measured([lora], len(found.gains)):
         told += f", and {lora.gain:.0%} of the best gain, not {found.gain:.0%}"
     return told

@@ -203,6 +203,7 @@ def test_command_line_tells_what_the_function_does(folder, llama, capsys, monkey
     assert main([*arguments, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told == json.loads(json.dumps(expected.to_dict()))
+    assert [c["gain"] for c in told["candidates"]] == [c.gain for c in expected.candidates]
     assert told["config"]["kind"] == told["candidate"]["kind"] == "hadamard" and told["dtype"] == "bfloat16"
     assert main(arguments) == 0
     assert capsys.readouterr().out == f"{folder}\n\n{expected}\n"
