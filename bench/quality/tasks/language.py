@@ -35,7 +35,7 @@ HELD_OUT_WINDOWS, QUICK_WINDOWS = 256, 32  # that a loss is taken over, spread e
 
 QUICK_RECIPE = Recipe(width=128, layers=4, steps=300, batch=8)
 WIDTHS = {  # for the rule of scale
-    width: Recipe(width, layers=4, steps=steps) for width, steps in ((128, 1200), (256, 1200), (512, 1200), (1024, 800))
+    width: Recipe(width, layers=4, steps=steps) for width, steps in ((128, 1200), (256, 1200), (512, 800), (1024, 800))
 }
 RECIPE = WIDTHS[512]  # 17 M numbers
 
