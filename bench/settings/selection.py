@@ -77,11 +77,12 @@ def tweets() -> Iterator[Column]:
 
 
 def kinds() -> Iterator[Column]:
-    """Kinds and numbers of bases at a width that two cores can pretrain, what differs most first."""
-    yield from (rule(128, 32), rule(128, 32, num_bases=1), rule(128, 8, num_bases=4))
-    yield rule(128, 32, "hadamard", num_bases=1)
-    yield from (rule(128, r, kind) for kind in ("hadamard", "very_sparse") for r in (4, 128))
-    yield rule(128, 32, "sparse")
+    """Kinds and numbers of bases at widths that two cores can pretrain, what differs most first."""
+    for width in (128, 512, 256):
+        yield from (rule(width, 32), rule(width, 32, num_bases=1), rule(width, 8, num_bases=4))
+        yield rule(width, 32, "hadamard", num_bases=1)
+        yield from (rule(width, r, kind) for kind in ("hadamard", "very_sparse") for r in (4, 128))
+        yield rule(width, 32, "sparse")
 
 
 def everything() -> Iterator[Column]:

@@ -41,13 +41,28 @@ def _gain(candidate: Candidate, tasks: int) -> str:
 
 
 def evidence_table(rows: Sequence[Row]) -> str:
-    """A line for each method, the baselines first, with a score and a learning rate in the columns of each task."""
-    tasks = {row.task: row for row in rows}
+    """A line for each method, the baselines first, with a score and a learning rate in the columns of each task.
+
+    Tasks that do not fit beside each other are below each other, with the methods that each was measured for.
+    """
+    groups: list[list[str]] = []
+    for task in dict.fromkeys(row.task for row in rows):
+        if groups and max(map(len, _evidence(rows, [*groups[-1], task]))) <= WIDTH:
+            groups[-1].append(task)
+        else:
+            groups.append([task])
+    blocks = ["\n".join(_evidence(rows, group)) for group in groups]
+    sources = " ".join(dict.fromkeys(row.source for row in rows))
+    return "\n\n".join(blocks) + "\n" + wrapped(f"(means over seeds and their spread; {sources})")
+
+
+def _evidence(rows: Sequence[Row], tasks: Sequence[str]) -> list[str]:
+    rows = [row for row in rows if row.task in tasks]
     scores = {(row.task, row.method): row for row in rows}
     order = sorted({row.method: row for row in rows}.values(), key=lambda row: not row.baseline)
     cells = [["measured on all linear layers"]]
-    for task, row in tasks.items():
-        cells[0] += [f"{task}: {row.metric}", "lr"]
+    for task in tasks:
+        cells[0] += [f"{task}: {next(row.metric for row in rows if row.task == task)}", "lr"]
     for method in (row.method for row in order):
         line = [method]
         for task in tasks:
@@ -57,8 +72,7 @@ def evidence_table(rows: Sequence[Row]) -> str:
             line.append(score)
             line.append("" if found is None or found.rate is None else f"{found.rate:.2g}")
         cells.append(line)
-    sources = " ".join(dict.fromkeys(row.source for row in rows))
-    return "\n".join([*aligned(cells, left=1), wrapped(f"(means over seeds and their spread; {sources})")])
+    return list(aligned(cells, left=1))
 
 
 def code(kind: str, r: int, targets: Targets, alpha: float, lr: float) -> str:

@@ -1,5 +1,6 @@
 """The task "language": its text, its pretrained model, and what the comparison asks of it, at tiny sizes."""
 
+import functools
 import itertools
 import math
 import random
@@ -144,6 +145,19 @@ def test_pretraining_that_diverges_says_so(small, tmp_path):
     with pytest.raises(FloatingPointError, match="diverged"):
         pretrain.pretrained(recipe, "cpu", small, tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_pretraining_in_bfloat16_comes_to_the_same(small, monkeypatch):
+    """On a CPU where products are asked for in it; compiled, of which C++ that takes a minute is not waited for here."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    _, ((_, _, exactly),) = pretrain._train(RECIPE, "cpu", small)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        weights, ((_, _, loss),) = pretrain._train(RECIPE, "cpu", small)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert loss == pytest.approx(exactly, rel=0.02) and loss != exactly
+    assert all(value.dtype == torch.float32 for value in weights.values())
 
 
 def test_the_rate_and_the_widths():

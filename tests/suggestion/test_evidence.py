@@ -9,7 +9,7 @@ import pytest
 
 from randlora.suggestion.evidence import Row, about, gains
 from randlora.suggestion.rows import ROWS
-from randlora.suggestion.text import evidence_table
+from randlora.suggestion.text import WIDTH, evidence_table
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -115,6 +115,18 @@ def test_rows_are_made_of_the_test_results_of_a_file(bench_evidence, tmp_path, m
         bench_evidence.rows_of([quick], tmp_path)
     monkeypatch.setattr(bench_evidence, "SEEDS", 2)
     assert bench_evidence.rows_of([quick], tmp_path) == rows
+
+
+def test_tasks_that_do_not_fit_beside_each_other_are_below_each_other():
+    told = [*MADE, *(dataclasses.replace(one, task=one.task * 5) for one in MADE)]
+    lines = evidence_table(told).splitlines()
+    assert max(map(len, lines)) <= WIDTH
+    heads = [line for line in lines if line.startswith("measured on")]
+    tasks = dict.fromkeys(one.task for one in told)
+    assert len(heads) > 1 and [word[:-1] for head in heads for word in head.split() if word[-1] == ":"] == list(tasks)
+    (alone,) = evidence_table([row("t" * 200, "untuned", 1.0)]).splitlines()[:1]  # nothing to be done
+    assert len(alone) > WIDTH
+    assert sum(line.startswith("measured on") for line in evidence_table(MADE).splitlines()) == 1
 
 
 def test_what_is_said_to_be_measured_is_in_its_source(bench_evidence):

@@ -159,7 +159,7 @@ def _train(recipe: Recipe, device: str, corpus: Corpus) -> tuple[dict[str, Tenso
         for group in optimizer.param_groups:
             group["lr"] = recipe.highest_rate * cosine(step, recipe.steps)
         batch = windows(ids, starts[step])
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=low):
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=low):
             loss = loss_of(model, batch)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=on_gpu)
