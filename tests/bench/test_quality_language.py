@@ -148,7 +148,7 @@ def test_pretraining_that_diverges_says_so(small, tmp_path):
 
 
 def test_pretraining_in_bfloat16_comes_to_the_same(small, monkeypatch):
-    """On a CPU where products are asked for in it; compiled, of which C++ that takes a minute is not waited for here."""
+    """On a CPU where products are asked for in it; compiled, but for the C++, which takes long to compile."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     _, ((_, _, exactly),) = pretrain._train(RECIPE, "cpu", small)
     torch.set_float32_matmul_precision("medium")
