@@ -37,7 +37,7 @@ QUICK_RECIPE = Recipe(width=128, layers=4, steps=300, batch=8)
 WIDTHS = {  # for the rule of scale
     width: Recipe(width, layers=4, steps=steps) for width, steps in ((128, 1200), (256, 1200), (512, 800), (1024, 800))
 }
-RECIPE = WIDTHS[512]  # 17 M numbers
+RECIPE = WIDTHS[512]  # 18.9 M numbers
 
 
 class Language:
