@@ -56,7 +56,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--threads", type=int, help="CPU threads of each process (default: the cores, shared)")
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     add("--precision", choices=PRECISIONS, help="of products, all else is float32; bf16 is for CPUs that have "
-        "instructions for it (default: float32, on cuda tf32)")  # fmt: skip
+        "instructions for it, and pretrains under autocast (default: float32, on cuda tf32)")  # fmt: skip
     add("--graphs", action="store_true", help="on CUDA, steps as CUDA graphs: sooner, where tests/bench/"
         "test_quality_recorded.py passes")  # fmt: skip
     add("--cache", metavar="FOLDER", default=str(ROOT / ".gpu" / "quality"), help="of data and models, made once "

@@ -71,8 +71,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="per process (default: the cores, divided by the jobs)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--precision", choices=PRECISIONS, help="of products; bf16 is for CPUs that have instructions for it "
-        "(default: fp32, on cuda tf32)",
+        "--precision", choices=PRECISIONS, help="of products; bf16 is for CPUs that have instructions for it, "
+        "and pretrains under autocast (default: fp32, on cuda tf32)",
     )  # fmt: skip
     parser.add_argument("--graphs", action="store_true", help="as of python -m bench quality")
     parser.add_argument("--results", type=Path, default=records.RESULTS, help="default: %(default)s")
