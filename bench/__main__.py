@@ -22,6 +22,7 @@ QUESTIONS = (
     "fit",
     "scaling",
     "export",
+    "experts",
 )
 LONG = ("quality", "settings")  # hours on a CPU: not among what `make bench` runs
 COMMANDS = (*QUESTIONS, *LONG, "correct", "kernels", "launches", "gpu", "plots", "report")

@@ -77,7 +77,7 @@ def choose(
         dropout: whether it takes place. need_x, need_parameters: which gradients are wanted.
         form: of the bases, as :func:`form` gives it.
     """
-    totals = _totals(
+    totals = totals_of(
         T, in_features, out_features, n, r, dtype, weight_dtype, device_type, dropout=dropout, need_x=need_x,
         need_parameters=need_parameters, form=form,
     )  # fmt: skip
@@ -91,7 +91,7 @@ def plan(*shape: Any, **needs: Any) -> tuple[str, str]:
     ``"factored<340,merged"`` means factored below 340 tokens and merged from there on. Arguments as for `choose`,
     without T.
     """
-    at_0, at_1 = (_totals(T, *shape, **needs) for T in (0, 1))
+    at_0, at_1 = (totals_of(T, *shape, **needs) for T in (0, 1))
     forward, backward = (
         _envelope({name: (start[which], at_1[name][which] - start[which]) for name, start in at_0.items()})
         for which in (0, 1)
@@ -206,7 +206,7 @@ def costs_of(call: LayerCall, form: Lists | str | None) -> dict[str, tuple[Cost,
     return Dense(call, form).costs()
 
 
-def _totals(
+def totals_of(
     T: int,
     in_features: int,
     out_features: int,
@@ -219,7 +219,7 @@ def _totals(
     form: Lists | str | None = None,
     **needs: bool,
 ) -> dict[str, tuple[int, int]]:
-    """Cost forward and backward of the strategies that `auto` takes for this call."""
+    """Cost forward and backward of the strategies that `auto` takes for this call. Arguments as for :func:`choose`."""
     # As numbers: see LayerCall.
     numbers = {name: int(value) for name, value in needs.items()}
     has_weight = int(weight_dtype is not None)

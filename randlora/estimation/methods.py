@@ -18,6 +18,7 @@ from ..checkpoint.layout import PARAMETERS, PREFIX
 from ..config import RandLoraConfig
 from ..costs.lists import Lists
 from ..costs.strategies import Cost, LayerCall
+from ..layers import experts_grouped
 from ..model.adapter_plan import Plan, own_bases, required
 from .step import Beside, Layer, Shapes, Step
 
@@ -44,6 +45,15 @@ def randlora(step: Step, plan: Plan, kind: str, others: Beside, projections: boo
         form = planner.form(expected_pattern(bases, need, min(sizes), step))
         if form is None:
             dense.add(layer.dtype)
+        if grouped := _grouped(step, layer, config, form, call.need_x):
+            rows, first, second, temporaries = grouped
+            frozen = rows * sizes[0] * sizes[1]
+            forward += first.multiply_adds - frozen
+            backward += second.multiply_adds - frozen * call.need_x
+            workspace = max(workspace, temporaries)
+            row = *sizes, layer.num_bases, call.need_x, "grouped", "grouped"
+            shapes[row] += layer.experts
+            continue
         for tokens, count in step.products(layer):
             chosen, costs = _strategies(step, layer, tokens, config, form, call.need_x)
             frozen = 0 if layer.weight_dtype is None else tokens * sizes[0] * sizes[1]
@@ -91,6 +101,25 @@ def _strategies(
     call = LayerCall(*shape, layer.dtype.itemsize, step.device.type, has_weight=has_weight, **needs)
     options = planner.costs_of(call, form)
     return chosen, (options[chosen[0]][0], options[chosen[1]][1])
+
+
+def _grouped(
+    step: Step, layer: Layer, config: RandLoraConfig, form: Lists | str | None, need_x: bool
+) -> tuple[int, Cost, Cost, int] | None:
+    """Of all experts at once: rows, costs of both passes, bytes of temporaries. None where they are called in turn."""
+    n, r, device_type = layer.num_bases, config.r, step.device.type
+    sizes = layer.in_features, layer.out_features, n, r
+    if not layer.experts or config.strategy != "auto" or config.randlora_dropout or layer.dtype != layer.weight_dtype:
+        return None
+    if not experts_grouped.is_suitable(device_type, layer.dtype, layer.experts, (*sizes[:2], n * r)):
+        return None
+    counts = [tokens for tokens, count in step.products(layer) for _ in range(count)]
+    if not experts_grouped.is_cheaper(counts, sizes, layer.dtype, device_type, form, need_x, True):
+        return None
+    call = LayerCall(sum(counts), *sizes, layer.dtype.itemsize, device_type, need_x=int(need_x))
+    forward, backward = planner.costs_of(call, None)["factored"]
+    temporaries = experts_grouped.temporaries(counts, sizes, layer.dtype.itemsize, form is not None)
+    return sum(counts), forward, backward, temporaries
 
 
 def expected_pattern(

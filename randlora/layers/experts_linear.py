@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import planner
+from ..bases.parts import Part
 from ..checks import require_dtype
 from ..distributed import zero3
 from ..distributed.fsdp import is_sharded
 from ..distributed.gathering import is_dtensor
 from ..dtypes import at_least_fp32
 from ..functional import compute_dtype, flat_bases, linear_of
-from . import offload
+from . import experts_grouped, offload
 from .base_layer import name_of
 from .experts_form import sizes
 from .merging import Trained, added
@@ -33,6 +34,10 @@ class ExpertsLinear(RandLoraLayer, nn.Module):
     Args:
         experts: the :class:`randlora.Experts` that it is a part of. weight_name: the parameter's name.
         adapter_name, strategy, settings: as for :class:`randlora.Linear`.
+
+    Attributes:
+        workspace: bytes of temporaries at most, as far as that can be had; 0: no limit, but 512 MiB where all experts
+            are computed at once.
     """
 
     def __init__(
@@ -75,7 +80,8 @@ class ExpertsLinear(RandLoraLayer, nn.Module):
     def forward(self, x: Tensor, counts: Sequence[int], weight: Tensor, bias: Tensor | None) -> Tensor:
         """``x [tokens, in]`` to ``[tokens, out]``: the first ``counts[0]`` tokens by expert 0, the next by expert 1...
 
-        For backward it keeps `x`. Dense updates are built for one expert at a time.
+        For backward it keeps `x`. Dense updates are built for one expert at a time, or scaled bases for as many as
+        :attr:`workspace` has room for, where all are computed at once (:mod:`randlora.layers.experts_grouped`).
 
         Args:
             weight, bias: of all experts, as a call has them; bias ``[experts, out]`` or None.
@@ -89,6 +95,10 @@ class ExpertsLinear(RandLoraLayer, nn.Module):
             )
         if not adapters:
             return routed(x, counts, weight, bias, self.fan_in_fan_out)
+        if len(adapters) == 1:
+            y = self._grouped(adapters[0], x, counts, weight, bias, dtype)
+            if y is not None:
+                return y
         first, *others = [self._update(name, dtype, x.device) for name in adapters]
 
         def compute(expert: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -99,11 +109,16 @@ class ExpertsLinear(RandLoraLayer, nn.Module):
 
         return each(x, counts, weight, bias, compute)
 
-    def _update(self, adapter: str, dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:
-        """A function of an expert's number, its tokens, and its weight and bias or None: the product with an update."""
+    def _update(
+        self, adapter: str, dtype: torch.dtype, device: torch.device, trained: tuple[Tensor, Tensor] | None = None
+    ) -> Callable[..., Tensor]:
+        """A function of an expert's number, its tokens, and its weight and bias or None: the product with an update.
+
+        `trained`: lambda and gamma, where they are not the adapter's own tensors.
+        """
         A, B, pattern, factor = self._bases_for_call(adapter, dtype, device)
         # Not one by one: the gradient of a single view would be as large as that of all.
-        lam, gamma = (part.unbind() for part in self._trained(adapter, device))
+        lam, gamma = (part.unbind() for part in trained or self._trained(adapter, device))
         p, scaling, alone = self.dropout_of(adapter), self.scaling[adapter] * factor, planner.without_weight
 
         def compute(expert: int, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -114,6 +129,48 @@ class ExpertsLinear(RandLoraLayer, nn.Module):
             )  # fmt: skip
 
         return compute
+
+    # ---- all experts at once ----
+
+    def _grouped(
+        self, adapter: str, x: Tensor, counts: Sequence[int], weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor | None:
+        """The result by :mod:`randlora.layers.experts_grouped`; None where that cannot be had, or would take longer."""
+        r, n, device = self.r[adapter], self.num_bases[adapter], x.device
+        if self.strategy != "auto" or self.dropout_of(adapter) or dtype != x.dtype:
+            return None
+        if not experts_grouped.is_possible(x, weight, bias, r * n):
+            return None
+        lam, gamma = self._trained(adapter, device)
+        grad, found = torch.is_grad_enabled(), self._pattern(adapter, device)
+        sizes, form = (self.in_features, self.out_features, n, r), planner.form(found and found[0])
+        needs = grad and x.requires_grad, grad and (lam.requires_grad or gamma.requires_grad)
+        if not experts_grouped.is_cheaper(counts, sizes, dtype, device.type, form, *needs):
+            return None
+
+        def alone(x: Tensor, lam: Tensor, gamma: Tensor) -> Tensor:
+            return each(x, counts, weight, bias, self._update(adapter, dtype, device, (lam, gamma)))
+
+        call = experts_grouped.Call(
+            counts=counts,
+            bases=lambda: self._dense_bases(adapter, dtype, device),
+            scaling=self.scaling[adapter] * self.bases[adapter].scale,
+            wide=self.in_features <= self.out_features,
+            transposed=self.fan_in_fan_out,
+            workspace=self.workspace,
+            alone=alone,
+        )
+        return experts_grouped.linear(x, lam, gamma, weight, bias, call)
+
+    def _dense_bases(self, adapter: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """A ``[r, 1, min_dim]`` and B ``[max_dim, n*r]``; made for the call where the store has another form."""
+        bases, n = self.bases[adapter], self.num_bases[adapter]
+        m, M = min(self.in_features, self.out_features), max(self.in_features, self.out_features)
+        if self._pattern(adapter, device) is None:
+            A, B = bases.tensors(dtype, device)
+        else:
+            A, B = bases.draw_part(Part(0, M, 0, m, n, dtype, device))
+        return A[:, :, :m], B[:M, :n].flatten(1)
 
     # ---- the update as a matrix ----
 
@@ -189,6 +246,8 @@ def each(
 
 def routed(x: Tensor, counts: Sequence[int], weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
     """The products of a parameter that has no adapter."""
+    if experts_grouped.is_possible(x, weight, bias):
+        return experts_grouped.products(x, counts, weight, bias, transposed)
 
     def compute(_: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight.t() if transposed else weight, bias)

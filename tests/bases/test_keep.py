@@ -18,6 +18,7 @@ from helpers.common import (
     reference_forward,
 )
 from helpers.counted import SavedBytes
+from helpers.memory import peak
 from helpers.models import IDS, net
 from torch import nn
 
@@ -36,30 +37,6 @@ def step(layer, x):
     y = layer(x)
     trained = [p for p in layer.parameters() if p.requires_grad]
     return [y, *torch.autograd.grad((y.double() ** 2).sum(), [x, *trained])]
-
-
-class Peak:
-    """The most bytes of tensors on the CPU that were there at a time in the context, beyond those at its start."""
-
-    def __enter__(self):
-        self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-        self.profile.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self.profile.__exit__(*error)
-        events = [e for e in self.profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-        now = self.bytes = 0
-        for event in sorted(events, key=lambda e: e.start_ns()):
-            now += event.nbytes()
-            self.bytes = max(self.bytes, now)
-
-
-def peak(function):
-    function()  # what is made once is there
-    with Peak() as found:
-        function()
-    return found.bytes
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------

@@ -7,10 +7,13 @@ import pytest
 import torch
 from helpers.counted import SavedBytes, multiply_adds
 from helpers.experts_cases import EVEN, FAMILIES, HIDDEN, E, families, tiny
+from helpers.memory import peak
 from helpers.models import IDS
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import randlora
 from randlora.__main__ import main
+from randlora.layers import experts_grouped
 
 SETTINGS = {"r": 4, "target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 
@@ -115,3 +118,64 @@ def test_what_torch_cannot_follow_is_told_in_one_line_and_not_in_its_log(caplog)
     result = randlora.estimate(model, settings, 5, inputs=torch.zeros(5, 8))
     assert result["inputs"] == "upper bound" and not caplog.records
     assert sum("no trial call" in note for note in result["notes"]) == 1
+
+
+# ---- all experts at once, as on a GPU ----
+
+
+class Products(TorchDispatchMode):
+    """Multiply-adds of all products, of one matrix and of groups."""
+
+    multiply_adds = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket._qualified_op_name.removeprefix("aten::")
+        if name in ("mm", "addmm_", "_grouped_mm"):
+            a, b = args[1:3] if name == "addmm_" else args[:2]
+            # Of two matrices in groups the tokens are what is summed over.
+            self.multiply_adds += a.shape[0] * a.shape[1] * b.shape[-1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    monkeypatch.setattr(experts_grouped, "DEVICES", ("cpu",))
+    monkeypatch.setattr(experts_grouped, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(experts_grouped, "HOST", (10**18, 10**18))
+
+
+@pytest.mark.parametrize("kind", ["dense", "hadamard"])
+@families
+def test_what_is_computed_at_once(at_once, family, kind):
+    """Operations are those that run. Temporaries are estimated without the smallest ones."""
+    settings = SETTINGS | {"r": 8, "kind": kind}
+    told = randlora.estimate(made(family), settings, IDS.numel())["methods"][kind]
+    assert {row["forward"] for row in told["shapes"]} == {"grouped"}
+    model = randlora.get_peft_model(made(family), settings)
+    top_k = FAMILIES[family]["num_experts_per_tok"]
+    rows, measured, temporaries = IDS.numel() * top_k, 0, []
+    ids = torch.arange(rows).reshape(-1, top_k) % E
+    inner = model.model.model.layers[0].mlp.experts.adapted()[1].in_features
+    for layer, trained_before in zip(model.model.model.layers, (False, True), strict=True):
+        experts = layer.mlp.experts
+        hidden = torch.randn(IDS.numel(), HIDDEN, requires_grad=trained_before)
+        with Products() as products:
+            experts(hidden, ids, torch.rand(ids.shape)).sum().backward()
+        # Of the frozen weights, forward, and backward for the input.
+        measured += products.multiply_adds - rows * HIDDEN * inner * (2 * (1 + trained_before) + 2)
+        for part in experts.adapted():
+            temporaries.append(beside_results(part, rows))
+    assert told["multiply_adds"] == measured
+    assert told["workspace_bytes"] == pytest.approx(max(temporaries), rel=0.2)
+
+
+def beside_results(part, rows):
+    """Bytes at the peak of a step of one part, beside its inputs and the larger of its results."""
+    x = torch.randn(rows, part.in_features, requires_grad=True)
+    counts = [rows // E + (i < rows % E) for i in range(E)]
+    y = part(x, counts, part.weight, None)
+    grad, trained = torch.randn_like(y), [part.randlora_lambda["default"], part.randlora_gamma["default"]]
+    wanted = [x, *trained]
+    forward = peak(lambda: part(x, counts, part.weight, None)) - y.nbytes
+    backward = peak(lambda: torch.autograd.grad(y, wanted, grad, retain_graph=True)) - sum(t.nbytes for t in wanted)
+    return max(forward, backward)

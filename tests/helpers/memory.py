@@ -3,6 +3,8 @@
 import contextlib
 import resource
 
+import torch
+
 # For programs of their own: what a call takes at its peak, in bytes, what is outside of tensors included.
 PEAK = """
 def status(name):
@@ -30,3 +32,27 @@ def little_memory(limit=300 << 20):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, old)
+
+
+class Peak:
+    """The most bytes of tensors on the CPU that were there at a time in the context, beyond those at its start."""
+
+    def __enter__(self):
+        self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        self.profile.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.profile.__exit__(*error)
+        events = [e for e in self.profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        now = self.bytes = 0
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            now += event.nbytes()
+            self.bytes = max(self.bytes, now)
+
+
+def peak(function):
+    function()  # what is made once is there
+    with Peak() as found:
+        function()
+    return found.bytes
