@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bench import floors, methods, peak, plain
 from bench.floors import Work
 from bench.measure import Provider
-from bench.methods import FROZEN, FULL, METHODS, Setting
+from bench.methods import FROZEN, FULL, METHODS, NOT_KEPT, Setting
 from bench.training import saved_bytes
 
 PASSES = ("forward + backward", "forward", "backward")
@@ -68,7 +68,7 @@ def names(spec: Spec) -> list[str]:
         found += ["PEFT LoRA, 16-bit", "PEFT RandLoRA, 16-bit"]
     found += ["PEFT RandLoRA, accelerated", *LIKE_PYTORCH, "randlora", *FORCED]
     if spec.kind == "dense":
-        found += [f"randlora {kind}" for kind in KINDS]
+        found += [NOT_KEPT, *(f"randlora {kind}" for kind in KINDS)]
     if spec.kind == "hadamard":
         found += TRANSFORMS
     # In 16 bits the merged form rounds small updates away: it is no way to compute the same thing.
@@ -98,11 +98,11 @@ class Layer:
         self.saved: dict[str, int] = {}  # method -> bytes, known after its provider was made
         self._expected: dict[str, list[Tensor]] = {}  # by kind; "" is the layer alone
 
-    def make_bases(self, kind: str):
+    def make_bases(self, kind: str, keep: bool = True):
         import randlora
 
         sparsity = {} if self.spec.sparsity is None else {"sparsity": self.spec.sparsity}
-        return randlora.RandomBases(self.spec.d, self.spec.d, self.spec.r, kind, **sparsity)
+        return randlora.RandomBases(self.spec.d, self.spec.d, self.spec.r, kind, keep=keep, **sparsity)
 
     def drawn(self, kind: str) -> tuple[Tensor, Tensor]:
         """A and B of unit variance, as PEFT stores them."""
@@ -126,6 +126,8 @@ class Layer:
         own = name.removeprefix("randlora ")
         if own in KINDS:
             return own
+        if name == NOT_KEPT:  # others take no memory
+            return "dense"
         if name in TRANSFORMS:
             return "hadamard"
         return self.spec.kind if name.startswith(("randlora", "PyTorch", "PEFT RandLoRA")) else ""
@@ -135,7 +137,7 @@ class Layer:
         if name.startswith("randlora"):
             sparsity = self.spec.sparsity if self.kind_of(name) == self.spec.kind else None
             strategy = name.removeprefix("randlora ") if name in FORCED else "auto"
-            adapted = methods.own(model, self.setting, self.kind_of(name), strategy, sparsity)
+            adapted = methods.own(model, self.setting, self.kind_of(name), strategy, sparsity, name != NOT_KEPT)
         else:
             adapted = known()[name](model, self.setting)
         if name.startswith(("PyTorch", "PEFT RandLoRA")) and name not in TRANSFORMS:
@@ -206,16 +208,16 @@ class Layer:
         if name == FULL:
             return floors.full_layer(*sizes, self.dtype.itemsize)
         if kind := self.kind_of(name):
-            return self._randlora_work(kind, frozen)
+            return self._randlora_work(kind, frozen, name != NOT_KEPT)
         method = name.removeprefix("PEFT ")
         rank = self.setting.vera_rank if method == "VeRA" else spec.r
         return frozen + floors.low_rank(*sizes, rank, self.dtype.itemsize, method)
 
-    def _randlora_work(self, kind: str, frozen: Work) -> Work:
+    def _randlora_work(self, kind: str, frozen: Work, keep: bool) -> Work:
         from randlora import planner
         from randlora.costs.strategies import LayerCall
 
-        spec, bases = self.spec, self.bases if kind == self.spec.kind else self.make_bases(kind)
+        spec, bases = self.spec, self.bases if kind == self.spec.kind and keep else self.make_bases(kind, keep)
         n = self.lam.shape[1]
         pattern = bases.pattern(spec.d, torch.device(spec.device))
         form = planner.form(pattern and pattern[0])

@@ -23,6 +23,7 @@ from bench import layer as layers
 from bench import measure, model, questions, records
 from bench.layer import BOTH, FORCED, KINDS, PASSES, Layer, Spec
 from bench.measure import Comparison
+from bench.methods import NOT_KEPT
 from bench.questions import Case, Columns, Setup
 from bench.shapes import multiplies_bfloat16
 
@@ -108,6 +109,8 @@ def case(
             found = {name: {"saved_bytes": made.saved[name]} for name in done}
             if "randlora" in found:
                 found["randlora"]["bases_bytes"] = made.bases_bytes
+            if NOT_KEPT in found:
+                found[NOT_KEPT]["bases_bytes"] = 0  # between calls; in one they are among what its peak counts
             if BASELINE in found:
                 found[BASELINE]["bases_bytes"] = sum(t.nbytes for t in made.drawn(spec.kind))
             stopped = result.interrupted

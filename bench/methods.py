@@ -13,6 +13,7 @@ import functools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +21,14 @@ from torch import Tensor, nn
 from bench import plain
 from bench import plain_transforms as transforms
 
+if TYPE_CHECKING:
+    from randlora import RandomBases
+
 FROZEN, FULL = "frozen", "full fine-tuning"
+NOT_KEPT = "randlora, bases not kept"
 # The same bases and the same parameters give the same numbers here.
 FAMILY = ("PEFT RandLoRA", "PEFT RandLoRA, 16-bit", "PEFT RandLoRA, accelerated", "PyTorch", "PyTorch, compiled",
-          "randlora")  # fmt: skip
+          "randlora", NOT_KEPT)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -146,15 +151,33 @@ def plain_transforms(model: nn.Module, setting: Setting, fast: bool = False) -> 
 
 
 def own(
-    model: nn.Module, setting: Setting, kind: str = "dense", strategy: str = "auto", sparsity: float | None = None
+    model: nn.Module,
+    setting: Setting,
+    kind: str = "dense",
+    strategy: str = "auto",
+    sparsity: float | None = None,
+    keep: bool = True,
 ) -> nn.Module:
+    """`keep`: False makes dense bases anew in every pass."""
     import randlora
 
     config = randlora.RandLoraConfig(
         r=setting.rank, randlora_alpha=setting.alpha, kind=kind, strategy=strategy, sparsity=sparsity,
         target_modules=list(layers(model, setting)),
     )  # fmt: skip
-    return randlora.get_peft_model(model, config)
+    adapted = randlora.get_peft_model(model, config)
+    if not keep:
+        _own_bases(adapted)
+        randlora.keep_bases(adapted, False)
+    return adapted
+
+
+def _own_bases(adapted: nn.Module) -> None:
+    """The same bases in a store that no other model has: a process shares them, and what is beside this keeps them."""
+    apart: dict[int, RandomBases] = {}
+    for pair in pairs(adapted):
+        shared = pair.layer.bases["default"]
+        pair.layer.bases["default"] = apart.setdefault(id(shared), shared.to(shared.device))
 
 
 METHODS: dict[str, Callable[[nn.Module, Setting], nn.Module]] = {
@@ -170,6 +193,7 @@ METHODS: dict[str, Callable[[nn.Module, Setting], nn.Module]] = {
     "PyTorch": plain_pytorch,
     "PyTorch, compiled": functools.partial(plain_pytorch, function="compiled"),
     "randlora": own,
+    NOT_KEPT: functools.partial(own, keep=False),
     "randlora sparse": functools.partial(own, kind="sparse"),
     "randlora very_sparse": functools.partial(own, kind="very_sparse"),
     "randlora hadamard": functools.partial(own, kind="hadamard"),

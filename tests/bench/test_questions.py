@@ -263,6 +263,19 @@ def test_every_method_computes_the_layer(spec):
     assert case.saved["randlora"] < case.saved["PEFT RandLoRA"]
 
 
+def test_bases_that_are_not_kept_leave_those_of_the_others():
+    """Of both methods side by side, as one case has them, though a process has bases of one definition once."""
+    case = Layer(Spec(40, 24, 8))
+    kept, without = (case.make(name).model.layer for name in ("randlora", layer.NOT_KEPT))
+    for one in (kept, without):
+        one(case.x)
+    assert kept.bases["default"].nbytes > 0 == without.bases["default"].nbytes
+    sparse = Layer(Spec(40, 24, 8, kind="sparse"))
+    assert layer.NOT_KEPT in layer.names(case.spec) and layer.NOT_KEPT not in layer.names(sparse.spec)
+    assert sparse.kind_of(layer.NOT_KEPT) == "dense"
+    assert case.work(layer.NOT_KEPT).multiply_adds == case.work("randlora").multiply_adds
+
+
 @pytest.mark.parametrize("name", ["randlora", "PEFT RandLoRA", "PyTorch merged", "PEFT LoRA", "full fine-tuning"])
 def test_a_wrong_layer_is_noticed(name, monkeypatch):
     case = Layer(Spec(40, 24, 8))
