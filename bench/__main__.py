@@ -23,6 +23,7 @@ QUESTIONS = (
     "scaling",
     "export",
     "experts",
+    "quantized",
 )
 LONG = ("quality", "settings")  # hours on a CPU: not among what `make bench` runs
 COMMANDS = (*QUESTIONS, *LONG, "correct", "kernels", "launches", "gpu", "plots", "report")

@@ -13,7 +13,22 @@ WIDTH = 150
 Row = dict[str, str]
 
 # Of a case, in the head of a column; the rest is the same for all of a call's rows.
-CASE_COLUMNS = ("model", "targets", "pass", "kind", "d", "T", "dim", "n", "m", "batch", "tokens", "new_tokens", "dtype")
+CASE_COLUMNS = (
+    "model",
+    "base",
+    "targets",
+    "pass",
+    "kind",
+    "d",
+    "T",
+    "dim",
+    "n",
+    "m",
+    "batch",
+    "tokens",
+    "new_tokens",
+    "dtype",
+)
 LAUNCHES = ("kind", "strategy", "d", "T", "launches", "from_the_code", "device_ms", "host_ms", "step_ms", "graph_ms",
             "waits", "failed")  # fmt: skip
 NOTEWORTHY = re.compile(r"passed|failed|skipped|[Ee]rror|ERROR SUMMARY|wrong|hazard|out of memory|cannot|believe")

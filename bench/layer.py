@@ -95,6 +95,7 @@ class Layer:
         n = self.bases.num_bases
         self.lam = torch.randn(spec.r, n, device=spec.device)
         self.gamma = torch.randn(n, spec.d, device=spec.device) / spec.d
+        self.allowed = 1e-4 if self.dtype == torch.float32 else 0.05  # error of a result, relative
         self.saved: dict[str, int] = {}  # method -> bytes, known after its provider was made
         self._expected: dict[str, list[Tensor]] = {}  # by kind; "" is the layer alone
 
@@ -132,8 +133,11 @@ class Layer:
             return "hadamard"
         return self.spec.kind if name.startswith(("randlora", "PyTorch", "PEFT RandLoRA")) else ""
 
+    def without_adapter(self, name: str) -> nn.Module:
+        return methods.twin(self.net, own_weights=name == FULL)
+
     def make(self, name: str) -> nn.Module:
-        model = methods.twin(self.net, own_weights=name == FULL)
+        model = self.without_adapter(name)
         if name.startswith("randlora"):
             sparsity = self.spec.sparsity if self.kind_of(name) == self.spec.kind else None
             strategy = name.removeprefix("randlora ") if name in FORCED else "auto"
@@ -180,8 +184,7 @@ class Layer:
         if kind:
             assert len(result) == len(expected), f"{len(result)} results, expected {len(expected)}"
         errors = [((a - b).norm() / b.norm()).item() for a, b in zip(result, expected, strict=False)]
-        allowed = 1e-4 if self.dtype == torch.float32 else 0.05
-        assert max(errors) < allowed, f"relative errors {[f'{error:.1e}' for error in errors]}"
+        assert max(errors) < self.allowed, f"relative errors {[f'{error:.1e}' for error in errors]}"
         return max(errors)
 
     def _by_hand(self, kind: str) -> list[Tensor]:

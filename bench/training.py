@@ -9,7 +9,7 @@ to twice what the formula itself, merged into the weights of that dtype, is off 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -156,7 +156,16 @@ def _tensors(states: Iterable[dict[str, Any]]) -> list[Tensor]:
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     """Address -> bytes of the distinct storages behind `tensors`."""
-    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _parts(tensors)}
+
+
+def _parts(tensors: Iterable[Any]) -> Iterator[Tensor]:
+    """Tensors that have a storage: a quantised weight may consist of some, and have none itself."""
+    for tensor in tensors:
+        if hasattr(tensor, "__tensor_flatten__"):
+            yield from _parts(getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        else:
+            yield tensor
 
 
 def saved_bytes(adapted: nn.Module, forward: Callable[[], Tensor]) -> tuple[int, Tensor]:
