@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m bench gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("call", choices=CALLS, help="which of the three")
+    add("call", choices=CALLS, help="which of them")
     add("--results", type=Path, required=True, metavar="FOLDER", help="where the table and the archive go")
     add("--device", default="cuda", help="cpu: the same steps at tiny sizes, to try the script (default: cuda)")
     add("--began", type=float, default=time.time(), metavar="SECONDS", help="since 1970, when the call began")

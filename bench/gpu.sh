@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# What only a GPU can tell, in calls of at most six minutes each on an H100, the last one of seven and a half:
+# What only a GPU can tell, in calls of at most six minutes each on an H100, "quality" of seven and a half:
 #
 #   bench/gpu.sh correct RESULTS     is it right, does the host ever wait; then one layer, Llama-3.2-3B and decoding
 #   bench/gpu.sh deep RESULTS        sanitizer, all of the tests, ncu, the other models, bases, UniqueBaseGrad
 #   bench/gpu.sh quality RESULTS     which learning rate is best over rank, width and kind; what each method is worth.
 #                                    Before, without a GPU: python -m bench quality --prepare .gpu/quality. A second
 #                                    call goes on from .gpu/before, the folder results/ of the first one's archive
+#   bench/gpu.sh forms RESULTS       the forms that layers and files come in: bases that are not kept, quantised layers,
+#                                    adapters as LoRA and merged tensors; tests of what no GPU had run before
 #   bench/gpu.sh CALL RESULTS --device cpu      every step at tiny sizes, to try the script (tests/bench/test_gpu_script.py)
 #
 # In the folder RESULTS: CALL.txt, a table of at most 60 lines that is printed as well, and CALL.tar.gz, everything else
@@ -14,14 +16,15 @@
 # whoever adds a kind of bases, a strategy or a kernel adds its cases to the first call in the same change.
 #
 # Needs a CUDA torch, transformers, peft, pytest, hypothesis, tqdm and matplotlib; compute-sanitizer and ncu where they
-# are on PATH. randlora comes from .gpu/ (bench/gpu_build.sh makes it beforehand, on a machine without a GPU), or is the
-# installed one, or is built here, which takes minutes of the call. PYTHON (default python3) chooses the interpreter.
+# are on PATH; bitsandbytes and torchao for quantised layers, from .gpu/packages where it is there. randlora comes from
+# .gpu/ (bench/gpu_build.sh makes both beforehand, on a machine without a GPU), or is the installed one, or is built
+# here, which takes minutes of the call. PYTHON (default python3) chooses the interpreter.
 # Nothing is installed into it, and the GPU's settings are left alone. BENCH_COMMIT is the commit that results are said to
 # be of (default: that of .gpu/).
 set -uo pipefail
 began=$(date +%s)
-call=${1:?"usage: bench/gpu.sh correct|deep|quality RESULTS [--device cpu]"}
-results=${2:?"usage: bench/gpu.sh correct|deep|quality RESULTS [--device cpu]"}
+call=${1:?"usage: bench/gpu.sh correct|deep|quality|forms RESULTS [--device cpu]"}
+results=${2:?"usage: bench/gpu.sh correct|deep|quality|forms RESULTS [--device cpu]"}
 shift 2
 cd "$(dirname "$0")/.." || exit 1
 mkdir -p "$results"
@@ -77,6 +80,10 @@ else
   exit 1
 fi
 [[ $how == "the installed one" ]] || export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+
+# Behind everything else, and for this call alone: PEFT loads them where they are, and what the other calls measure
+# shall not change with what lies here.
+[[ $call == forms && $device == cuda && -d .gpu/packages ]] && export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$PWD/.gpu/packages
 
 [[ $call == quality && -d .gpu/before ]] && cp -r .gpu/before "$work/results"
 

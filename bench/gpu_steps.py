@@ -13,8 +13,8 @@ from pathlib import Path
 
 from bench import ROOT
 
-# Of six minutes, and of seven and a half; the rest is for stopping what is still running, and for the table.
-CALL_SECONDS = {"correct": 335, "deep": 335, "quality": 420}
+# Of six minutes, for "quality" of seven and a half; the rest is for stopping what still runs, and for the table.
+CALL_SECONDS = {"correct": 335, "deep": 335, "quality": 420, "forms": 335}
 CALLS = tuple(CALL_SECONDS)
 
 COMMON = ("frozen", "PEFT LoRA", "PEFT LoRA, 16-bit", "PEFT RandLoRA", "PEFT RandLoRA, 16-bit", "PyTorch, compiled")
@@ -22,7 +22,12 @@ METHODS = "; ".join((*COMMON, "randlora", "randlora very_sparse", "randlora hada
 DECODING = "; ".join((*COMMON, "randlora, not cached", "randlora, cached", "randlora, merged",
                       "randlora hadamard"))  # fmt: skip
 LARGE_BATCH = "frozen; PEFT LoRA, 16-bit; randlora; randlora very_sparse; randlora hadamard; PEFT RandLoRA, 16-bit"
+NOT_KEPT = "frozen; PEFT LoRA, 16-bit; randlora; randlora, bases not kept"
+TO_LORA = ("randlora to_lora, dense; randlora to_lora, hadamard; randlora to_lora, hadamard, num_bases=8; "
+           "randlora to_lora, hadamard, num_bases=2, exact")  # fmt: skip
 VISION = "frozen; PEFT LoRA; PEFT RandLoRA; PyTorch, compiled; randlora; randlora very_sparse; randlora hadamard"
+# Tests for CUDA of what was never on a GPU when the other calls were made.
+FIRST_ON_A_GPU = ("bench/test_quality_recorded.py", "layers/test_experts_cuda.py")
 NATIVE_TRACES = {"RANDLORA_NATIVE_TRACES": "1"}  # read by tests/conftest.py
 KERNEL_METRICS = (
     "gpu__time_duration.sum", "dram__bytes.sum", "dram__throughput.avg.pct_of_peak_sustained_elapsed",
@@ -155,6 +160,30 @@ class Steps:
                   105, 130)],
             [Step("quality", self.bench("quality", f"--jobs 12 --seconds-limit 280 {cache}", tiny, **few), 295, 330)],
         ]  # fmt: skip
+
+    # ---- the fourth call ----
+
+    def forms(self) -> list[list[Step]]:
+        """Layers and files in other forms than the other calls have. A package that quantises may be missing."""
+        kept = self.bench(
+            "linear", "--d 4096 --tokens 8192,1024 --dtype bfloat16 --seconds 5 --no-picture",
+            "--d 64 --tokens 96,24 --dtype bfloat16 --quick --seconds 0 --no-picture", methods=NOT_KEPT,
+        )  # fmt: skip
+        quantized = self.bench("quantized", "--seconds 1.5 --no-picture",
+                               "--d 128 --tokens 24 --quick --seconds 0 --no-picture")  # fmt: skip
+        # The SVD of all of 4096 x 4096, which PEFT takes, is too long for a call.
+        with_peft = self.bench("export", "--dim 2048 --quick --seconds 0 --no-picture",
+                               "--dim 80 --quick --seconds 0 --no-picture")  # fmt: skip
+        large = self.bench("export", "--dim 4096 --quick --seconds 0 --no-picture",
+                           "--dim 96 --quick --seconds 0 --no-picture", methods=TO_LORA)  # fmt: skip
+        tests = self.pytest(*(str(ROOT / "tests" / path) for path in FIRST_ON_A_GPU))
+        return [
+            [Step("not-kept", kept, 28, 60)],
+            [Step("quantized", quantized, 42, 80)],
+            [Step("export", with_peft, 36, 70)],
+            [Step("export-4096", large, 34, 65)],
+            [Step("tests", tests, 55, 90, in_checkout=False, environment=NATIVE_TRACES)],
+        ]
 
 
 def steps(call: str, device: str, results: Path) -> list[list[Step]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ CASE_COLUMNS = (
     "new_tokens",
     "dtype",
 )
+SHORT = {"forward + backward": "step"}
 LAUNCHES = ("kind", "strategy", "d", "T", "launches", "from_the_code", "device_ms", "host_ms", "step_ms", "graph_ms",
             "waits", "failed")  # fmt: skip
 NOTEWORTHY = re.compile(r"passed|failed|skipped|[Ee]rror|ERROR SUMMARY|wrong|hazard|out of memory|cannot|believe")
@@ -92,7 +94,7 @@ def times(path: Path) -> list[str]:
     for row in rows:
         cases.setdefault(tuple(row.get(column, "") for column in CASE_COLUMNS), []).append(row)
     told_apart = [i for i in range(len(CASE_COLUMNS)) if len({case[i] for case in cases}) > 1]
-    heads = ["/".join(case[i] for i in told_apart) or path.stem for case in cases]
+    heads = ["/".join(SHORT.get(case[i], case[i]) for i in told_apart) or path.stem for case in cases]
     providers = list(dict.fromkeys(row["provider"] for row in rows))
     width = max(map(len, providers))
     same = [f"{name} {value}" for i, (name, value) in enumerate(zip(CASE_COLUMNS, next(iter(cases)), strict=True))
@@ -102,12 +104,21 @@ def times(path: Path) -> list[str]:
     columns = [
         [head, *(cell(found, name) for name in providers)] for head, found in zip(heads, cases.values(), strict=True)
     ]
-    sizes = [max(map(len, column)) for column in columns]
-    for i, name in enumerate(["", *providers]):
-        lines.append(
-            f"{name:{width}} | " + " | ".join(f"{c[i]:{size}}" for c, size in zip(columns, sizes, strict=True))
-        )
+    while columns:  # as many beside each other as a line holds
+        fitting, columns = _fitting(columns, WIDTH - width)
+        sizes = [max(map(len, column)) for column in fitting]
+        for i, name in enumerate(["", *providers]):
+            lines.append(
+                f"{name:{width}} | " + " | ".join(f"{c[i]:{size}}" for c, size in zip(fitting, sizes, strict=True))
+            )
     return lines
+
+
+def _fitting(columns: list[list[str]], width: int) -> tuple[list[list[str]], list[list[str]]]:
+    """The first columns that `width` has room for, one at least, and the others."""
+    ends = itertools.accumulate(3 + max(map(len, column)) for column in columns)
+    count = max(1, sum(end <= width for end in ends))
+    return columns[:count], columns[count:]
 
 
 def cell(rows: Sequence[Row], provider: str) -> str:

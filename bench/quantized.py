@@ -2,8 +2,9 @@
 
 A d -> d layer under two kinds of calls: a training step on many tokens (forward, and gradients for the input and the
 adapter), and a forward of one token under no_grad in eval mode, as in decoding. Beside it the same layer as it was
-before it was quantised. Results are checked in float64 against the update and the numbers that the quantised weight
-stands for. A kind of quantisation whose package is missing, or which the device does not know, is a row that says so.
+before it was quantised ("none"). NF4 is bitsandbytes', int8 and both forms of int4 are torchao's. Results are checked
+in float64 against the update and the numbers that the quantised weight stands for. A kind of quantisation whose package
+is missing, or which the device does not know, is a row that says so.
 """
 
 from __future__ import annotations
@@ -88,11 +89,11 @@ def int4_packed(plain: nn.Linear) -> nn.Module:
 
 
 KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {
-    "not quantised": unquantized,
-    "bitsandbytes nf4": nf4,
-    "torchao int8": int8,
-    "torchao int4": int4,
-    "torchao int4 packed": int4_packed,
+    "none": unquantized,
+    "nf4": nf4,
+    "int8": int8,
+    "int4": int4,
+    "int4 packed": int4_packed,
 }
 
 
@@ -105,7 +106,7 @@ class Quantized(Layer):
     def __init__(self, base: str, spec: Spec) -> None:
         super().__init__(spec)
         self.base, self.plain = base, self.net.layer
-        if base == "bitsandbytes nf4":
+        if base == "nf4":
             self.allowed = 0.05  # on a CPU its own forward in eval mode rounds the weight's scales to bf16
         # What results are checked against: a layer with the numbers that the quantised one stands for.
         numbers = numbers_of(self.quantize())
@@ -119,7 +120,7 @@ class Quantized(Layer):
 
     def without_adapter(self, name: str) -> nn.Module:
         net = nn.Sequential(OrderedDict(layer=self.quantize()))
-        net.is_loaded_in_4bit = self.base == "bitsandbytes nf4"  # type: ignore[assignment]  # PEFT asks for it
+        net.is_loaded_in_4bit = self.base == "nf4"  # type: ignore[assignment]  # PEFT asks for it
         return net
 
     def provider(self, name: str) -> Provider:
@@ -202,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
     d, tokens = SIZES[at]
     d, tokens = options.d or d, options.tokens or tokens
     dtype = "bfloat16" if multiplies_bfloat16(options.device) else "float32"
-    usual = [name for name in KINDS if at == "cuda" or name != "torchao int4 packed"]
+    usual = [name for name in KINDS if at == "cuda" or name != "int4 packed"]
     cases = [
         case(base, Spec(d, T, dtype=dtype, which=which, device=options.device), options)
         for base in model.chosen(options.kinds, KINDS, usual, ",", "kind of quantisation")

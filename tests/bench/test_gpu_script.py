@@ -51,9 +51,9 @@ def test_every_step_runs(call, rehearsals):
         packed = archive.getnames()
     assert {f"{call}/logs/{name}.log" for name in names} <= set(packed)
     wanted = {"correct": ("linear", "model", "generate"), "deep": ("model", "bases", "unique_base"),
-              "quality": ("quality",)}[call]  # fmt: skip
+              "quality": ("quality",), "forms": ("linear", "quantized", "export", "export-merged")}[call]  # fmt: skip
     assert all(any(path.endswith(f"/{name}.csv") for path in packed) for name in wanted)
-    kernels = {"correct": ("correct", "launches"), "deep": ("correct", "kernels"), "quality": ()}[call]
+    kernels = {"correct": ("correct", "launches"), "deep": ("correct", "kernels")}.get(call, ())
     assert all(any(path.endswith(f"/kernels/{name}.csv") for path in packed) for name in kernels)
 
 
@@ -184,6 +184,23 @@ def test_the_table_is_cut(tmp_path):
     whole = gpu_table.table("head", [], tmp_path, lines=None).splitlines()
     assert len(cut) == 60 and "more lines" in cut[-1] and len(whole) > 100
     assert any("7.5 2.00x 1M" in line for line in whole) and whole[-1].endswith("out of memory")
+
+
+def test_a_wide_table_goes_on_below(tmp_path):
+    folder = tmp_path / "machine"
+    folder.mkdir()
+    cases = [
+        (base, which) for base in ("none", "nf4", "int8", "int4", "x") for which in ("forward + backward", "forward")
+    ]
+    rows = [f"{base},{which},{name},{i}.25,frozen,1,1048576,{'no such package' * (base == 'int4')}"
+            for i, (base, which) in enumerate(cases) for name in ("frozen", "randlora hadamard")]  # fmt: skip
+    head = "base,pass,provider,median_ms,baseline,times_faster,peak_bytes,failed"
+    (folder / "quantized.csv").write_text("\n".join([head, *rows]))
+    lines = gpu_table.table("head", [], tmp_path, lines=60).splitlines()[2:]
+    assert len(lines) == 6 and all(len(line) <= gpu_table.WIDTH for line in lines)
+    heads = [head.strip() for i in (0, 3) for head in lines[i].split("|")[1:]]
+    assert heads == [f"{base}/{'step' if which != 'forward' else which}" for base, which in cases]
+    assert lines[1].startswith("frozen") and lines[4].startswith("frozen") and "no such package" in lines[1]
 
 
 def test_metrics_of_ncu(tmp_path):

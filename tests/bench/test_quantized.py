@@ -15,9 +15,9 @@ from bench import measure, quantized, records  # noqa: E402
 from bench.layer import Spec  # noqa: E402
 from bench.quantized import ONE_TOKEN, STEP, Quantized  # noqa: E402
 
-HERE = ["not quantised"]
-HERE += ["bitsandbytes nf4"] if importlib.util.find_spec("bitsandbytes") else []
-HERE += ["torchao int8", "torchao int4"] if importlib.util.find_spec("torchao") else []
+HERE = ["none"]
+HERE += ["nf4"] if importlib.util.find_spec("bitsandbytes") else []
+HERE += ["int8", "int4"] if importlib.util.find_spec("torchao") else []
 over_kinds = pytest.mark.parametrize("base", HERE)
 D = 128
 
@@ -32,7 +32,7 @@ def spec(which, dtype="float32"):
 def test_every_method_computes_the_layer(base, which, dtype):
     made = Quantized(base, spec(which, dtype))
     numbers = quantized.numbers_of(made.quantize())
-    assert (base == "not quantised") == torch.equal(numbers, made.plain.weight)
+    assert (base == "none") == torch.equal(numbers, made.plain.weight)
     names = quantized.names_of(made.spec)
     assert ("PEFT LoRA, 16-bit" in names) == (dtype == "bfloat16")
     for name in names:
@@ -56,11 +56,11 @@ def test_a_wrong_layer_is_noticed(base, monkeypatch):
         provider.check(provider.call())
 
 
-@pytest.mark.skipif("torchao int8" not in HERE, reason="torchao is not installed")
+@pytest.mark.skipif("int8" not in HERE, reason="torchao is not installed")
 def test_products_stay_exact():
     """torchao's settings for the compiler would allow TF32 to all that is measured later."""
     before = torch.get_float32_matmul_precision()
-    for base in ("torchao int8", "torchao int4"):
+    for base in ("int8", "int4"):
         Quantized(base, spec(STEP)).quantize()
     assert torch.get_float32_matmul_precision() == before
 
@@ -84,7 +84,7 @@ def test_what_cannot_be_had_is_said(tmp_path, monkeypatch):
     for package in ("bitsandbytes", "torchao"):
         monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr(measure, "MAX_ROUNDS", 3)
-    rows = recorded(tmp_path, "--kinds", "bitsandbytes nf4,torchao int4 packed,not quantised", "--methods", "frozen")
+    rows = recorded(tmp_path, "--kinds", "nf4,int4 packed,none", "--methods", "frozen")
     said = {row["base"]: row["failed"] for row in rows}
-    assert "bitsandbytes" in said["bitsandbytes nf4"] and "torchao" in said["torchao int4 packed"]
-    assert said["not quantised"] == "" and len(rows) == 6
+    assert "bitsandbytes" in said["nf4"] and "torchao" in said["int4 packed"]
+    assert said["none"] == "" and len(rows) == 6
