@@ -6,8 +6,8 @@
 #   bench/gpu.sh quality RESULTS     which learning rate is best over rank, width and kind; what each method is worth.
 #                                    Before, without a GPU: python -m bench quality --prepare .gpu/quality. A second
 #                                    call goes on from .gpu/before, the folder results/ of the first one's archive
-#   bench/gpu.sh forms RESULTS       the forms that layers and files come in: bases that are not kept, quantised layers,
-#                                    adapters as LoRA and merged tensors; tests of what no GPU had run before
+#   bench/gpu.sh forms RESULTS       the forms that layers and files come in: bases that are not kept, experts, quantised
+#                                    layers, adapters as LoRA and merged tensors; tests of what no GPU had run before
 #   bench/gpu.sh CALL RESULTS --device cpu      every step at tiny sizes, to try the script (tests/bench/test_gpu_script.py)
 #
 # In the folder RESULTS: CALL.txt, a table of at most 60 lines that is printed as well, and CALL.tar.gz, everything else

@@ -36,7 +36,7 @@ FILES = {
     "model": "model", "linear": "linear", "linear-grid": "linear", "kinds": "kinds", "density": "kinds",
     "generate": "generate", "generate-layer": "generate", "host": "host", "bases": "bases",
     "unique_base": "unique_base", "memory": "memory", "fit": "fit", "scaling": "scaling", "export": "export",
-    "export-merged": "export", "quantized": "quantized",
+    "export-merged": "export", "experts": "experts", "quantized": "quantized",
     "quality": "quality", "settings": "settings",
 }  # fmt: skip
 

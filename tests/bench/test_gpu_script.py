@@ -51,7 +51,8 @@ def test_every_step_runs(call, rehearsals):
         packed = archive.getnames()
     assert {f"{call}/logs/{name}.log" for name in names} <= set(packed)
     wanted = {"correct": ("linear", "model", "generate"), "deep": ("model", "bases", "unique_base"),
-              "quality": ("quality",), "forms": ("linear", "quantized", "export", "export-merged")}[call]  # fmt: skip
+              "quality": ("quality",),
+              "forms": ("linear", "experts", "quantized", "export", "export-merged")}[call]  # fmt: skip
     assert all(any(path.endswith(f"/{name}.csv") for path in packed) for name in wanted)
     kernels = {"correct": ("correct", "launches"), "deep": ("correct", "kernels")}.get(call, ())
     assert all(any(path.endswith(f"/kernels/{name}.csv") for path in packed) for name in kernels)
