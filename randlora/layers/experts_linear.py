@@ -81,7 +81,7 @@ class ExpertsLinear(RandLoraLayer, nn.Module):
         """``x [tokens, in]`` to ``[tokens, out]``: the first ``counts[0]`` tokens by expert 0, the next by expert 1...
 
         For backward it keeps `x`. Dense updates are built for one expert at a time, or scaled bases for as many as
-        :attr:`workspace` has room for, where all are computed at once (:mod:`randlora.layers.experts_grouped`).
+        `workspace` has room for, where all are computed at once (:mod:`randlora.layers.experts_grouped`).
 
         Args:
             weight, bias: of all experts, as a call has them; bias ``[experts, out]`` or None.

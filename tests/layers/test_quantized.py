@@ -95,6 +95,37 @@ def test_torchao_settings_are_kept(config, granularity):
     assert bool(new.zero_point.any()) == (config == "asymmetric") == bool(base.weight.zero_point.any())
 
 
+@over_kinds
+@over("dtype", DTYPES)
+def test_the_weight_for_a_product_is_what_dequantize_gives(kind, dtype):
+    base = make_base(kind, dtype=dtype)
+    base(normal(2, 41, dtype=dtype))
+    of_library, held = quantized.kind_of(base), quantized.held_by(base)
+    for wanted in (dtype, torch.float32):
+        made = of_library.in_dtype(base, held, wanted)
+        assert made.dtype == wanted and torch.equal(made, quantized.dequantize(base).to(wanted))
+
+
+@needs_ao
+@pytest.mark.parametrize("granularity", ["PerRow", "PerGroup"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("mapping", ["SYMMETRIC", "ASYMMETRIC"])
+@over("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_codes_of_torchao_are_read_without_its_help(mapping, bits, granularity, dtype, monkeypatch):
+    base = nn.Linear(64, 24, dtype=dtype)
+    ao.quantize_(
+        base,
+        ao.IntxWeightOnlyConfig(
+            weight_dtype=getattr(torch, f"int{bits}"), mapping_type=ao.MappingType[mapping],
+            granularity=ao.PerAxis(0) if granularity == "PerRow" else ao.PerGroup(16),
+        ),
+    )  # fmt: skip
+    expected = quantized.dequantize(base).to(dtype)
+    kind = quantized.kind_of(base)
+    monkeypatch.setattr(type(kind), "dequantize", lambda *_: pytest.fail("torchao was asked"))
+    assert torch.equal(kind.in_dtype(base, base.weight, dtype), expected)
+
+
 @needs_ao
 @pytest.mark.filterwarnings("ignore:merging into")
 def test_torchao_input_scale_is_part_of_the_weight():

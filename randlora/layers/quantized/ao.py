@@ -70,6 +70,27 @@ TORCHAO_KINDS: dict[str, Callable[[Any, Any, Tensor], Tensor]] = {
 }
 
 
+CODES = ("Int8Tensor", "IntxUnpackedToInt8Tensor")  # with a number of 8 bits for each of the weight's
+
+
+def _of_codes(held: Any, dtype: torch.dtype) -> Tensor | None:
+    """What dequantize() gives, bit for bit, in two passes over the numbers where torchao takes five; None for forms
+    that are not known.
+
+    Differences of two codes are exact in every float dtype, so that only the product with the scale is rounded.
+    """
+    codes, scale, zero_point = held.qdata, held.scale, held.zero_point
+    sure = codes.dtype == torch.int8 and codes.dim() == scale.dim() == 2 and held.dtype == dtype
+    if not sure or (zero_point is not None and zero_point.dtype != torch.int8) or getattr(held, "act_pre_scale", None) is not None:
+        return None
+    rows, columns = held.block_size
+    weight = codes.to(scale.dtype).view(len(scale), rows, -1, columns)  # products of two dtypes are slow on CPUs
+    if zero_point is not None:
+        weight -= zero_point[:, None, :, None]
+    weight *= scale[:, None, :, None]
+    return weight.view(codes.shape).to(dtype)
+
+
 def _granularity(old: Any) -> Any:
     module = sys.modules["torchao.quantization.granularity"]
     rows, columns = old.block_size
@@ -102,6 +123,10 @@ class TorchAO(Kind):
         weight = held.dequantize().float()
         scale = getattr(held, "act_pre_scale", None)  # SmoothQuant and AWQ scale the input by it
         return weight if scale is None else weight * scale
+
+    def in_dtype(self, base_layer: Any, held: Any, dtype: torch.dtype) -> Tensor:
+        weight = _of_codes(held.detach(), dtype) if type(held).__name__ in CODES else None
+        return super().in_dtype(base_layer, held, dtype) if weight is None else weight
 
     def requantize(self, base_layer: Any, held: Any, weight: Tensor) -> nn.Parameter:
         name, reason = type(held).__name__, "its settings are not known"

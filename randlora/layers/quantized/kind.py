@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 # A quantised weight as a layer has it: the parameter ``weight``, or the layer's attributes of which it consists.
@@ -37,6 +38,10 @@ class Kind:
     def dequantize(self, base_layer: Any, held: Held) -> Tensor:
         """The numbers that the layer computes with, a new tensor in the weight's layout."""
         raise NotImplementedError
+
+    def in_dtype(self, base_layer: Any, held: Held, dtype: torch.dtype) -> Tensor:
+        """The same numbers in a dtype, for a product."""
+        return self.dequantize(base_layer, held).to(dtype)
 
     def requantize(self, base_layer: Any, held: Held, weight: Tensor) -> Held:
         """`weight`, fp32, quantised with the settings of `held`. Raises ``ValueError`` where these are not known."""

@@ -34,6 +34,5 @@ class StraightThrough(torch.autograd.Function):
         d_x = None
         if ctx.needs_input_grad[1]:
             held = ctx.saved_tensors[0] if ctx.held is None else ctx.held
-            weight = ctx.kind.dequantize(ctx.base_layer, held)
-            d_x = (grad @ weight.to(grad.dtype)).to(ctx.dtype)
+            d_x = (grad @ ctx.kind.in_dtype(ctx.base_layer, held, grad.dtype)).to(ctx.dtype)
         return grad if ctx.needs_input_grad[0] else None, d_x, None, None, None
