@@ -80,8 +80,8 @@ def _of_codes(held: Any, dtype: torch.dtype) -> Tensor | None:
     Differences of two codes are exact in every float dtype, so that only the product with the scale is rounded.
     """
     codes, scale, zero_point = held.qdata, held.scale, held.zero_point
-    sure = codes.dtype == torch.int8 and codes.dim() == scale.dim() == 2 and held.dtype == dtype
-    if not sure or (zero_point is not None and zero_point.dtype != torch.int8) or getattr(held, "act_pre_scale", None) is not None:
+    plain = codes.dim() == scale.dim() == 2 and held.dtype == dtype and getattr(held, "act_pre_scale", None) is None
+    if not plain or any(t is not None and t.dtype != torch.int8 for t in (codes, zero_point)):
         return None
     rows, columns = held.block_size
     weight = codes.to(scale.dtype).view(len(scale), rows, -1, columns)  # products of two dtypes are slow on CPUs
