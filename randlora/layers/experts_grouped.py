@@ -40,13 +40,13 @@ class Call(NamedTuple):
 
     Attributes:
         counts: tokens of each expert.
-        bases: gives ``A [r, 1, min_dim]`` and ``B2 [max_dim, n*r]`` in the dtype of the tokens.
+        make_bases: gives A and B where they are not kept, as :func:`linear` takes them.
         scaling: of the update. wide: in_features <= out_features. transposed: the weight is ``[experts, in, out]``.
         workspace: bytes. alone: the same of tokens, lambda and gamma, expert by expert, for second derivatives.
     """
 
     counts: Sequence[int]
-    bases: Callable[[], tuple[Tensor, Tensor]]
+    make_bases: Callable[[], tuple[Tensor, Tensor]]
     scaling: float
     wide: bool
     transposed: bool
@@ -54,12 +54,12 @@ class Call(NamedTuple):
     alone: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def is_possible(x: Tensor, weight: Tensor, bias: Tensor | None, P: int = 0) -> bool:
-    """Whether this call can be computed so: ``x [tokens, in]`` with ``weight [experts, ...]`` and bases with P columns.
+def is_possible(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the products of ``x [tokens, in]`` with ``weight [experts, ...]`` can be computed so.
 
     Not under torch.func and forward mode, nor where the weight itself is trained.
     """
-    if not is_suitable(x.device.type, x.dtype, len(weight), (*weight.shape[1:], P)):
+    if not is_suitable(x.device.type, x.dtype, len(weight), weight.shape[1:]):
         return False
     if isinstance(x, FakeTensor) or in_transform():
         return False
@@ -122,14 +122,18 @@ def temporaries(counts: Sequence[int], sizes: tuple[int, int, int, int], itemsiz
     return itemsize * (3 * experts * P * m + 2 * rows * P + made * P * M) + 8 * experts * n * (m + r)
 
 
-def linear(x: Tensor, lam: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
+def linear(
+    x: Tensor, lam: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor | None, B: Tensor | None,
+    call: Call,
+) -> Tensor:  # fmt: skip
     """``[tokens, out]``: each token's product with its expert's weight and update.
 
     Args:
         x: ``[tokens, in]``, sorted by expert. lam: ``[experts, r, n]``. gamma: ``[experts, n, min_dim]``.
-        bias: ``[experts, out]`` or None.
+        bias: ``[experts, out]`` or None. A, B: ``[r, 1, min_dim]`` and ``[max_dim, n, r]`` in the dtype of the tokens,
+            or None, for those that are made for each pass.
     """
-    result: Tensor = _Linear.apply(_aligned(x), lam, gamma, weight, bias, call)
+    result: Tensor = _Linear.apply(_aligned(x), lam, gamma, weight, bias, A, B, call)
     return result
 
 
@@ -232,14 +236,22 @@ class _Scaled(NamedTuple):
 # ---- the function ----
 
 
+def _flat(A: Tensor | None, B: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+    """A, and B as ``[max_dim, n*r]``."""
+    if A is None or B is None:
+        A, B = call.make_bases()
+    return A, B.flatten(1)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, lam: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor | None, call: Call
-    ) -> Tensor:
-        ctx.save_for_backward(x, lam, gamma, weight)
+        ctx: Any, x: Tensor, lam: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor | None,
+        B: Tensor | None, call: Call,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, lam, gamma, weight, A, B)
         ctx.call = call
-        A, B2 = call.bases()
+        A, B2 = _flat(A, B, call)
         y = products(x, call.counts, weight, bias, call.transposed)
         for some in _in_turn(call, x, B2.shape[1] * gamma.shape[-1] * x.element_size()):
             place = some.place(lam.device)
@@ -252,15 +264,15 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, lam, gamma, weight = ctx.saved_tensors
+        x, lam, gamma, weight, A, B = ctx.saved_tensors
         need_x, need_lambda, need_gamma, *_ = ctx.needs_input_grad
         call: Call = ctx.call
         if torch.is_grad_enabled():
             wanted = [t for t, need in zip((x, lam, gamma), ctx.needs_input_grad, strict=False) if need]
             found = iter(torch.autograd.grad(call.alone(x, lam, gamma), wanted, grad, create_graph=True))
-            return *(next(found) if need else None for need in (need_x, need_lambda, need_gamma)), None, None, None
+            return *(next(found) if need else None for need in (need_x, need_lambda, need_gamma)), *5 * (None,)
         grad = _aligned(grad)
-        A, B2 = call.bases()
+        A, B2 = _flat(A, B, call)
         dx = d_lam = d_gamma = None
         if need_x:
             dx = products(grad, call.counts, weight, None, not call.transposed)
@@ -285,4 +297,4 @@ class _Linear(torch.autograd.Function):
                 for whole, part in zip((d_lam, d_gamma), of_some, strict=True):
                     if whole is not None and part is not None:
                         whole[place] = part.to(whole.dtype)
-        return dx, d_lam, d_gamma, None, None, None
+        return dx, d_lam, d_gamma, *5 * (None,)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import planner
 from ..bases.parts import Part
 from ..checks import require_dtype
+from ..costs.lists import Lists
 from ..distributed import zero3
 from ..distributed.fsdp import is_sharded
 from ..distributed.gathering import is_dtensor
@@ -132,20 +133,42 @@ class ExpertsLinear(RandLoraLayer, nn.Module):
 
     # ---- all experts at once ----
 
+    def takes_all_at_once(
+        self, adapter: str, counts: Sequence[int], dtype: torch.dtype, device_type: str, form: Lists | str | None,
+        need_x: bool, need_parameters: bool,
+    ) -> bool:  # fmt: skip
+        """Whether a call with so many tokens for each expert is computed by :mod:`randlora.layers.experts_grouped`, if
+        nothing else is against it. Arguments as there.
+        """
+        n, r = self.num_bases[adapter], self.r[adapter]
+        sizes = self.in_features, self.out_features, n, r
+        return (
+            self.strategy == "auto"
+            and not self.dropout_of(adapter)
+            and experts_grouped.is_suitable(device_type, dtype, self.num_experts or 0, (*sizes[:2], n * r))
+            and experts_grouped.is_cheaper(counts, sizes, dtype, device_type, form, need_x, need_parameters)
+        )
+
     def _grouped(
         self, adapter: str, x: Tensor, counts: Sequence[int], weight: Tensor, bias: Tensor | None, dtype: torch.dtype
     ) -> Tensor | None:
         """The result by :mod:`randlora.layers.experts_grouped`; None where that cannot be had, or would take longer."""
-        r, n, device = self.r[adapter], self.num_bases[adapter], x.device
-        if self.strategy != "auto" or self.dropout_of(adapter) or dtype != x.dtype:
-            return None
-        if not experts_grouped.is_possible(x, weight, bias, r * n):
+        device = x.device
+        if dtype != x.dtype or not experts_grouped.is_possible(x, weight, bias):
             return None
         lam, gamma = self._trained(adapter, device)
-        grad, found = torch.is_grad_enabled(), self._pattern(adapter, device)
-        sizes, form = (self.in_features, self.out_features, n, r), planner.form(found and found[0])
+        grad, found, bases = torch.is_grad_enabled(), self._pattern(adapter, device), self.bases[adapter]
         needs = grad and x.requires_grad, grad and (lam.requires_grad or gamma.requires_grad)
-        if not experts_grouped.is_cheaper(counts, sizes, dtype, device.type, form, *needs):
+        if not self.takes_all_at_once(adapter, counts, dtype, device.type, planner.form(found and found[0]), *needs):
+            return None
+
+        m, M = min(self.in_features, self.out_features), max(self.in_features, self.out_features)
+        part = Part(0, M, 0, m, self.num_bases[adapter], dtype, device)
+        A = B = None
+        if found is None:
+            A, B = bases.tensors(dtype, device)
+            A, B = A[:, :, :m], B[:M, : part.num_bases]
+        elif bases.given is not None:  # they may be written to before backward, and are not kept as they are
             return None
 
         def alone(x: Tensor, lam: Tensor, gamma: Tensor) -> Tensor:
@@ -153,24 +176,14 @@ class ExpertsLinear(RandLoraLayer, nn.Module):
 
         call = experts_grouped.Call(
             counts=counts,
-            bases=lambda: self._dense_bases(adapter, dtype, device),
-            scaling=self.scaling[adapter] * self.bases[adapter].scale,
+            make_bases=lambda: bases.draw_part(part),
+            scaling=self.scaling[adapter] * bases.scale,
             wide=self.in_features <= self.out_features,
             transposed=self.fan_in_fan_out,
             workspace=self.workspace,
             alone=alone,
         )
-        return experts_grouped.linear(x, lam, gamma, weight, bias, call)
-
-    def _dense_bases(self, adapter: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """A ``[r, 1, min_dim]`` and B ``[max_dim, n*r]``; made for the call where the store has another form."""
-        bases, n = self.bases[adapter], self.num_bases[adapter]
-        m, M = min(self.in_features, self.out_features), max(self.in_features, self.out_features)
-        if self._pattern(adapter, device) is None:
-            A, B = bases.tensors(dtype, device)
-        else:
-            A, B = bases.draw_part(Part(0, M, 0, m, n, dtype, device))
-        return A[:, :, :m], B[:M, :n].flatten(1)
+        return experts_grouped.linear(x, lam, gamma, weight, bias, A, B, call)
 
     # ---- the update as a matrix ----
 

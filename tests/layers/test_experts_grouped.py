@@ -20,37 +20,13 @@ from helpers.experts_cases import (
     random,
     reference,
 )
+from helpers.experts_grouped_cases import made, seen_calls  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import randlora
 from randlora.layers import experts_grouped
 
 TOP_K = {"Mixtral": 2, "Qwen3Moe": 3, "GptOss": 2}
-ALWAYS = 10**18, 10**18
-
-
-class Seen(list):
-    """The calls that were computed so."""
-
-
-@pytest.fixture
-def seen(monkeypatch):
-    """On the CPU, and in fp32 too, wherever it is possible."""
-    found, linear = Seen(), experts_grouped.linear
-    monkeypatch.setattr(experts_grouped, "DEVICES", ("cpu",))
-    monkeypatch.setattr(experts_grouped, "DTYPES", (torch.float32, torch.bfloat16))
-    monkeypatch.setattr(experts_grouped, "HOST", ALWAYS)
-    monkeypatch.setattr(experts_grouped, "LAUNCHES", 0)
-
-    def record(*arguments):
-        found.append(arguments)
-        return linear(*arguments)
-
-    monkeypatch.setattr(experts_grouped, "linear", record)
-    return found
-
-
-def made(family, kind="dense", dtype=torch.float32, **settings):
-    return adapt(experts_of(family, dtype, even=True), kind=kind, r=8, **settings)
 
 
 def in_double(arguments):
@@ -222,43 +198,6 @@ def test_the_workspace_bounds_the_scaled_bases(seen, experts):
     assert largest.bytes == of_one * experts
 
 
-# ---- when ----
-
-
-def not_so():
-    """What is computed expert by expert: how the layer is made, and what is done to it and its arguments."""
-    plain = {"dtype": torch.float32}
-    return {
-        "another dtype": (plain | {"dtype": torch.float16}, None),
-        "a strategy that was asked for": (plain | {"strategy": "materialized"}, None),
-        "dropout": (plain | {"randlora_dropout": 0.5}, lambda layer: layer.train()),
-        "two adapters": (plain, lambda layer: two(layer)),
-        "a trained weight": (plain, lambda layer: layer.base_layer.requires_grad_(True)),
-        "autocast": (plain, torch.autocast("cpu", torch.bfloat16)),
-    }
-
-
-def two(layer):
-    layer.add_adapter("b", r=2, randlora_alpha=4)
-    random(layer)
-    for part in layer.adapted():
-        part.set_adapter(["default", "b"])
-
-
-@pytest.mark.parametrize("what", not_so())
-def test_where_it_cannot_be_done(seen, what):
-    settings, change = not_so()[what]
-    layer, arguments = made("Mixtral", **settings), inputs(2, dtype=settings["dtype"])
-    if what == "autocast":
-        with change:
-            layer(*arguments)
-    else:
-        if change is not None:
-            change(layer)
-        layer(*arguments)
-    assert not seen
-
-
 def test_rows_that_begin_anywhere(seen):
     """grouped_mm wants addresses that 16 divides."""
     layer = made("Mixtral")
@@ -278,33 +217,6 @@ def test_rows_that_begin_anywhere(seen):
     assert len(seen) == 1
 
 
-def test_sizes_that_grouped_mm_does_not_take(seen):
-    layer = adapt(experts_of("Mixtral", torch.float32), r=8)  # 21 features between the products
-    layer(*inputs(2, dtype=torch.float32))
-    assert not seen
-    layer = adapt(experts_of("Mixtral", torch.float32, even=True), r=3)  # 3 * 6 columns of B
-    layer(*inputs(2, dtype=torch.float32))
-    assert not seen
-    layer = made("Mixtral")
-    layer(*(t[:0] for t in inputs(2, dtype=torch.float32)))
-    assert not seen
-
-
-def cheaper(counts, hidden, out, r=32, kind=None, step=True):
-    """At the sizes of a model, on a GPU."""
-    sizes = hidden, out, -(-min(hidden, out) // r), r
-    return experts_grouped.is_cheaper(counts, sizes, torch.bfloat16, "cuda", kind, step, step)
-
-
-def test_where_it_is_cheaper():
-    for kind in (None, "signs", "bits", "seed"):
-        assert cheaper([256] * 128, 2048, 1536, kind=kind), "Qwen3-30B-A3B, 4096 tokens: the host's calls decide"
-        assert cheaper([1] * 8 + [0] * 120, 2048, 1536, kind=kind, step=False), "decoding"
-        assert not cheaper([1] + [0] * 127, 2048, 1536, kind=kind), "one call"
-    assert not cheaper([4096] * 8, 4096, 28672, kind="signs"), "Mixtral, 16384 tokens: the device's time decides"
-    assert cheaper([2] * 8, 4096, 28672, kind="signs")
-
-
 def test_a_copy_of_a_layer_and_its_graph_are_on_their_own(seen):
     """What a graph keeps is of the call: lambda may be another tensor when backward runs."""
     layer, arguments = made("Mixtral"), inputs(2, dtype=torch.float32)
@@ -316,3 +228,32 @@ def test_a_copy_of_a_layer_and_its_graph_are_on_their_own(seen):
         part.randlora_lambda["default"] = torch.nn.Parameter(changed.randlora_lambda["default"].detach())
     for a, b in zip(torch.autograd.grad(y.square().sum(), wanted), expected[1:], strict=True):
         assert_same_bits(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:the active adapter")
+@over("kind", ["dense", "hadamard"])
+def test_backward_needs_nothing_of_the_layer(seen, kind):
+    """An adapter may be deleted, and others come, between forward and backward."""
+    layer, arguments = made("Mixtral", kind), inputs(2, dtype=torch.float32)
+    expected = step(layer, arguments)
+    wanted = [arguments[0], arguments[2], *parameters_of(layer)]
+    y = layer(*arguments)
+    layer.add_adapter("b", r=2, randlora_alpha=4)
+    for part in layer.adapted():
+        part.delete_adapter("default")
+    for a, b in zip(torch.autograd.grad(y.square().sum(), wanted), expected[1:], strict=True):
+        assert_same_bits(a, b)
+
+
+def test_given_bases_that_are_written_to_meanwhile(seen):
+    """As everywhere: an error, not the gradient of other bases."""
+    A, B = torch.randn(8, 1, 16), torch.randn(48, 2, 8)
+    layer = randlora.Experts(
+        experts_of("Mixtral", torch.float32, even=True), parameters=["gate_up_proj"], r=8, randlora_alpha=16,
+        bases=randlora.RandomBases.from_tensors(A, B),
+    )  # fmt: skip
+    y = layer(*inputs(2, dtype=torch.float32))
+    assert len(seen) == 1
+    B.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

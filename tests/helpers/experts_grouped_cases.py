@@ -1,0 +1,30 @@
+"""Experts whose products are all computed at once, on the CPU, as a GPU takes them."""
+
+import pytest
+import torch
+
+from helpers.experts_cases import adapt, experts_of
+from randlora.layers import experts_grouped
+
+ALWAYS = 10**18, 10**18
+
+
+@pytest.fixture(name="seen")
+def seen_calls(monkeypatch):
+    """The calls that were computed so: on the CPU, and in fp32 too, all that can be."""
+    found, linear = [], experts_grouped.linear
+    monkeypatch.setattr(experts_grouped, "DEVICES", ("cpu",))
+    monkeypatch.setattr(experts_grouped, "DTYPES", (torch.float32, torch.bfloat16))
+    monkeypatch.setattr(experts_grouped, "HOST", ALWAYS)
+    monkeypatch.setattr(experts_grouped, "LAUNCHES", 0)
+
+    def record(*arguments):
+        found.append(arguments)
+        return linear(*arguments)
+
+    monkeypatch.setattr(experts_grouped, "linear", record)
+    return found
+
+
+def made(family, kind="dense", dtype=torch.float32, **settings):
+    return adapt(experts_of(family, dtype, even=True), kind=kind, r=8, **settings)
