@@ -184,7 +184,7 @@ class Steps:
             [Step("quantized", quantized, 42, 80)],
             [Step("export", with_peft, 36, 70)],
             [Step("export-4096", large, 34, 65)],
-            [Step("tests", tests, 55, 90, in_checkout=False, environment=NATIVE_TRACES)],
+            [Step("tests", tests, 70, 95, in_checkout=False, environment=NATIVE_TRACES)],
         ]
 
 
