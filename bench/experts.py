@@ -272,10 +272,14 @@ def step_of(spec: Spec, name: str) -> Callable[[], list[Tensor]]:
     return Experts(spec).provider(name).run
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tiny", action="store_true", help="experts that take no time, to try the command")
+
+
 def main(argv: list[str] | None = None) -> int:
-    options = measure.parse("experts", __doc__, argv)
+    options = measure.parse("experts", __doc__, argv, add=add_options)
     cuda = torch.device(options.device).type == "cuda"
-    specs = CUDA if cuda else TINY if options.quick and options.seconds == 0 else CPU
+    specs = TINY if options.tiny else CUDA if cuda else CPU
     if not multiplies_bfloat16(options.device):
         specs = tuple(spec for spec in specs if spec.dtype != "bfloat16")
     book = records.Book("experts", tuple(CPU[0].columns), options)

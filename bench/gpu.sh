@@ -26,6 +26,7 @@ began=$(date +%s)
 call=${1:?"usage: bench/gpu.sh correct|deep|quality|forms RESULTS [--device cpu]"}
 results=${2:?"usage: bench/gpu.sh correct|deep|quality|forms RESULTS [--device cpu]"}
 shift 2
+[[ $call =~ ^(correct|deep|quality|forms)$ ]] || { echo "no call is named $call: correct, deep, quality or forms" >&2; exit 2; }
 cd "$(dirname "$0")/.." || exit 1
 mkdir -p "$results"
 results=$(cd "$results" && pwd)

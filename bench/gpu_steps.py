@@ -169,7 +169,7 @@ class Steps:
             "linear", "--d 4096 --tokens 8192,1024 --dtype bfloat16 --seconds 5 --no-picture",
             "--d 64 --tokens 96,24 --dtype bfloat16 --quick --seconds 0 --no-picture", methods=NOT_KEPT,
         )  # fmt: skip
-        experts = self.bench("experts", "--seconds 4 --no-picture", "--quick --seconds 0 --no-picture")
+        experts = self.bench("experts", "--seconds 4 --no-picture", "--tiny --quick --seconds 0 --no-picture")
         quantized = self.bench("quantized", "--seconds 1.5 --no-picture",
                                "--d 128 --tokens 24 --quick --seconds 0 --no-picture")  # fmt: skip
         # The SVD of all of 4096 x 4096, which PEFT takes, is too long for a call.

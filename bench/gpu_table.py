@@ -99,7 +99,12 @@ def times(path: Path) -> list[str]:
     width = max(map(len, providers))
     same = [f"{name} {value}" for i, (name, value) in enumerate(zip(CASE_COLUMNS, next(iter(cases)), strict=True))
             if i not in told_apart and value and name not in ("pass", "kind")]  # fmt: skip
-    baseline = next((row["baseline"] for row in rows if row.get("baseline")), "")
+    of_case = [next((row["baseline"] for row in found if row.get("baseline")), "") for found in cases.values()]
+    baseline = next(filter(None, of_case), "")
+    # A case without that method has another one to compare with.
+    heads = [
+        f"{head} (x {own})" if own not in ("", baseline) else head for head, own in zip(heads, of_case, strict=True)
+    ]
     lines = [f"-- {path.stem}: ms, x {baseline}, % of floor, peak MiB; {', '.join(same)}"]
     columns = [
         [head, *(cell(found, name) for name in providers)] for head, found in zip(heads, cases.values(), strict=True)

@@ -228,12 +228,12 @@ def compare(
     return Comparison(timings, baseline, interrupted, load)
 
 
-def reason(problem: Exception) -> str:
-    """Why something cannot be measured, on one line."""
+def reason(problem: Exception, checked: bool = True) -> str:
+    """Why something cannot be measured, on one line. `checked`: an AssertionError is that of a check."""
     first = next(iter(str(problem).splitlines()), "")
     if isinstance(problem, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in first:
         return "out of memory"
-    kind = "wrong result" if isinstance(problem, AssertionError) else type(problem).__name__
+    kind = "wrong result" if checked and isinstance(problem, AssertionError) else type(problem).__name__
     return f"{kind}: {first}"[:200]
 
 

@@ -200,8 +200,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> int:
     options = measure.parse("quantized", __doc__, argv, add=add_options)
     at = torch.device(options.device).type
-    d, tokens = SIZES[at]
-    d, tokens = options.d or d, options.tokens or tokens
+    usual_d, usual_tokens = SIZES.get(at, SIZES["cpu"])
+    d = usual_d if options.d is None else options.d
+    tokens = usual_tokens if options.tokens is None else options.tokens
+    if min(d, tokens) < 1:
+        raise SystemExit(f"--d and --tokens must be at least 1, got {d} and {tokens}")
     dtype = "bfloat16" if multiplies_bfloat16(options.device) else "float32"
     usual = [name for name in KINDS if at == "cuda" or name != "int4 packed"]
     cases = [

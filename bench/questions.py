@@ -75,8 +75,9 @@ def _measure(book: Book, case: Case, options: argparse.Namespace) -> bool:
         tqdm.write(f"{case.title}: stopped before anything was measured")
         return False
     except Exception as problem:  # out of memory is a result; the other cases are smaller
-        book.put(case.columns, {EVERYTHING: {"median_ms": "", "failed": measure.reason(problem)}})
-        tqdm.write(f"{case.title}: cannot be set up: {measure.reason(problem)}")
+        failed = measure.reason(problem, checked=False)
+        book.put(case.columns, {EVERYTHING: {"median_ms": "", "failed": failed}})
+        tqdm.write(f"{case.title}: cannot be set up: {failed}")
         return True
     result = measure.compare(
         case.title, setup.factories, baseline=setup.baseline, check=setup.check, options=options, clock=setup.clock

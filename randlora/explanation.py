@@ -74,9 +74,9 @@ def explain(layer: Linear | ExpertsLinear, tokens: int, training: bool = True) -
                     f"    {name:<13}{cost[which].multiply_adds / 1e6:>11.1f} M"
                     f"{cost[which].workspace / 2**20:>11.1f} MiB{cost[which].total(balance) / least:>7.2f}{note}"
                 )
-        if isinstance(layer, ExpertsLinear):
+        if isinstance(layer, ExpertsLinear) and len(layer.active_adapters) == 1 and not layer.weight.requires_grad:
             counts = [tokens] * (layer.num_experts or 0)
-            if layer.takes_all_at_once(adapter, counts, dtype, device.type, bases, training, training):
+            if layer.takes_all_at_once(adapter, counts, dtype, device.type, bases, training, training, dropout):
                 lines.append("  all experts with so many tokens: at once, factored, with dense bases and grouped_mm")
         kept = tokens * layer.in_features * dtype.itemsize if training else 0
         lines.append(

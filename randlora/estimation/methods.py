@@ -18,7 +18,7 @@ from ..checkpoint.layout import PARAMETERS, PREFIX
 from ..config import RandLoraConfig
 from ..costs.lists import Lists
 from ..costs.strategies import Cost, LayerCall
-from ..layers import experts_grouped
+from ..layers import experts_choice
 from ..model.adapter_plan import Plan, own_bases, required
 from .step import Beside, Layer, Shapes, Step
 
@@ -107,19 +107,16 @@ def _grouped(
     step: Step, layer: Layer, config: RandLoraConfig, form: Lists | str | None, need_x: bool
 ) -> tuple[int, Cost, Cost, int] | None:
     """Of all experts at once: rows, costs of both passes, bytes of temporaries. None where they are called in turn."""
-    n, r, device_type = layer.num_bases, config.r, step.device.type
-    sizes = layer.in_features, layer.out_features, n, r
     if not layer.experts or config.strategy != "auto" or config.randlora_dropout or layer.dtype != layer.weight_dtype:
         return None
-    if not experts_grouped.is_suitable(device_type, layer.dtype, layer.experts, (*sizes[:2], n * r)):
-        return None
+    sizes = experts_choice.Sizes(layer.in_features, layer.out_features, layer.num_bases, config.r, layer.dtype)
     counts = [tokens for tokens, count in step.products(layer) for _ in range(count)]
-    if not experts_grouped.is_cheaper(counts, sizes, layer.dtype, device_type, form, need_x, True):
+    counts += [0] * (layer.experts - len(counts))
+    if not experts_choice.is_taken(counts, sizes, step.device.type, form, need_x, True):
         return None
-    call = LayerCall(sum(counts), *sizes, layer.dtype.itemsize, device_type, need_x=int(need_x))
+    call = LayerCall(sum(counts), *sizes[:4], layer.dtype.itemsize, step.device.type, need_x=int(need_x))
     forward, backward = planner.costs_of(call, None)["factored"]
-    temporaries = experts_grouped.temporaries(counts, sizes, layer.dtype.itemsize, form is not None)
-    return sum(counts), forward, backward, temporaries
+    return sum(counts), forward, backward, experts_choice.temporaries(counts, sizes, form)
 
 
 def expected_pattern(

@@ -2,9 +2,8 @@
 
 Experts share their bases, so that of the two products of an update one is the same for all tokens, and only the one
 with the scaled bases ``S2 [experts, n*r, min_dim]`` is each expert's own. ``torch.nn.functional.grouped_mm`` computes
-that one, and the one with the frozen weights, whatever number of tokens each expert has. It pays on a GPU, where an
-expert's few tokens take a fraction of the time that the host needs to call a layer: see :func:`is_cheaper`. Bases of
-any kind are made dense for it.
+that one, and the one with the frozen weights, whatever number of tokens each expert has. It pays on a GPU:
+:mod:`randlora.layers.experts_choice` says when. Bases of any kind are made dense for it.
 
 Nothing is kept for backward but the tokens, the parameters and references. S2 of as many experts exists at a time as
 fit into `workspace`.
@@ -19,42 +18,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import planner
-from ..costs.lists import Lists
 from ..ops import calls
-from ..private_torch import FakeTensor, in_transform
-
-# Where grouped_mm is one kernel: with others it is a loop, and waits for the device.
-DEVICES, DTYPES = ("cuda",), (torch.bfloat16,)
-ALIGNED = 16  # bytes, of rows: what the tensor memory accelerator takes
-MOST_GROUPS = 1023
-WORKSPACE = 512 << 20  # bytes, where a layer has no bound of its own
-# What the host spends on one expert's call, forward and backward, in multiply-adds that the device does meanwhile:
-# 0.1 and 0.3 ms (bench/NOTES-cuda.md) at the rate that planner.BALANCE has.
-HOST = (40 * 10**9, 120 * 10**9)
-LAUNCHES = 3  # how many times that the host spends on all experts at once
+from ..private_torch import FakeTensor, in_transform, is_watched
+from .experts_choice import ALIGNED, Sizes, is_suitable, pieces
 
 
 class Call(NamedTuple):
-    """What is no tensor with a gradient.
+    """What is no tensor with a gradient, as it is when forward runs.
 
     Attributes:
-        counts: tokens of each expert.
+        counts: tokens of each expert. sizes: of an expert. scaling: of the update.
+        transposed: the weight is ``[experts, in, out]``.
+        room: bytes for what exists at a time.
         make_bases: gives A and B where they are not kept, as :func:`linear` takes them.
-        scaling: of the update. wide: in_features <= out_features. transposed: the weight is ``[experts, in, out]``.
-        workspace: bytes. alone: the same of tokens, lambda and gamma, expert by expert, for second derivatives.
+        alone: ``(x, lam, gamma, weight, bias)`` to the result, expert by expert, for derivatives of derivatives.
     """
 
     counts: Sequence[int]
-    make_bases: Callable[[], tuple[Tensor, Tensor]]
+    sizes: Sizes
     scaling: float
-    wide: bool
     transposed: bool
-    workspace: int
-    alone: Callable[[Tensor, Tensor, Tensor], Tensor]
+    room: int
+    make_bases: Callable[[], tuple[Tensor, Tensor]]
+    alone: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+    @property
+    def wide(self) -> bool:
+        return self.sizes.in_features <= self.sizes.out_features
 
 
-def is_possible(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def is_possible(x: Tensor, counts: Sequence[int], weight: Tensor, bias: Tensor | None, in_features: int) -> bool:
     """Whether the products of ``x [tokens, in]`` with ``weight [experts, ...]`` can be computed so.
 
     Not under torch.func and forward mode, nor where the weight itself is trained.
@@ -68,58 +61,10 @@ def is_possible(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         (weight.dtype, weight.device) == (x.dtype, x.device)
         and weight.is_contiguous()
         and weight.data_ptr() % ALIGNED == 0
-        and x.shape[0] > 0
+        and x.shape == (sum(counts), in_features)
+        and len(x) > 0
         and not trained
     )
-
-
-def is_suitable(device_type: str, dtype: torch.dtype, experts: int, sizes: Sequence[int]) -> bool:
-    """Whether grouped_mm is one kernel for matrices of these numbers of rows and columns."""
-    aligned = all(size * dtype.itemsize % ALIGNED == 0 for size in sizes)
-    return device_type in DEVICES and dtype in DTYPES and experts <= MOST_GROUPS and aligned
-
-
-def is_cheaper(
-    counts: Sequence[int],
-    sizes: tuple[int, int, int, int],
-    dtype: torch.dtype,
-    device_type: str,
-    form: Lists | str | None,
-    need_x: bool,
-    need_parameters: bool,
-) -> bool:
-    """Whether this takes less time than a call for each expert that has tokens.
-
-    Args:
-        sizes: in_features, out_features, n and r. form, need_x, need_parameters: as for
-            :func:`randlora.planner.choose`.
-    """
-    hit = sum(1 for count in counts if count)
-
-    def totals(form: Lists | str | None) -> dict[str, tuple[int, int]]:
-        """Of one expert."""
-        return planner.totals_of(
-            -(-sum(counts) // hit), *sizes, dtype, dtype, device_type, form=form, need_x=need_x,
-            need_parameters=need_parameters,
-        )  # fmt: skip
-
-    if not hit:
-        return False
-    passes, by_itself, factored = 1 + (need_x or need_parameters), totals(form).values(), totals(None)["factored"]
-    alone = sum(hit * max(HOST[i], min(each[i] for each in by_itself)) for i in range(passes))
-    together = sum(max(LAUNCHES * HOST[i], hit * factored[i]) for i in range(passes))
-    return together < alone
-
-
-def temporaries(counts: Sequence[int], sizes: tuple[int, int, int, int], itemsize: int, made: bool) -> int:
-    """Bytes that a step takes beside what it returns and keeps; `made`: bases that are not kept dense, too."""
-    in_features, out_features, n, r = sizes
-    m, M, P = min(in_features, out_features), max(in_features, out_features), n * r
-    experts = min(at_once(P * m * itemsize), sum(1 for count in counts if count))
-    rows = sum(sorted(counts, reverse=True)[:experts])
-    # S2, its gradient, and that in the order of the op; the hidden numbers and their gradient; lambda, gamma in that
-    # order, and their gradients.
-    return itemsize * (3 * experts * P * m + 2 * rows * P + made * P * M) + 8 * experts * n * (m + r)
 
 
 def linear(
@@ -141,23 +86,30 @@ def products(x: Tensor, counts: Sequence[int], weight: Tensor, bias: Tensor | No
     """Those with the weights alone; differentiable."""
     y: Tensor = F.grouped_mm(_aligned(x), weight if transposed else weight.mT, offs=_ends(counts, x))
     if bias is not None:
-        y = y + bias.repeat_interleave(_on(x.device, torch.tensor(counts)), dim=0, output_size=len(x))
+        y = y + bias.repeat_interleave(_on(x.device, counts), dim=0, output_size=len(x))
     return y
 
 
 def _aligned(t: Tensor) -> Tensor:
-    """Contiguous rows that begin where the kernel can read them."""
-    t = t.contiguous()
-    return t.clone() if t.data_ptr() % ALIGNED else t
+    """Contiguous rows that begin where the kernel can read them. A single row may have any distance to the next."""
+    if t.is_contiguous() and t.data_ptr() % ALIGNED == 0 and t.stride() == (t.shape[1], 1):
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
 
 
 def _ends(counts: Sequence[int], like: Tensor) -> Tensor:
-    return _on(like.device, torch.tensor(counts).cumsum(0, dtype=torch.int32))
+    return _on(like.device, counts, sums=True)
 
 
-def _on(device: torch.device, numbers: Tensor) -> Tensor:
-    """Without waiting for the device, as torch.tensor(..., device=device) does."""
-    return numbers.to(device, non_blocking=True)
+def _on(device: torch.device, numbers: Sequence[int], sums: bool = False) -> Tensor:
+    """A tensor of numbers, or of their sums so far, which does not wait for the device as ``torch.tensor`` does there.
+
+    Made on the CPU whatever the default device is.
+    """
+    made = torch.tensor(numbers, device="cpu")
+    if sums:
+        made = made.cumsum(0, dtype=torch.int32)
+    return made.to(device, non_blocking=True)
 
 
 # ---- some of the experts ----
@@ -178,21 +130,13 @@ class _Some(NamedTuple):
         first, last = self.experts[0], self.experts[-1]
         if last - first + 1 == len(self.experts):
             return slice(first, last + 1)
-        return _on(device, torch.tensor(self.experts))
+        return _on(device, self.experts)
 
 
-def at_once(bytes_of_one: int, workspace: int = 0) -> int:
-    """Of how many experts the scaled bases exist at a time, so that they fit with their gradients."""
-    return max(1, (workspace or WORKSPACE) // (4 * bytes_of_one))
-
-
-def _in_turn(call: Call, like: Tensor, bytes_of_one: int) -> Iterator[_Some]:
-    """All experts that have tokens, as many at a time as fit: S2, its gradient, and a copy of that in another order."""
-    most = at_once(bytes_of_one, call.workspace)
-    hit = [expert for expert, count in enumerate(call.counts) if count]
+def _in_turn(call: Call, like: Tensor) -> Iterator[_Some]:
+    """All experts that have tokens, as many at a time as there is room for."""
     row = 0
-    for first in range(0, len(hit), most):
-        experts = hit[first : first + most]
+    for experts in pieces(call.counts, call.sizes, call.room):
         counts = [call.counts[expert] for expert in experts]
         yield _Some(experts, slice(row, row + sum(counts)), _ends(counts, like))
         row += sum(counts)
@@ -249,11 +193,13 @@ class _Linear(torch.autograd.Function):
         ctx: Any, x: Tensor, lam: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor | None,
         B: Tensor | None, call: Call,
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x, lam, gamma, weight, A, B)
+        ctx.save_for_backward(x, lam, gamma, weight, bias, A, B)
         ctx.call = call
         A, B2 = _flat(A, B, call)
         y = products(x, call.counts, weight, bias, call.transposed)
-        for some in _in_turn(call, x, B2.shape[1] * gamma.shape[-1] * x.element_size()):
+        if is_watched():  # a mode may keep what grouped_mm gives, as selective checkpointing does: not to be written to
+            y = y.clone()
+        for some in _in_turn(call, x):
             place = some.place(lam.device)
             S = _Scaled.of(A, lam[place], gamma[place], call.scaling).made(x.dtype)
             if call.wide:
@@ -264,12 +210,14 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, lam, gamma, weight, A, B = ctx.saved_tensors
+        x, lam, gamma, weight, bias, A, B = ctx.saved_tensors
         need_x, need_lambda, need_gamma, *_ = ctx.needs_input_grad
         call: Call = ctx.call
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or in_transform():
             wanted = [t for t, need in zip((x, lam, gamma), ctx.needs_input_grad, strict=False) if need]
-            found = iter(torch.autograd.grad(call.alone(x, lam, gamma), wanted, grad, create_graph=True))
+            with torch.enable_grad():
+                y = call.alone(x, lam, gamma, weight, bias)
+            found = iter(torch.autograd.grad(y, wanted, grad, create_graph=torch.is_grad_enabled()))
             return *(next(found) if need else None for need in (need_x, need_lambda, need_gamma)), *5 * (None,)
         grad = _aligned(grad)
         A, B2 = _flat(A, B, call)
@@ -280,7 +228,7 @@ class _Linear(torch.autograd.Function):
             d_lam = torch.zeros_like(lam)
         if need_gamma:
             d_gamma = torch.zeros_like(gamma)
-        for some in _in_turn(call, x, B2.shape[1] * gamma.shape[-1] * x.element_size()):
+        for some in _in_turn(call, x):
             place = some.place(lam.device)
             scaled = _Scaled.of(A, lam[place], gamma[place], call.scaling)
             S, own, g = scaled.made(x.dtype), x[some.rows], grad[some.rows]

@@ -18,11 +18,14 @@ from ..distributed.fsdp import is_sharded
 from ..distributed.gathering import is_dtensor
 from ..dtypes import at_least_fp32
 from ..functional import compute_dtype, flat_bases, linear_of
-from . import experts_grouped, offload
+from . import experts_choice, experts_grouped, offload
 from .base_layer import name_of
 from .experts_form import sizes
 from .merging import Trained, added
 from .randlora_layer import RandLoraLayer
+
+# Of an expert's number, its tokens, and its weight and bias or None: the product with an update.
+Compute = Callable[[int, Tensor, Tensor | None, Tensor | None], Tensor]
 
 
 class ExpertsLinear(RandLoraLayer, nn.Module):
@@ -37,8 +40,8 @@ class ExpertsLinear(RandLoraLayer, nn.Module):
         adapter_name, strategy, settings: as for :class:`randlora.Linear`.
 
     Attributes:
-        workspace: bytes of temporaries at most, as far as that can be had; 0: no limit, but 512 MiB where all experts
-            are computed at once.
+        workspace: bytes of temporaries at most, as far as that can be had; 0: no limit. All experts are computed at
+            once only where one of them has room in it, and 0 means pieces of 512 MiB there.
     """
 
     def __init__(
@@ -110,77 +113,87 @@ class ExpertsLinear(RandLoraLayer, nn.Module):
 
         return each(x, counts, weight, bias, compute)
 
-    def _update(
-        self, adapter: str, dtype: torch.dtype, device: torch.device, trained: tuple[Tensor, Tensor] | None = None
-    ) -> Callable[..., Tensor]:
-        """A function of an expert's number, its tokens, and its weight and bias or None: the product with an update.
+    def _update(self, adapter: str, dtype: torch.dtype, device: torch.device) -> Compute:
+        return self._bound(adapter, dtype, device)(*self._trained(adapter, device))
 
-        `trained`: lambda and gamma, where they are not the adapter's own tensors.
+    def _bound(self, adapter: str, dtype: torch.dtype, device: torch.device) -> Callable[[Tensor, Tensor], Compute]:
+        """What there is of an adapter at the moment, for any lambda and gamma: a function of an expert's number, its
+        tokens, and its weight and bias or None, that gives the product with an update.
         """
         A, B, pattern, factor = self._bases_for_call(adapter, dtype, device)
-        # Not one by one: the gradient of a single view would be as large as that of all.
-        lam, gamma = (part.unbind() for part in trained or self._trained(adapter, device))
-        p, scaling, alone = self.dropout_of(adapter), self.scaling[adapter] * factor, planner.without_weight
+        p, scaling, transposed = self.dropout_of(adapter), self.scaling[adapter] * factor, self.fan_in_fan_out
+        strategy, out_features, workspace = self.strategy, self.out_features, self.workspace
+        alone = planner.without_weight(strategy)
 
-        def compute(expert: int, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-            strategy = self.strategy if weight is not None else alone(self.strategy)
-            return linear_of(
-                x, weight, bias, A, B, lam[expert], gamma[expert], scaling, p, dtype, strategy, self.out_features,
-                self.fan_in_fan_out, self.workspace, None, pattern,
-            )  # fmt: skip
+        def of(lam: Tensor, gamma: Tensor) -> Compute:
+            # Not one by one: the gradient of a single view would be as large as that of all.
+            of_expert = list(zip(lam.unbind(), gamma.unbind(), strict=True))
 
-        return compute
+            def compute(expert: int, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+                return linear_of(
+                    x, weight, bias, A, B, *of_expert[expert], scaling, p, dtype, alone if weight is None else strategy,
+                    out_features, transposed, workspace, None, pattern,
+                )  # fmt: skip
+
+            return compute
+
+        return of
 
     # ---- all experts at once ----
 
     def takes_all_at_once(
         self, adapter: str, counts: Sequence[int], dtype: torch.dtype, device_type: str, form: Lists | str | None,
-        need_x: bool, need_parameters: bool,
+        need_x: bool, need_parameters: bool, dropout: bool,
     ) -> bool:  # fmt: skip
         """Whether a call with so many tokens for each expert is computed by :mod:`randlora.layers.experts_grouped`, if
-        nothing else is against it. Arguments as there.
+        the adapter is the only one that acts and nothing is against it in the tensors.
+
+        Args:
+            form, need_x, need_parameters: as for :func:`randlora.planner.choose`. dropout: whether it takes place.
         """
-        n, r = self.num_bases[adapter], self.r[adapter]
-        sizes = self.in_features, self.out_features, n, r
-        return (
-            self.strategy == "auto"
-            and not self.dropout_of(adapter)
-            and experts_grouped.is_suitable(device_type, dtype, self.num_experts or 0, (*sizes[:2], n * r))
-            and experts_grouped.is_cheaper(counts, sizes, dtype, device_type, form, need_x, need_parameters)
+        sizes, needs = self._sizes(adapter, dtype), (need_x, need_parameters)
+        if self.strategy != "auto" or dropout:
+            return False
+        return experts_choice.is_taken(counts, sizes, device_type, form, *needs, self.workspace)
+
+    def _sizes(self, adapter: str, dtype: torch.dtype) -> experts_choice.Sizes:
+        return experts_choice.Sizes(
+            self.in_features, self.out_features, self.num_bases[adapter], self.r[adapter], dtype
         )
 
     def _grouped(
         self, adapter: str, x: Tensor, counts: Sequence[int], weight: Tensor, bias: Tensor | None, dtype: torch.dtype
     ) -> Tensor | None:
         """The result by :mod:`randlora.layers.experts_grouped`; None where that cannot be had, or would take longer."""
-        device = x.device
-        if dtype != x.dtype or not experts_grouped.is_possible(x, weight, bias):
+        device, bases = x.device, self.bases[adapter]
+        if dtype != x.dtype or not experts_grouped.is_possible(x, counts, weight, bias, self.in_features):
             return None
         lam, gamma = self._trained(adapter, device)
-        grad, found, bases = torch.is_grad_enabled(), self._pattern(adapter, device), self.bases[adapter]
+        grad, found = torch.is_grad_enabled(), self._pattern(adapter, device)
         needs = grad and x.requires_grad, grad and (lam.requires_grad or gamma.requires_grad)
-        if not self.takes_all_at_once(adapter, counts, dtype, device.type, planner.form(found and found[0]), *needs):
+        form, dropout = planner.form(found and found[0]), self.dropout_of(adapter) > 0
+        if not self.takes_all_at_once(adapter, counts, dtype, device.type, form, *needs, dropout):
             return None
-
-        m, M = min(self.in_features, self.out_features), max(self.in_features, self.out_features)
-        part = Part(0, M, 0, m, self.num_bases[adapter], dtype, device)
+        sizes = self._sizes(adapter, dtype)
+        part = Part(0, max(sizes.in_features, sizes.out_features), 0, sizes.m, sizes.n, dtype, device)
         A = B = None
         if found is None:
             A, B = bases.tensors(dtype, device)
-            A, B = A[:, :, :m], B[:M, : part.num_bases]
+            A, B = A[:, :, : sizes.m], B[: part.end, : sizes.n]
         elif bases.given is not None:  # they may be written to before backward, and are not kept as they are
             return None
+        bound = self._bound(adapter, dtype, device)
 
-        def alone(x: Tensor, lam: Tensor, gamma: Tensor) -> Tensor:
-            return each(x, counts, weight, bias, self._update(adapter, dtype, device, (lam, gamma)))
+        def alone(x: Tensor, lam: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return each(x, counts, weight, bias, bound(lam, gamma))
 
         call = experts_grouped.Call(
             counts=counts,
-            make_bases=lambda: bases.draw_part(part),
+            sizes=sizes,
             scaling=self.scaling[adapter] * bases.scale,
-            wide=self.in_features <= self.out_features,
             transposed=self.fan_in_fan_out,
-            workspace=self.workspace,
+            room=experts_choice.room(experts_choice.made(sizes, form), self.workspace),
+            make_bases=lambda: bases.draw_part(part),
             alone=alone,
         )
         return experts_grouped.linear(x, lam, gamma, weight, bias, A, B, call)
@@ -259,7 +272,8 @@ def each(
 
 def routed(x: Tensor, counts: Sequence[int], weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
     """The products of a parameter that has no adapter."""
-    if experts_grouped.is_possible(x, weight, bias):
+    in_features = weight.shape[1 if transposed else 2]
+    if experts_grouped.is_possible(x, counts, weight, bias, in_features):
         return experts_grouped.products(x, counts, weight, bias, transposed)
 
     def compute(_: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

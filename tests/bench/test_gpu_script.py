@@ -187,6 +187,22 @@ def test_the_table_is_cut(tmp_path):
     assert any("7.5 2.00x 1M" in line for line in whole) and whole[-1].endswith("out of memory")
 
 
+def test_a_case_with_another_baseline_says_so(tmp_path):
+    folder = tmp_path / "machine"
+    folder.mkdir()
+    head = "d,provider,median_ms,baseline,times_faster"
+    rows = ["64,PEFT,4,PEFT,1", "64,ours,2,PEFT,2", "96,ours,3,ours,1", "96,other,6,ours,0.5"]
+    (folder / "export.csv").write_text("\n".join([head, *rows]))
+    block = gpu_table.times(folder / "export.csv")
+    assert "x PEFT" in block[0] and block[1].split("|")[1:] == [" 64      ", " 96 (x ours)"]
+    assert block[3].split("|")[1:] == [" 2 2.00x ", " 3 1.00x    "]
+
+
+def test_a_call_that_is_none(tmp_path):
+    found = subprocess.run([str(ROOT / "bench/gpu.sh"), "all", str(tmp_path / "out")], capture_output=True, text=True)
+    assert found.returncode == 2 and "no call is named all" in found.stderr and not (tmp_path / "out").exists()
+
+
 def test_a_wide_table_goes_on_below(tmp_path):
     folder = tmp_path / "machine"
     folder.mkdir()

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import randlora
 from randlora.__main__ import main
-from randlora.layers import experts_grouped
+from randlora.layers import experts_choice
 
 SETTINGS = {"r": 4, "target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 
@@ -139,9 +139,9 @@ class Products(TorchDispatchMode):
 
 @pytest.fixture
 def at_once(monkeypatch):
-    monkeypatch.setattr(experts_grouped, "DEVICES", ("cpu",))
-    monkeypatch.setattr(experts_grouped, "DTYPES", (torch.float32,))
-    monkeypatch.setattr(experts_grouped, "HOST", (10**18, 10**18))
+    monkeypatch.setattr(experts_choice, "DEVICES", ("cpu",))
+    monkeypatch.setattr(experts_choice, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(experts_choice, "HOST", (10**18, 10**18))
 
 
 @pytest.mark.parametrize("kind", ["dense", "hadamard"])

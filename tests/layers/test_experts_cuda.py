@@ -5,7 +5,7 @@ import torch
 from helpers.common import KINDS
 from helpers.experts_cases import adapt, experts_of, families, inputs, own, parameters_of, reference
 
-from randlora.layers import experts_grouped
+from randlora.layers import experts_choice, experts_grouped
 
 pytestmark = pytest.mark.cuda
 
@@ -39,9 +39,9 @@ def test_a_gpu_computes_what_the_cpu_does(family, kind):
 def seen(monkeypatch):
     """The calls that were computed so: all that can be."""
     found, linear = [], experts_grouped.linear
-    monkeypatch.setattr(experts_grouped, "DEVICES", (DEVICE,))
-    monkeypatch.setattr(experts_grouped, "HOST", (10**18, 10**18))
-    monkeypatch.setattr(experts_grouped, "LAUNCHES", 0)
+    monkeypatch.setattr(experts_choice, "DEVICES", (DEVICE,))
+    monkeypatch.setattr(experts_choice, "HOST", (10**18, 10**18))
+    monkeypatch.setattr(experts_choice, "LAUNCHES", 0)
     monkeypatch.setattr(experts_grouped, "linear", lambda *given: found.append(given) or linear(*given))
     return found
 
@@ -81,11 +81,11 @@ def routed_to(known, hidden, tokens):
 
 def alone(layer, arguments):
     """The errors of a step that goes expert by expert."""
-    devices, experts_grouped.DEVICES = experts_grouped.DEVICES, ()
+    devices, experts_choice.DEVICES = experts_choice.DEVICES, ()
     try:
         return errors(layer, arguments)
     finally:
-        experts_grouped.DEVICES = devices
+        experts_choice.DEVICES = devices
 
 
 def assert_no_worse(together, alone, kind="dense"):
@@ -98,13 +98,12 @@ def assert_no_worse(together, alone, kind="dense"):
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_experts_at_once(kind, form, routing, seen):
-    """Groups of any number of rows, experts without any, and a workspace that takes experts one by one."""
+def test_all_experts_at_once(kind, form, routing, seen, monkeypatch):
+    """Groups of any number of rows, experts without any, all of them in one piece and one by one."""
     layer = adapt(own(torch.bfloat16, num_experts=E, **FORMS[form]), kind=kind, r=8).to(DEVICE)
     arguments = routed_to(ROUTINGS[routing], FORMS[form]["hidden"], tokens=301)
-    for workspace in (0, 1):
-        for part in layer.adapted():
-            part.workspace = workspace
+    for room in (1 << 29, 1):
+        monkeypatch.setattr(experts_choice, "WORKSPACE", room)
         seen.clear()
         together = errors(layer, arguments)
         assert len(seen) == 2

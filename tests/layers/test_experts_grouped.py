@@ -8,7 +8,6 @@ import copy
 import pytest
 import torch
 from helpers.common import KINDS, assert_same_bits, over
-from helpers.counted import SavedBytes
 from helpers.experts_cases import (
     E,
     adapt,
@@ -20,24 +19,16 @@ from helpers.experts_cases import (
     random,
     reference,
 )
-from helpers.experts_grouped_cases import made, seen_calls  # noqa: F401
-from torch.utils._python_dispatch import TorchDispatchMode
+from helpers.experts_grouped_cases import made, seen_calls, step  # noqa: F401
 
 import randlora
-from randlora.layers import experts_grouped
+from randlora.layers import experts_choice
 
 TOP_K = {"Mixtral": 2, "Qwen3Moe": 3, "GptOss": 2}
 
 
 def in_double(arguments):
     return tuple(t.detach().double() if t.is_floating_point() else t for t in arguments)
-
-
-def step(layer, arguments):
-    """The output, and the gradients of the tokens, of their weights and of all trained parameters."""
-    y = layer(*arguments)
-    wanted = [t for t in (arguments[0], arguments[2], *parameters_of(layer)) if t.requires_grad]
-    return y, *torch.autograd.grad(y.square().sum(), wanted)
 
 
 def exact(layer, arguments):
@@ -53,13 +44,12 @@ def errors(found, true):
 
 @families
 @pytest.mark.parametrize("kind", KINDS)
-def test_tokens_get_what_the_formula_gives(seen, family, kind):
+def test_tokens_get_what_the_formula_gives(seen, family, kind, monkeypatch):
     layer = made(family, kind)
     for routing in ("even", "uneven", "one"):
         arguments = inputs(TOP_K[family], routing, torch.float32)
-        for workspace in (0, 1):  # 1: one expert at a time
-            for part in layer.adapted():
-                part.workspace = workspace
+        for room in (1 << 20, 1):  # 1: one expert at a time
+            monkeypatch.setattr(experts_choice, "WORKSPACE", room)
             seen.clear()
             assert max(errors(step(layer, arguments), exact(layer, arguments))) < 2e-6
             assert len(seen) == 2
@@ -72,7 +62,7 @@ def test_rounding_is_no_worse_than_expert_by_expert(seen, family, monkeypatch):
     true = exact(layer, arguments)
     together = errors(step(layer, arguments), true)
     assert len(seen) == 2
-    monkeypatch.setattr(experts_grouped, "DEVICES", ())
+    monkeypatch.setattr(experts_choice, "DEVICES", ())
     alone = errors(step(layer, arguments), true)
     assert len(seen) == 2 and together != alone
     assert all(a < max(1.5 * b, 0.004) for a, b in zip(together, alone, strict=True)), (together, alone)
@@ -122,6 +112,28 @@ def test_experts_without_tokens_get_zeros(seen):
     assert len(seen) == 2
 
 
+@pytest.mark.filterwarnings("ignore:the active adapter")
+@over("change", ["train", "scaling", "delete"])
+def test_derivatives_of_gradients_are_of_the_call(seen, change):
+    """Dropout, scale and bases are what they were in the forward."""
+    layer, arguments = made("Mixtral", randlora_dropout=0.5), inputs(2, dtype=torch.float32)
+    wanted = [arguments[0], *parameters_of(layer)]
+    expected = torch.autograd.grad(layer(*arguments).square().sum(), wanted)
+    y = layer(*arguments)
+    for part in layer.adapted():
+        if change == "train":
+            part.train()
+        elif change == "scaling":
+            part.scaling["default"] *= 3
+        else:
+            part.update_layer("b", r=2)
+            part.delete_adapter("default")
+    found = torch.autograd.grad(y.square().sum(), wanted, create_graph=True)
+    assert len(seen) == 4
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
+
+
 def test_derivatives_of_gradients(seen, monkeypatch):
     """By the calls of each expert, which can be differentiated any number of times."""
     layer, arguments = made("GptOss"), inputs(2, dtype=torch.float32)
@@ -134,7 +146,7 @@ def test_derivatives_of_gradients(seen, monkeypatch):
 
     together = twice()
     assert len(seen) == 2
-    monkeypatch.setattr(experts_grouped, "DEVICES", ())
+    monkeypatch.setattr(experts_choice, "DEVICES", ())
     assert max(errors(together, [t.double() for t in twice()])) < 1e-5
 
 
@@ -148,54 +160,12 @@ def test_torch_func_goes_expert_by_expert(seen):
     assert len(seen) == 2
 
 
-@over("kind", ["dense", "hadamard"])
-def test_what_is_kept_for_backward(seen, kind):
-    """As expert by expert: the tokens of each part. Bases that were made for the call are made again."""
-    layer, arguments = made("Mixtral", kind), inputs(2, dtype=torch.float32)
-    assert kept(layer, arguments) == kept_alone(layer, arguments)
-    assert len(seen) == 2
-
-
-def kept(layer, arguments):
-    known = [*layer.parameters(), *arguments]
-    for part in layer.adapted():
-        known += part.pattern("default") or part.bases["default"].tensors(torch.float32, arguments[0].device)
-    with SavedBytes(known) as saved:
-        layer(*arguments)
-    return saved.bytes
-
-
-def kept_alone(layer, arguments):
-    devices, experts_grouped.DEVICES = experts_grouped.DEVICES, ()
-    try:
-        return kept(layer, arguments)
-    finally:
-        experts_grouped.DEVICES = devices
-
-
-class Largest(TorchDispatchMode):
-    """The largest result of the op that makes scaled bases."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if func is torch.ops.randlora.unique_base.default:
-            self.bytes = max(self.bytes, result.nbytes)
-        return result
-
-
-@pytest.mark.parametrize("experts", [1, 2, 5])
-def test_the_workspace_bounds_the_scaled_bases(seen, experts):
-    """They, their gradient and a copy of it exist at once."""
-    layer, arguments = made("Mixtral", parameters=["down_proj"]), inputs(2, "even", torch.float32)
-    (part,) = layer.adapted()
-    n, m = part.randlora_gamma["default"].shape[1:]
-    of_one = 8 * n * m * 4
-    part.workspace = 4 * of_one * experts
-    with Largest() as largest:
-        step(layer, arguments)
-    assert largest.bytes == of_one * experts
+def test_the_default_device_does_not_matter(seen):
+    layer, arguments = made("GptOss"), inputs(2, dtype=torch.float32)
+    expected = step(layer, arguments)
+    with torch.device("meta"):
+        found = step(layer, arguments)
+    assert all(map(torch.equal, found, expected)) and len(seen) == 4
 
 
 def test_rows_that_begin_anywhere(seen):

@@ -6,7 +6,7 @@ from helpers.experts_cases import adapt, experts_of, inputs, random
 from helpers.experts_grouped_cases import made, seen_calls  # noqa: F401
 
 import randlora
-from randlora.layers import experts_grouped
+from randlora.layers import experts_choice
 
 
 def not_so():
@@ -57,8 +57,8 @@ def test_sizes_that_grouped_mm_does_not_take(seen):
 
 def cheaper(counts, hidden, out, r=32, kind=None, step=True):
     """At the sizes of a model, on a GPU."""
-    sizes = hidden, out, -(-min(hidden, out) // r), r
-    return experts_grouped.is_cheaper(counts, sizes, torch.bfloat16, "cuda", kind, step, step)
+    sizes = experts_choice.Sizes(hidden, out, -(-min(hidden, out) // r), r, torch.bfloat16)
+    return experts_choice.is_taken(counts, sizes, "cuda", kind, step, step)
 
 
 def test_where_it_is_cheaper():
@@ -70,9 +70,27 @@ def test_where_it_is_cheaper():
     assert cheaper([2] * 8, 4096, 28672, kind="signs")
 
 
+AT_ONCE = "all experts with so many tokens: at once"
+
+
 def test_explain_tells(seen):
-    layer = made("Mixtral")
-    part = layer.adapted()[0]
-    assert "all experts with so many tokens: at once" in randlora.explain(part, 3)
+    part = made("Mixtral").adapted()[0]
+    assert AT_ONCE in randlora.explain(part, 3)
     part.strategy = "factored"
-    assert "at once" not in randlora.explain(part, 3)
+    assert AT_ONCE not in randlora.explain(part, 3)
+    dropped = made("Mixtral", randlora_dropout=0.5).eval().adapted()[0]
+    assert AT_ONCE not in randlora.explain(dropped, 3)
+    assert AT_ONCE in randlora.explain(dropped.train(), 3, training=False)
+    layer = made("Mixtral")
+    two(layer)
+    assert AT_ONCE not in randlora.explain(layer.adapted()[0], 3)
+
+
+def test_errors_are_those_of_calls_in_turn(seen):
+    part = made("Mixtral").adapted()[0]
+    x = torch.randn(6, 16)
+    for bad, counts in ((torch.randn(6, 20), [6, 0, 0, 0, 0]), (x, [5, 0, 0, 0, 0])):
+        with pytest.raises((ValueError, RuntimeError)) as found:
+            part(bad, counts, part.weight, None)
+        assert "grouped_mm" not in str(found.value) and "mat_a" not in str(found.value)
+    assert not seen

@@ -110,13 +110,14 @@ def test_the_weight_for_a_product_is_what_dequantize_gives(kind, dtype):
 @pytest.mark.parametrize("granularity", ["PerRow", "PerGroup"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("mapping", ["SYMMETRIC", "ASYMMETRIC"])
+@pytest.mark.parametrize("scale", [None, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @over("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_codes_of_torchao_are_read_without_its_help(mapping, bits, granularity, dtype, monkeypatch):
+def test_codes_of_torchao_are_read_without_its_help(mapping, scale, bits, granularity, dtype, monkeypatch):
     base = nn.Linear(64, 24, dtype=dtype)
     ao.quantize_(
         base,
         ao.IntxWeightOnlyConfig(
-            weight_dtype=getattr(torch, f"int{bits}"), mapping_type=ao.MappingType[mapping],
+            weight_dtype=getattr(torch, f"int{bits}"), mapping_type=ao.MappingType[mapping], scale_dtype=scale,
             granularity=ao.PerAxis(0) if granularity == "PerRow" else ao.PerGroup(16),
         ),
     )  # fmt: skip

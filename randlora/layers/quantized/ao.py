@@ -84,7 +84,8 @@ def _of_codes(held: Any, dtype: torch.dtype) -> Tensor | None:
     if not plain or any(t is not None and t.dtype != torch.int8 for t in (codes, zero_point)):
         return None
     rows, columns = held.block_size
-    weight = codes.to(scale.dtype).view(len(scale), rows, -1, columns)  # products of two dtypes are slow on CPUs
+    # In the dtype of the product, as a product of two dtypes is slow on CPUs.
+    weight = codes.to(torch.promote_types(dtype, scale.dtype)).view(len(scale), rows, -1, columns)
     if zero_point is not None:
         weight -= zero_point[:, None, :, None]
     weight *= scale[:, None, :, None]
