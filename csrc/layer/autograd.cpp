@@ -42,6 +42,10 @@ struct RandLoraLinear : torch::autograd::Function<RandLoraLinear> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const at::Tensor& grad = grads[0];
+    // Below autograd the tangent would be lost without a word. What is called in forward mode has another node.
+    TORCH_CHECK_NOT_IMPLEMENTED(!(grad.defined() && grad._fw_grad(0).defined()),
+                                "randlora: the backward of a layer can be differentiated in forward mode only where "
+                                "its forward was called inside of torch.autograd.forward_ad.dual_level(), too");
     const variable_list saved = ctx->get_saved_variables();
     const Needed needed{ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
     variable_list found(5);  // of x, lambda, gamma, bias; none of all arguments

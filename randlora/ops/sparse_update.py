@@ -10,6 +10,7 @@ from torch import Tensor
 from ..dtypes import at_least_fp32
 from . import calls
 from .pattern import ListTensors, is_lists, is_signs
+from .transforms import refuse_tangent
 
 
 def _keep_sparse(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -19,6 +20,7 @@ def _keep_sparse(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _sparse_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | list[None] | None, ...]:
+    refuse_tangent(grad)
     lam, gamma, *pattern = ctx.saved_tensors
     rows = grad
     if ctx.with_weight and is_lists(pattern):

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from ..private_torch import jvp_levels
+from ..private_torch import in_transform, jvp_levels
 
 
 def once_per_sample(op: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
@@ -32,4 +33,13 @@ def refuse_forward_over_forward() -> None:
         raise RuntimeError(
             "randlora's ops cannot be differentiated forward twice (jvp of jvp, jacfwd of jacfwd): take "
             "torch.func.hessian, jacfwd of jacrev, or jacrev of either"
+        )
+
+
+def refuse_tangent(grad: Tensor) -> None:
+    """Where a backward runs in forward mode and its forward did not, the op's own autograd would drop the tangent."""
+    if in_transform() and forward_ad.unpack_dual(grad).tangent is not None:
+        raise NotImplementedError(
+            "randlora: this backward can be differentiated in forward mode only where its forward was called inside of "
+            "torch.autograd.forward_ad.dual_level(), too"
         )

@@ -67,7 +67,10 @@ def _unique_base_second_gradients(
 
 torch.library.register_autograd(
     "randlora::unique_base",
-    lambda ctx, grad: _unique_base_gradients(ctx, grad, calls.unique_base_backward),
+    # A backward in forward mode, of a forward that was not: the op alone would drop the tangent.
+    lambda ctx, grad: _unique_base_gradients(
+        ctx, grad, _unique_base_backward if in_transform() else calls.unique_base_backward
+    ),
     setup_context=_setup_unique_base,
 )
 torch.library.register_autograd(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.common import normal, on_devices
+from helpers.common import make_bases, normal, on_devices
 from helpers.layer_op import ALL_GRADIENTS, draw_layer, gradients, op_options, reference
 from helpers.ternary import FORMS, draw
 from torch.autograd import forward_ad
@@ -10,7 +10,7 @@ from torch.func import grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 import randlora
-from randlora.functional import delta_weight, linear, unique_base
+from randlora.functional import delta_weight, linear, sparse_delta_weight, unique_base
 
 SHAPE = (24, 41, 8)
 
@@ -147,6 +147,36 @@ def test_the_op_itself_refuses_forward_mode(which, recording):
         tensors[which] = forward_ad.make_dual(tensors[which], torch.ones_like(tensors[which]))
         with pytest.raises(NotImplementedError, match=r"forward-mode AD: call randlora\.functional\.linear"):
             raw(*tensors)
+
+
+def tangent_of_backward(y, wanted, recording):
+    """Of a gradient, where the gradient of `y` moves and nothing else does; the forward knew nothing of it."""
+    with forward_ad.dual_level():
+        grad = forward_ad.make_dual(torch.ones_like(y), torch.full_like(y, 0.5))
+        (found,) = torch.autograd.grad(y, [wanted], grad, create_graph=recording)
+        return forward_ad.unpack_dual(found)
+
+
+@pytest.mark.parametrize("recording", [True, False])
+@pytest.mark.parametrize("what", ["layer", "hadamard", "very_sparse"])
+def test_a_backward_alone_in_forward_mode_is_refused(what, recording):
+    """It would answer without a tangent, as if the gradient did not move."""
+    x, weight, bias, A, B, lam, gamma = draw_layer(SHAPE)
+    if what == "layer":
+        y = call(x, weight, bias, A, B, lam, gamma)
+    else:
+        sizes = SHAPE[:2]
+        pattern, scale = make_bases(*sizes, lam.shape[0], kind=what).pattern(min(sizes))
+        y = sparse_delta_weight(pattern, scale, lam, gamma, 1.0, *sizes)
+    with pytest.raises(NotImplementedError, match="called inside of"):
+        tangent_of_backward(y, gamma, recording)
+
+
+@pytest.mark.parametrize("recording", [True, False])
+def test_a_backward_alone_in_forward_mode_of_the_scaled_base(recording):
+    _, _, _, A, _, lam, gamma = draw_layer(SHAPE)
+    found = tangent_of_backward(unique_base(A[:, :, : min(SHAPE[:2])], lam, gamma), gamma, recording)
+    torch.testing.assert_close(found.tangent, found.primal.detach() / 2)
 
 
 def compiled(function):
