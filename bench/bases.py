@@ -137,12 +137,14 @@ def case(kind: str, dtype: str, options: argparse.Namespace) -> Case:
         if not stopped and not options.quick:
             fresh = [name for name in done if PROVIDERS[name] is not randlora_existing]
             small = *arguments[:-1], 8 * RANK
-            peaks, stopped = questions.peaks(
-                fresh, lambda name: peak.above_result(PROVIDERS[name], arguments, small, options.device)
+            column = "peak_above_result_bytes"
+            stopped = questions.add_peaks(
+                found, fresh, lambda name: peak.above_result(PROVIDERS[name], arguments, small, options.device), column
             )
-            for name, bytes_ in peaks.items():
-                found[name]["peak_above_result_bytes"] = bytes_
-                print(f"  {name}: result {found[name]['result_bytes']:,} bytes, at its peak {bytes_:+,} more")
+            for name in fresh:
+                if column in found[name]:
+                    size, above = found[name]["result_bytes"], found[name][column]
+                    print(f"  {name}: result {size:,} bytes, at its peak {above:+,} more")
         return found, stopped
 
     def set_up() -> Setup:

@@ -245,9 +245,7 @@ def case(spec: Spec, options: argparse.Namespace) -> Case:
             found: Columns = {name: {"saved_bytes": made.saved[name]} for name in done}
             stopped = result.interrupted
             if not options.quick and not stopped:
-                peaks, stopped = questions.peaks(done, functools.partial(peak_bytes, spec))
-                for name, bytes_ in peaks.items():
-                    found[name]["peak_bytes"] = bytes_
+                stopped = questions.add_peaks(found, done, functools.partial(peak_bytes, spec))
             return found, stopped
 
         return Setup(

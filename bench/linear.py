@@ -115,9 +115,7 @@ def case(
                 found[BASELINE]["bases_bytes"] = sum(t.nbytes for t in made.drawn(spec.kind))
             stopped = result.interrupted
             if memory and not stopped:
-                peaks, stopped = questions.peaks(done, functools.partial(layers.peak_bytes, spec))
-                for name, peak in peaks.items():
-                    found[name]["peak_bytes"] = peak
+                stopped = questions.add_peaks(found, done, functools.partial(layers.peak_bytes, spec))
             print(memory_table(found))
             return found, stopped
 

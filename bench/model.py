@@ -114,9 +114,7 @@ def case(shape: Shape, size: Size, setting: Setting, title: str, options: argpar
                 row["tokens_per_second"] = round(size.batch * size.tokens / result.timings[name].median)
             stopped = result.interrupted
             if not options.quick and not stopped:
-                peaks, stopped = questions.peaks(done, training.peak_bytes)
-                for name, bytes_ in peaks.items():
-                    found[name]["peak_bytes"] = bytes_
+                stopped = questions.add_peaks(found, done, training.peak_bytes)
             print(table(found))
             return found, stopped
 

@@ -171,9 +171,7 @@ def case(base: str, spec: Spec, options: argparse.Namespace) -> Case:
             found: Columns = {name: {"saved_bytes": made.saved[name]} for name in done if name in made.saved}
             stopped = result.interrupted
             if spec.which == STEP and not (options.quick or options.no_memory or stopped):
-                peaks, stopped = questions.peaks(done, functools.partial(peak_bytes, base, spec))
-                for name, bytes_ in peaks.items():
-                    found[name]["peak_bytes"] = bytes_
+                stopped = questions.add_peaks(found, done, functools.partial(peak_bytes, base, spec))
             print(linear.memory_table(found))
             return found, stopped
 

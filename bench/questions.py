@@ -106,15 +106,14 @@ def _each(setup: Setup) -> Mapping[str, Work]:
     return {name: work for name in setup.factories} if isinstance(work, Work) else work
 
 
-def peaks(names: Iterable[str], peak: Callable[[str], int]) -> tuple[dict[str, int], bool]:
-    """Provider -> bytes, as far as they can be had; and whether Ctrl-C came."""
-    found: dict[str, int] = {}
+def add_peaks(found: Columns, names: Iterable[str], peak: Callable[[str], int], column: str = "peak_bytes") -> bool:
+    """Puts the bytes of each provider among its columns, as far as they can be had; whether Ctrl-C came."""
     for name in tqdm(list(names), desc="memory", unit="provider", leave=False, disable=None):
         try:
-            found[name] = peak(name)
+            found[name][column] = peak(name)
         except KeyboardInterrupt:
             tqdm.write("  stopped; what has been measured is kept")
-            return found, True
+            return True
         except Exception as problem:  # the times are worth keeping
             tqdm.write(f"  the memory of {name} is not known: {measure.reason(problem)}")
-    return found, False
+    return False

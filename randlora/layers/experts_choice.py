@@ -53,8 +53,9 @@ class Sizes(NamedTuple):
 
 def is_suitable(device_type: str, dtype: torch.dtype, experts: int, sizes: Sequence[int]) -> bool:
     """Whether grouped_mm is one kernel for matrices of these numbers of rows and columns."""
-    aligned = all(size * dtype.itemsize % ALIGNED == 0 for size in sizes)
-    return device_type in DEVICES and dtype in DTYPES and experts <= MOST_GROUPS and aligned
+    if device_type not in DEVICES or dtype not in DTYPES or experts > MOST_GROUPS:
+        return False
+    return all(size * dtype.itemsize % ALIGNED == 0 for size in sizes)
 
 
 def is_taken(

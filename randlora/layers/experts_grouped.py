@@ -11,6 +11,7 @@ fit into `workspace`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -98,18 +99,15 @@ def _aligned(t: Tensor) -> Tensor:
 
 
 def _ends(counts: Sequence[int], like: Tensor) -> Tensor:
-    return _on(like.device, counts, sums=True)
+    return _on(like.device, list(itertools.accumulate(counts)), torch.int32)
 
 
-def _on(device: torch.device, numbers: Sequence[int], sums: bool = False) -> Tensor:
-    """A tensor of numbers, or of their sums so far, which does not wait for the device as ``torch.tensor`` does there.
+def _on(device: torch.device, numbers: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
+    """A tensor of numbers which does not wait for the device, as ``torch.tensor(..., device=device)`` does.
 
     Made on the CPU whatever the default device is.
     """
-    made = torch.tensor(numbers, device="cpu")
-    if sums:
-        made = made.cumsum(0, dtype=torch.int32)
-    return made.to(device, non_blocking=True)
+    return torch.tensor(numbers, dtype=dtype, device="cpu").to(device, non_blocking=True)
 
 
 # ---- some of the experts ----

@@ -151,10 +151,10 @@ class ExpertsLinear(RandLoraLayer, nn.Module):
         Args:
             form, need_x, need_parameters: as for :func:`randlora.planner.choose`. dropout: whether it takes place.
         """
-        sizes, needs = self._sizes(adapter, dtype), (need_x, need_parameters)
         if self.strategy != "auto" or dropout:
             return False
-        return experts_choice.is_taken(counts, sizes, device_type, form, *needs, self.workspace)
+        sizes = self._sizes(adapter, dtype)
+        return experts_choice.is_taken(counts, sizes, device_type, form, need_x, need_parameters, self.workspace)
 
     def _sizes(self, adapter: str, dtype: torch.dtype) -> experts_choice.Sizes:
         return experts_choice.Sizes(

@@ -65,19 +65,23 @@ def _unique_base_second_gradients(
     return d_grad, None, d_lambda, d_gamma, None, None, None
 
 
+def _forward_and_backward() -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]:
+    """The ops, or the functions below where a backward runs in forward mode and its forward did not: the ops alone
+    would drop the tangent.
+    """
+    if in_transform():
+        return UniqueBaseGrad.apply, _unique_base_backward
+    return calls.unique_base, calls.unique_base_backward
+
+
 torch.library.register_autograd(
     "randlora::unique_base",
-    # A backward in forward mode, of a forward that was not: the op alone would drop the tangent.
-    lambda ctx, grad: _unique_base_gradients(
-        ctx, grad, _unique_base_backward if in_transform() else calls.unique_base_backward
-    ),
+    lambda ctx, grad: _unique_base_gradients(ctx, grad, _forward_and_backward()[1]),
     setup_context=_setup_unique_base,
 )
 torch.library.register_autograd(
     "randlora::unique_base_backward",
-    lambda ctx, v_lambda, v_gamma: _unique_base_second_gradients(
-        ctx, v_lambda, v_gamma, calls.unique_base, calls.unique_base_backward
-    ),
+    lambda ctx, v_lambda, v_gamma: _unique_base_second_gradients(ctx, v_lambda, v_gamma, *_forward_and_backward()),
     setup_context=_setup_unique_base_backward,
 )
 torch.library.register_vmap("randlora::unique_base", once_per_sample(calls.unique_base))

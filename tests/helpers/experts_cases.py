@@ -29,6 +29,12 @@ EVEN = {
     "GptOss": {"intermediate_size": 8},
 }
 families = pytest.mark.parametrize("family", FAMILIES)
+TOP_K = {name: family["num_experts_per_tok"] for name, family in FAMILIES.items()}
+FORMS = {  # of a class of the user's
+    "no gate": {},
+    "no gate, transposed, bias": {"is_transposed": True, "has_bias": True},
+    "gate, bias, norm": {"has_gate": True, "has_bias": True, "has_post_expert_norm": True},
+}
 
 
 def moe():

@@ -1,5 +1,7 @@
 """Experts whose products are all computed at once, on the CPU, as a GPU takes them."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -24,6 +26,16 @@ def seen_calls(monkeypatch):
 
     monkeypatch.setattr(experts_grouped, "linear", record)
     return found
+
+
+@contextlib.contextmanager
+def in_turn():
+    """Experts one after the other, whatever the device."""
+    devices, experts_choice.DEVICES = experts_choice.DEVICES, ()
+    try:
+        yield
+    finally:
+        experts_choice.DEVICES = devices
 
 
 def made(family, kind="dense", dtype=torch.float32, **settings):

@@ -8,8 +8,10 @@ import torch
 from helpers.common import KINDS, assert_same_bits, over
 from helpers.counted import SavedBytes
 from helpers.experts_cases import (
+    FORMS,
     HIDDEN,
     TOKENS,
+    TOP_K,
     E,
     adapt,
     experts_of,
@@ -25,13 +27,6 @@ from torch.utils.checkpoint import checkpoint
 
 import randlora
 from randlora.planner import STRATEGIES
-
-TOP_K = {"Mixtral": 2, "Qwen3Moe": 3, "GptOss": 2}
-FORMS = {
-    "no gate": {},
-    "no gate, transposed, bias": {"is_transposed": True, "has_bias": True},
-    "gate, bias, norm": {"has_gate": True, "has_bias": True, "has_post_expert_norm": True},
-}
 
 
 def assert_equals_reference(layer, arguments, adapters=("default",), tolerance=1e-11):

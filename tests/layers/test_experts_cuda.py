@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers.common import KINDS
 from helpers.experts_cases import adapt, experts_of, families, inputs, own, parameters_of, reference
+from helpers.experts_grouped_cases import in_turn
 
 from randlora.layers import experts_choice, experts_grouped
 
@@ -81,11 +82,8 @@ def routed_to(known, hidden, tokens):
 
 def alone(layer, arguments):
     """The errors of a step that goes expert by expert."""
-    devices, experts_choice.DEVICES = experts_choice.DEVICES, ()
-    try:
+    with in_turn():
         return errors(layer, arguments)
-    finally:
-        experts_choice.DEVICES = devices
 
 
 def assert_no_worse(together, alone, kind="dense"):

@@ -9,6 +9,8 @@ import pytest
 import torch
 from helpers.common import KINDS, assert_same_bits, over
 from helpers.experts_cases import (
+    FORMS,
+    TOP_K,
     E,
     adapt,
     experts_of,
@@ -19,12 +21,10 @@ from helpers.experts_cases import (
     random,
     reference,
 )
-from helpers.experts_grouped_cases import made, seen_calls, step  # noqa: F401
+from helpers.experts_grouped_cases import in_turn, made, seen_calls, step  # noqa: F401
 
 import randlora
 from randlora.layers import experts_choice
-
-TOP_K = {"Mixtral": 2, "Qwen3Moe": 3, "GptOss": 2}
 
 
 def in_double(arguments):
@@ -56,23 +56,16 @@ def test_tokens_get_what_the_formula_gives(seen, family, kind, monkeypatch):
 
 
 @families
-def test_rounding_is_no_worse_than_expert_by_expert(seen, family, monkeypatch):
+def test_rounding_is_no_worse_than_expert_by_expert(seen, family):
     """In bfloat16: lambda's and gamma's gradients are sums over a matrix that grouped_mm rounds."""
     layer, arguments = made(family, dtype=torch.bfloat16), inputs(TOP_K[family], dtype=torch.bfloat16)
     true = exact(layer, arguments)
     together = errors(step(layer, arguments), true)
     assert len(seen) == 2
-    monkeypatch.setattr(experts_choice, "DEVICES", ())
-    alone = errors(step(layer, arguments), true)
+    with in_turn():
+        alone = errors(step(layer, arguments), true)
     assert len(seen) == 2 and together != alone
     assert all(a < max(1.5 * b, 0.004) for a, b in zip(together, alone, strict=True)), (together, alone)
-
-
-FORMS = {
-    "no gate": {},
-    "no gate, transposed, bias": {"is_transposed": True, "has_bias": True},
-    "gate, bias, norm": {"has_gate": True, "has_bias": True, "has_post_expert_norm": True},
-}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -134,7 +127,7 @@ def test_derivatives_of_gradients_are_of_the_call(seen, change):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
 
 
-def test_derivatives_of_gradients(seen, monkeypatch):
+def test_derivatives_of_gradients(seen):
     """By the calls of each expert, which can be differentiated any number of times."""
     layer, arguments = made("GptOss"), inputs(2, dtype=torch.float32)
     wanted = [arguments[0], *parameters_of(layer)]
@@ -146,8 +139,8 @@ def test_derivatives_of_gradients(seen, monkeypatch):
 
     together = twice()
     assert len(seen) == 2
-    monkeypatch.setattr(experts_choice, "DEVICES", ())
-    assert max(errors(together, [t.double() for t in twice()])) < 1e-5
+    with in_turn():
+        assert max(errors(together, [t.double() for t in twice()])) < 1e-5
 
 
 def test_torch_func_goes_expert_by_expert(seen):

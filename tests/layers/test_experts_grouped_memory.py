@@ -9,7 +9,7 @@ import torch
 from helpers.common import assert_same_bits, over
 from helpers.counted import SavedBytes
 from helpers.experts_cases import E, inputs, parameters_of
-from helpers.experts_grouped_cases import made, seen_calls, step  # noqa: F401
+from helpers.experts_grouped_cases import in_turn, made, seen_calls, step  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -20,7 +20,10 @@ from randlora.layers import experts_choice, offload
 def test_what_is_kept_for_backward(seen, kind):
     """As expert by expert: the tokens of each part. Bases that were made for the call are made again."""
     layer, arguments = made("Mixtral", kind), inputs(2, dtype=torch.float32)
-    assert kept(layer, arguments) == kept_alone(layer, arguments)
+    together = kept(layer, arguments)
+    assert len(seen) == 2
+    with in_turn():
+        assert together == kept(layer, arguments)
     assert len(seen) == 2
 
 
@@ -31,14 +34,6 @@ def kept(layer, arguments):
     with SavedBytes(known) as saved:
         layer(*arguments)
     return saved.bytes
-
-
-def kept_alone(layer, arguments):
-    devices, experts_choice.DEVICES = experts_choice.DEVICES, ()
-    try:
-        return kept(layer, arguments)
-    finally:
-        experts_choice.DEVICES = devices
 
 
 def test_selective_checkpointing_may_keep_the_products(seen):

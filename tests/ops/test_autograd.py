@@ -179,6 +179,14 @@ def test_a_backward_alone_in_forward_mode_of_the_scaled_base(recording):
     torch.testing.assert_close(found.tangent, found.primal.detach() / 2)
 
 
+def test_a_second_backward_alone_in_forward_mode_of_the_scaled_base():
+    _, _, _, A, _, lam, gamma = draw_layer(SHAPE)
+    S = unique_base(A[:, :, : min(SHAPE[:2])], lam, gamma)
+    (first,) = torch.autograd.grad(S.sum(), [gamma], create_graph=True)
+    found = tangent_of_backward(first, lam, recording=False)
+    torch.testing.assert_close(found.tangent, found.primal / 2)
+
+
 def compiled(function):
     torch._dynamo.reset()
     return torch.compile(function, backend="aot_eager")()
